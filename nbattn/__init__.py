@@ -1,0 +1,16 @@
+"""Attention inference for Python without a framework: NumPy arrays in, NumPy arrays out, Numba inside."""
+
+from .attention import AttentionOutput, merge_states, scaled_dot_product_attention, varlen_attention
+from .softmax import log_softmax, logsumexp, softmax
+
+__all__ = [
+    "AttentionOutput",
+    "log_softmax",
+    "logsumexp",
+    "merge_states",
+    "scaled_dot_product_attention",
+    "softmax",
+    "varlen_attention",
+]
+
+__version__ = "0.1.0"

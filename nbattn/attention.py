@@ -1,0 +1,440 @@
+"""Scaled dot-product attention: docstring, checks, dispatch. The formula is in `reference/attention.py`."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from . import problem as check
+from .problem import Problem
+
+
+class AttentionOutput(NamedTuple):
+    """What attention returns when more than the output was asked for; None for what was not.
+
+    Attributes
+    ----------
+    output : ndarray
+        The attention output, shaped as the query with the value's head_dim.
+    weights : ndarray or None
+        The softmax weights ``(B, Hq, Sq, Sk)``, float32 (float64 for float64 inputs).
+    lse : ndarray or None
+        The natural-log log-sum-exp of each row's scores ``(B, Hq, Sq)``, float32 (float64).
+    """
+
+    output: NDArray[Any]
+    weights: NDArray[Any] | None
+    lse: NDArray[Any] | None
+
+
+def scaled_dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    mask: ArrayLike | None = None,
+    *,
+    bias: ArrayLike | None = None,
+    is_causal: bool = False,
+    window_size: tuple[int | None, int | None] | None = None,
+    query_offset: ArrayLike | str = 0,
+    key_lengths: ArrayLike | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    compute_dtype: str | None = None,
+    return_weights: bool = False,
+    return_lse: bool = False,
+    out: NDArray[Any] | None = None,
+    backend: str | None = None,
+) -> NDArray[Any] | AttentionOutput:
+    r"""Soft attention of every query over the keys: ``softmax(scale * query @ key.T + ...) @ value``.
+
+    The scores of one row go through, in this order: ``scale * (q . k)``, softcap, bias, ALiBi, the masks, the
+    sink, softmax. All masks combine by *and*. A row that sees no key gives output 0, weights 0 and lse -inf
+    (with a sink, the sink's logit), never NaN. NaN or inf in a key or value that is masked for a row does not
+    reach that row. The result does not depend on the number of threads or on the rest of the batch, bit for bit.
+
+    Parameters
+    ----------
+    query : array_like, shape (B, Hq, Sq, D)
+        float32, float64, float16 or bfloat16 (from `ml_dtypes`). Leading dimensions may be missing: 2-D and
+        3-D inputs work, and the results drop the same ones. Strided views are read where they lie.
+    key, value : array_like, shapes (B, Hkv, Sk, D) and (B, Hkv, Sk, Dv)
+        Same dtype as the query. Hq must be a multiple of Hkv: with fewer key heads than query heads
+        consecutive query heads share one (grouped-query and multi-query attention).
+    mask : array_like of bool or int, optional
+        Broadcastable to (B, Hq, Sq, Sk) from the right; nonzero means attend.
+    bias : array_like, optional
+        Floating, broadcastable likewise, added to the scores. -inf masks.
+    is_causal : bool
+        Query i sees key j only where ``j <= i + query_offset``.
+    window_size : (left, right), optional
+        Query i sees ``i + query_offset - left <= j <= i + query_offset + right``; None or -1 leaves a side open.
+    query_offset : int, int array (B,) or "end"
+        The position of query 0 among the keys. 0 aligns the causal mask at the top left; "end" at the bottom
+        right, which is ``Sk - Sq``, or ``key_lengths[b] - Sq`` where lengths are given.
+    key_lengths : int array_like (B,), optional
+        Keys from there on do not exist.
+    scale : float, optional
+        ``1 / sqrt(D)`` unless given.
+    softcap : float, optional
+        Scores become ``softcap * tanh(score / softcap)``. None or 0 for none.
+    alibi_slopes : array_like (Hq,), optional
+        Adds ``slope * (key_position - query_position)``: positive slopes penalise keys to the left by distance.
+    sinks : array_like (Hq,), optional
+        One more logit per head that joins the softmax's denominator and has no value.
+    compute_dtype : {None, "bfloat16"}
+        "bfloat16" with float32 inputs: both products take operands rounded to bfloat16; the rest stays float32.
+    return_weights, return_lse : bool
+        Also return the weights ``(B, Hq, Sq, Sk)`` or the log-sum-exp ``(B, Hq, Sq)``.
+    out : ndarray, optional
+        Where to write the output: right shape and dtype, writable, no memory shared with an input.
+    backend : {None, "cpu", "reference", "cuda"}
+        None chooses by where the inputs live.
+
+    Returns
+    -------
+    ndarray or AttentionOutput
+        The output ``(B, Hq, Sq, Dv)`` in the query's dtype; with `return_weights` or `return_lse` the named
+        tuple ``(output, weights, lse)``.
+
+    Raises
+    ------
+    TypeError
+        For a wrong kind: integer inputs, mixed dtypes, a floating mask.
+    ValueError
+        For a wrong value: shapes, head counts or lengths that do not fit, a wrong `out`, an unknown backend.
+
+    References
+    ----------
+    Vaswani et al., "Attention Is All You Need", 2017, https://arxiv.org/abs/1706.03762; computed in one pass
+    over the keys as in Milakov and Gimelshein, 2018, https://arxiv.org/abs/1805.02867, and Dao et al., 2022,
+    https://arxiv.org/abs/2205.14135. ALiBi: https://arxiv.org/abs/2108.12409.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from nbattn import scaled_dot_product_attention
+    >>> x = np.eye(3, dtype=np.float32)
+    >>> scaled_dot_product_attention(x, x, x, is_causal=True, scale=np.log(2)).round(2)
+    array([[1.  , 0.  , 0.  ],
+           [0.33, 0.67, 0.  ],
+           [0.25, 0.25, 0.5 ]], dtype=float32)
+
+    Eight query heads that share two key heads, in the (batch, sequence, heads, head_dim) layout, without a copy:
+
+    >>> rng = np.random.default_rng(0)
+    >>> q = rng.standard_normal((2, 5, 8, 16), np.float32).transpose(0, 2, 1, 3)
+    >>> k, v = rng.standard_normal((2, 2, 7, 2, 16), np.float32).transpose(0, 1, 3, 2, 4)
+    >>> result = scaled_dot_product_attention(q, k, v, key_lengths=[7, 4], return_lse=True)
+    >>> result.output.shape, result.lse.shape
+    ((2, 8, 5, 16), (2, 8, 5))
+    """
+    module = _backend_module(backend)
+    q, k, v = check.check_inputs(query, key, value)
+    missing = _missing_dimensions(q, k, v)
+    if missing:
+        q, k, v = (x.reshape((1,) * missing + x.shape) for x in (q, k, v))
+    check.check_heads(q, k, v)
+    batch, heads, queries, _ = q.shape
+    keys = k.shape[2]
+    problem = _problem(
+        (q, k, v),
+        query_lengths=np.full(batch, queries, np.int64),
+        key_limits=np.full(batch, keys, np.int64),
+        max_queries=queries,
+        max_keys=keys,
+        options=_Options(mask, bias, is_causal, window_size, query_offset, key_lengths, scale, softcap,
+                         alibi_slopes, sinks, compute_dtype),
+    )  # fmt: skip
+    shape = (batch, heads, queries, v.shape[3])
+    result = check.check_out(out, shape[missing:], q.dtype, _inputs(query, key, value, problem))
+    lse = np.empty(shape[:3], problem.compute) if check.check_flag(return_lse, "return_lse") else None
+    weights = _weights(problem, heads) if check.check_flag(return_weights, "return_weights") else None
+    _run(module, problem, result[(None,) * missing], lse, weights)
+    if lse is None and weights is None:
+        return result
+    drop = (0,) * missing
+    return AttentionOutput(result, None if weights is None else weights[drop], None if lse is None else lse[drop])
+
+
+def varlen_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    cu_seqlens_q: ArrayLike,
+    cu_seqlens_k: ArrayLike,
+    mask: ArrayLike | None = None,
+    *,
+    bias: ArrayLike | None = None,
+    is_causal: bool = False,
+    window_size: tuple[int | None, int | None] | None = None,
+    query_offset: ArrayLike | str = 0,
+    key_lengths: ArrayLike | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    compute_dtype: str | None = None,
+    return_weights: bool = False,
+    return_lse: bool = False,
+    out: NDArray[Any] | None = None,
+    backend: str | None = None,
+) -> NDArray[Any] | AttentionOutput:
+    """Attention over sequences of different lengths, packed one after the other without padding.
+
+    Sequence b holds the query rows ``cu_seqlens_q[b]:cu_seqlens_q[b + 1]`` and the keys
+    ``cu_seqlens_k[b]:cu_seqlens_k[b + 1]``; it gives what `scaled_dot_product_attention` gives for it alone.
+
+    Parameters
+    ----------
+    query : array_like, shape (total_q, Hq, D)
+        The packed queries; dtypes as in `scaled_dot_product_attention`.
+    key, value : array_like, shapes (total_k, Hkv, D) and (total_k, Hkv, Dv)
+        The packed keys and values.
+    cu_seqlens_q, cu_seqlens_k : int array_like (B + 1,)
+        Where each sequence starts: from 0, never decreasing, up to the total. A sequence may be empty.
+    mask, bias : array_like, optional
+        Broadcastable to (B, Hq, longest query, longest key), counted within each sequence.
+    key_lengths : int array_like (B,), optional
+        Keys of a sequence from there on do not exist.
+    out : ndarray, optional
+        Where to write the output ``(total_q, Hq, Dv)``.
+    is_causal, window_size, query_offset, scale, softcap, alibi_slopes, sinks, compute_dtype, backend
+        As in `scaled_dot_product_attention`, for each sequence by itself.
+    return_weights, return_lse : bool
+        Also return weights ``(B, Hq, longest query, longest key)``, 0 beyond a sequence's end, or the
+        log-sum-exp ``(total_q, Hq)``.
+
+    Returns
+    -------
+    ndarray or AttentionOutput
+        The output ``(total_q, Hq, Dv)``, or the named tuple ``(output, weights, lse)``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `scaled_dot_product_attention`; ValueError also for `cu_seqlens` that do not start at 0, decrease,
+        or do not end at the total.
+
+    References
+    ----------
+    The packed layout is flash-attention's, https://github.com/Dao-AILab/flash-attention.
+
+    Examples
+    --------
+    Two sequences of 2 and 1 tokens:
+
+    >>> import numpy as np
+    >>> from nbattn import varlen_attention
+    >>> x = np.array([[[1.0]], [[1.0]], [[5.0]]], np.float32)
+    >>> varlen_attention(x, x, x, [0, 2, 3], [0, 2, 3]).ravel()
+    array([1., 1., 5.], dtype=float32)
+    """
+    module = _backend_module(backend)
+    q, k, v = check.check_inputs(query, key, value)
+    for array, name in ((q, "query"), (k, "key"), (v, "value")):
+        if array.ndim != 3:
+            msg = f"{name} has shape {array.shape}; expected 3 dimensions (total, heads, head_dim)"
+            raise ValueError(msg)
+    packed = tuple(x.transpose(1, 0, 2)[None] for x in (q, k, v))
+    check.check_heads(*packed)
+    q_starts = _check_starts(cu_seqlens_q, "cu_seqlens_q", q.shape[0], "query")
+    k_starts = _check_starts(cu_seqlens_k, "cu_seqlens_k", k.shape[0], "key")
+    if len(q_starts) != len(k_starts):
+        msg = f"cu_seqlens_q has {len(q_starts)} entries and cu_seqlens_k {len(k_starts)}; both must match"
+        raise ValueError(msg)
+    q_lengths, k_lengths = np.diff(q_starts), np.diff(k_starts)
+    problem = _problem(
+        packed,
+        query_lengths=q_lengths,
+        key_limits=k_lengths,
+        max_queries=int(q_lengths.max(initial=0)),
+        max_keys=int(k_lengths.max(initial=0)),
+        options=_Options(mask, bias, is_causal, window_size, query_offset, key_lengths, scale, softcap,
+                         alibi_slopes, sinks, compute_dtype),
+        starts=(q_starts, k_starts),
+    )  # fmt: skip
+    total, heads, _ = q.shape
+    result = check.check_out(out, (total, heads, v.shape[2]), q.dtype, _inputs(query, key, value, problem))
+    lse = np.empty((total, heads), problem.compute) if check.check_flag(return_lse, "return_lse") else None
+    weights = _weights(problem, heads) if check.check_flag(return_weights, "return_weights") else None
+    _run(module, problem, result.transpose(1, 0, 2)[None], None if lse is None else lse.T[None], weights)
+    if lse is None and weights is None:
+        return result
+    return AttentionOutput(result, weights, lse)
+
+
+def merge_states(outputs: ArrayLike, lses: ArrayLike) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Merge attention over disjoint sets of keys into attention over their union, exactly.
+
+    Parameters
+    ----------
+    outputs : array_like, shape (N, ..., Dv)
+        N partial outputs along axis 0, float32, float64, float16 or bfloat16.
+    lses : array_like, shape (N, ...)
+        Their natural-log log-sum-exps, floating. -inf marks an empty state, whose output is ignored.
+
+    Returns
+    -------
+    output : ndarray, shape (..., Dv)
+        In the dtype of `outputs`.
+    lse : ndarray, shape (...)
+        float32, float64 where either input is float64. Empty states merge to an empty one: (0, -inf).
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a dtype that is not floating, or shapes that do not fit.
+
+    References
+    ----------
+    Section 3.1 of Dao et al., 2022, https://arxiv.org/abs/2205.14135.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from nbattn import merge_states
+    >>> output, lse = merge_states(np.array([[2.0], [4.0]]), np.log([1.0, 3.0]))
+    >>> output, np.exp(lse).round(6)
+    (array([3.5]), np.float64(4.0))
+    """
+    from .reference.attention import merge_states as merge
+
+    partial, weights = check.floating(outputs, "outputs"), check.floating(lses, "lses")
+    if partial.ndim == 0 or partial.shape[:-1] != weights.shape or weights.ndim == 0:
+        msg = f"outputs has shape {partial.shape} and lses {weights.shape}; expected (N, ..., head_dim) and (N, ...)"
+        raise ValueError(msg)
+    return merge(partial, weights)
+
+
+class _Options(NamedTuple):
+    """The keyword arguments that both doors share, as the caller gave them."""
+
+    mask: ArrayLike | None
+    bias: ArrayLike | None
+    is_causal: bool
+    window_size: Any
+    query_offset: Any
+    key_lengths: ArrayLike | None
+    scale: float | None
+    softcap: float | None
+    alibi_slopes: ArrayLike | None
+    sinks: ArrayLike | None
+    compute_dtype: str | None
+
+
+def _problem(
+    inputs: tuple[NDArray[Any], ...],
+    *,
+    query_lengths: NDArray[np.int64],
+    key_limits: NDArray[np.int64],
+    max_queries: int,
+    max_keys: int,
+    options: _Options,
+    starts: tuple[NDArray[np.int64], NDArray[np.int64]] | tuple[None, None] = (None, None),
+) -> Problem:
+    """Resolve every option of a call whose inputs are checked (B, H, S, D) arrays."""
+    q, k, v = (check.kernel_view(x) for x in inputs)
+    storage = cast(str, check.storage_name(q.dtype))
+    heads = q.shape[1]
+    shape = (len(query_lengths), heads, max_queries, max_keys)
+    compute = np.float64 if storage == "float64" else np.float32
+    left, right = check.check_window(options.window_size, check.check_flag(options.is_causal, "is_causal"))
+    lengths = check.check_key_lengths(options.key_lengths, key_limits)
+    return Problem(
+        query=q,
+        key=k,
+        value=v,
+        storage=storage,
+        batch=len(query_lengths),
+        max_queries=max_queries,
+        max_keys=max_keys,
+        scale=check.check_scale(options.scale, q.shape[3]),
+        softcap=check.check_softcap(options.softcap),
+        left=left,
+        right=right,
+        offset=check.check_offset(options.query_offset, query_lengths, lengths),
+        key_lengths=lengths,
+        mask=check.check_mask(options.mask, shape),
+        bias=check.check_bias(options.bias, shape),
+        alibi_slopes=check.check_per_head(options.alibi_slopes, "alibi_slopes", heads, compute),
+        sinks=check.check_per_head(options.sinks, "sinks", heads, compute),
+        bfloat16_products=check.check_compute_dtype(options.compute_dtype, storage),
+        query_starts=starts[0],
+        key_starts=starts[1],
+    )
+
+
+def _backend_module(backend: str | None) -> ModuleType:
+    """The `attention` module of a backend; its `forward` does the work."""
+    if backend in (None, "cpu"):
+        from .cpu import attention as module
+    elif backend == "reference":
+        from .reference import attention as module
+    elif backend == "cuda":
+        msg = 'backend="cuda" needs an NVIDIA GPU, the extra nbattn[cuda] and CUDA kernels, which this version lacks'
+        raise ValueError(msg)
+    else:
+        msg = f"backend is {backend!r}; expected None, 'cpu', 'reference' or 'cuda'"
+        raise ValueError(msg)
+    return module
+
+
+def _missing_dimensions(q: NDArray[Any], k: NDArray[Any], v: NDArray[Any]) -> int:
+    """How many leading dimensions of (B, H, S, D) all three inputs leave out."""
+    if not q.ndim == k.ndim == v.ndim or not 2 <= q.ndim <= 4:
+        msg = (
+            f"query, key and value have {q.ndim}, {k.ndim} and {v.ndim} dimensions; "
+            f"expected the same number, 2 to 4: (batch, heads, positions, head_dim)"
+        )
+        raise ValueError(msg)
+    return 4 - q.ndim
+
+
+def _check_starts(starts: ArrayLike, name: str, total: int, what: str) -> NDArray[np.int64]:
+    array = check.as_array(starts, name)
+    if array.ndim != 1 or len(array) == 0:
+        msg = f"{name} has shape {array.shape}; expected (batch + 1,)"
+        raise ValueError(msg)
+    array = check.check_int_vector(array, name, len(array))
+    if array[0] != 0:
+        msg = f"{name} starts at {array[0]}; expected 0"
+        raise ValueError(msg)
+    if (np.diff(array) < 0).any():
+        b = int(np.flatnonzero(np.diff(array) < 0)[0])
+        msg = f"{name} decreases from {array[b]} to {array[b + 1]} at entry {b + 1}; sequences cannot be negative"
+        raise ValueError(msg)
+    if array[-1] != total:
+        msg = f"{name} ends at {array[-1]} but {what} has {total} rows; both must match"
+        raise ValueError(msg)
+    return array
+
+
+def _inputs(query: Any, key: Any, value: Any, problem: Problem) -> tuple[NDArray[Any] | None, ...]:
+    """Every array that `out` must not overlap, the caller's own ones where a copy was made."""
+    own = tuple(x for x in (query, key, value) if isinstance(x, np.ndarray))
+    return (*own, problem.query, problem.key, problem.value, problem.mask, problem.bias)
+
+
+def _weights(problem: Problem, heads: int) -> NDArray[Any]:
+    # Zeros: kernels write only what a row can see.
+    return np.zeros((problem.batch, heads, problem.max_queries, problem.max_keys), problem.compute)
+
+
+def _run(
+    module: ModuleType,
+    problem: Problem,
+    out: NDArray[Any],
+    lse: NDArray[Any] | None,
+    weights: NDArray[Any] | None,
+) -> None:
+    """Let the backend write its results, through a contiguous array where `out` is none that kernels can write."""
+    target = out if check.kernel_view(out) is out else np.empty(out.shape, out.dtype.newbyteorder("="))
+    module.forward(problem, target, lse, weights)
+    if target is not out:
+        out[...] = target
