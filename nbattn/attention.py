@@ -418,7 +418,8 @@ def _check_starts(starts: ArrayLike, name: str, total: int, what: str) -> NDArra
 def _inputs(query: Any, key: Any, value: Any, problem: Problem) -> tuple[NDArray[Any] | None, ...]:
     """Every array that `out` must not overlap, the caller's own ones where a copy was made."""
     own = tuple(x for x in (query, key, value) if isinstance(x, np.ndarray))
-    return (*own, problem.query, problem.key, problem.value, problem.mask, problem.bias)
+    options = (problem.mask, problem.bias, problem.alibi_slopes, problem.sinks)
+    return (*own, problem.query, problem.key, problem.value, *options)
 
 
 def _weights(problem: Problem, heads: int) -> NDArray[Any]:

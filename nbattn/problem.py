@@ -61,19 +61,17 @@ def storage_name(dtype: np.dtype[Any]) -> str | None:
 
 def as_array(x: ArrayLike, name: str) -> NDArray[Any]:
     """Any array the caller has, as a NumPy view where its protocol allows one."""
-    if isinstance(x, np.ndarray):
-        return x
     if hasattr(x, "__cuda_array_interface__"):
         msg = (
             f"{name} lives on a GPU, and this build has no CUDA kernels; copy it to the host first "
             f"(with the extra nbattn[cuda] and a backend for it, it could stay there)"
         )
         raise ValueError(msg)
-    if hasattr(x, "__dlpack__") and not hasattr(x, "__array__"):
-        return np.from_dlpack(x)  # type: ignore[arg-type]
     try:
+        if hasattr(x, "__dlpack__") and not hasattr(x, "__array__"):
+            return np.from_dlpack(x)  # type: ignore[arg-type]
         return np.asarray(x)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, BufferError) as error:
         msg = f"{name} cannot be read as an array: {error}"
         raise TypeError(msg) from error
 
@@ -90,18 +88,25 @@ def floating(x: ArrayLike, name: str) -> NDArray[Any]:
     return array
 
 
+def addressable(array: NDArray[Any]) -> NDArray[Any]:
+    """`array` itself if its elements are aligned, native and whole elements apart, else a copy."""
+    if array.flags.aligned and array.dtype.isnative and not any(s % array.itemsize for s in array.strides):
+        return array
+    return array.astype(array.dtype.newbyteorder("="), order="C")
+
+
 def kernel_view(array: NDArray[Any]) -> NDArray[Any]:
     """`array` itself if kernels can read it where it lies, else a contiguous copy.
 
     Kernels count strides in elements and read the last axis as a run of memory.
     """
     last = array.shape[-1] <= 1 or array.strides[-1] == array.itemsize
-    if last and array.flags.aligned and array.dtype.isnative and not any(s % array.itemsize for s in array.strides):
-        return array
-    return np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
+    return addressable(array if last else np.ascontiguousarray(array))
 
 
-def check_inputs(query: ArrayLike, key: ArrayLike, value: ArrayLike) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+def check_inputs(
+    query: ArrayLike, key: ArrayLike, value: ArrayLike
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
     """The three inputs as arrays of one supported dtype."""
     q, k, v = floating(query, "query"), floating(key, "key"), floating(value, "value")
     if not q.dtype == k.dtype == v.dtype:
@@ -125,7 +130,8 @@ def check_heads(q: NDArray[Any], k: NDArray[Any], v: NDArray[Any]) -> None:
         msg = f"key has {k.shape[1]} heads but value has {v.shape[1]}; both must match"
         raise ValueError(msg)
     if q.shape[0] != k.shape[0] or q.shape[0] != v.shape[0]:
-        msg = f"query, key and value have batch sizes {q.shape[0]}, {k.shape[0]} and {v.shape[0]}; all must match"
+        sizes = f"{q.shape[0]}, {k.shape[0]} and {v.shape[0]}"
+        msg = f"query, key and value have batch sizes {sizes}; all must match"
         raise ValueError(msg)
     if q.shape[1] != k.shape[1] and (k.shape[1] == 0 or q.shape[1] % k.shape[1]):
         msg = (
@@ -137,6 +143,9 @@ def check_heads(q: NDArray[Any], k: NDArray[Any], v: NDArray[Any]) -> None:
 
 def check_number(x: Any, name: str) -> float:
     """A finite real number."""
+    if isinstance(x, (str, bytes)) or np.ndim(x):
+        msg = f"{name} must be a number, got {type(x).__name__}"
+        raise TypeError(msg)
     try:
         number = float(x)
     except (TypeError, ValueError):
@@ -169,7 +178,8 @@ def check_compute_dtype(compute_dtype: str | None, storage: str) -> bool:
     if compute_dtype is None:
         return False
     if compute_dtype != "bfloat16" or storage != "float32":
-        msg = f"compute_dtype is {compute_dtype!r} with {storage} inputs; only 'bfloat16' with float32 inputs is possible"
+        got = f"{compute_dtype!r} with {storage} inputs"
+        msg = f"compute_dtype is {got}; expected None or 'bfloat16' with float32"
         raise ValueError(msg)
     return True
 
@@ -260,7 +270,7 @@ def check_offset(
             raise ValueError(msg)
         return np.full(batch, offset, np.int64)
     offsets = check_int_vector(query_offset, "query_offset", batch)
-    if (np.abs(offsets) >= UNBOUNDED).any():
+    if ((offsets <= -UNBOUNDED) | (offsets >= UNBOUNDED)).any():
         msg = "query_offset must be smaller than 2**40 in size"
         raise ValueError(msg)
     return offsets
@@ -306,11 +316,9 @@ def _broadcast(array: NDArray[Any], name: str, shape: tuple[int, int, int, int])
         have in (1, want) for have, want in zip(array.shape[::-1], shape[::-1], strict=False)
     )
     if not fits:
-        msg = f"{name} has shape {array.shape}, which does not broadcast to (batch, heads, queries, keys) = {shape}"
+        msg = f"{name} has shape {array.shape}; it must broadcast to (batch, heads, queries, keys) = {shape}"
         raise ValueError(msg)
-    if not array.dtype.isnative or not array.flags.aligned or any(s % array.itemsize for s in array.strides):
-        array = array.astype(array.dtype.newbyteorder("="))
-    return np.broadcast_to(array, shape)
+    return np.broadcast_to(addressable(array), shape)
 
 
 def check_out(
@@ -331,18 +339,18 @@ def check_out(
     if not out.flags.writeable:
         msg = "out is read-only; pass a writable array"
         raise ValueError(msg)
-    if any(0 in out.strides[i : i + 1] and out.shape[i] > 1 for i in range(out.ndim)):
-        msg = "out has a broadcast axis (stride 0), so several results would share one place; pass a plain array"
+    if any(stride == 0 and size > 1 for stride, size in zip(out.strides, out.shape, strict=True)):
+        msg = "out has a broadcast axis (stride 0): several results would share one place; pass a plain array"
         raise ValueError(msg)
-    if any(x is not None and np.may_share_memory(out, x) and _overlap(out, x) for x in inputs):
+    if any(x is not None and _overlap(out, x) for x in inputs):
         msg = "out shares memory with an input; pass a separate array"
         raise ValueError(msg)
     return out
 
 
 def _overlap(a: NDArray[Any], b: NDArray[Any]) -> bool:
-    """Whether two arrays whose bounds overlap share an element; undecided within the work limit counts as yes."""
+    """Whether two arrays share an element; undecided within the work limit counts as yes."""
     try:
-        return np.shares_memory(a, b, max_work=100_000)
+        return np.shares_memory(a, b, max_work=100_000)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True
