@@ -1,0 +1,278 @@
+"""How kernels are compiled, kept on disk and run on several cores: every Numba option is set here.
+
+A kernel is a function of one address, `int64 -> int64`: the address of its parameters, a record that begins
+with `WORK`. One call of it takes tasks off the record's counter until none is left, so any number of threads may
+run the same call and finish it together. The threads are this module's own: Numba's threading layers abort or
+hang when several threads enter them at once (workqueue) or after a fork (GNU OpenMP).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+import pickle
+import platform
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import llvmlite
+import llvmlite.binding as llvm
+import numba
+import numpy as np
+from numba import types
+from numba.core import config
+from numba.core.compiler import CompileResult
+from numba.core.serialize import dumps
+from numba.np.ufunc import parallel
+
+FASTMATH = {"nsz", "arcp", "contract", "afn", "reassoc"}
+"""The widest set that keeps NaN and inf; loops over user functions may use it."""
+
+WORK = [("tasks", np.int64), ("next_task", np.int64, 8), ("tasks_done", np.int64, 8)]
+"""The head of every kernel's parameters. Padded, so that the two counters share no cache line."""
+
+SIGNATURE = types.int64(types.int64)
+
+jit = numba.njit(nogil=True, error_model="numpy", boundscheck=False)
+"""Options of the functions that kernels call."""
+
+
+# --- the processor -----------------------------------------------------------------------------------------------
+
+AVX512_NAMES = ("x86-64-v4", "skylake-avx512", "cascadelake", "cooperlake", "icelake", "sapphirerapids",
+                "graniterapids", "emeraldrapids", "znver4", "znver5")  # fmt: skip
+BASELINE_NAMES = ("x86-64", "x86-64-v2", "generic", "core2", "nehalem", "westmere", "sandybridge", "ivybridge")
+
+
+@cache
+def cpu_name() -> str:
+    """The processor that kernels are compiled for: the host, or `NUMBA_CPU_NAME`."""
+    return config.CPU_NAME or llvm.get_host_cpu_name()
+
+
+@cache
+def cpu_features() -> frozenset[str]:
+    """The vector extensions that kernels may use: avx512f, avx512bf16, avx2, fma, f16c, neon.
+
+    `NUMBA_CPU_FEATURES` decides where it is set; else a processor named by `NUMBA_CPU_NAME` is taken at the
+    level that its name stands for; else the host is asked.
+    """
+    known = {"avx512f", "avx512bf16", "avx2", "fma", "f16c", "neon"}
+    if config.CPU_FEATURES is not None:
+        return frozenset(f[1:] for f in config.CPU_FEATURES.split(",") if f[:1] == "+") & known
+    if config.CPU_NAME is not None:
+        if config.CPU_NAME.startswith(AVX512_NAMES):
+            return frozenset({"avx512f", "avx2", "fma", "f16c"})
+        return frozenset() if config.CPU_NAME in BASELINE_NAMES else frozenset({"avx2", "fma", "f16c"})
+    return frozenset(name for name, on in llvm.get_host_cpu_features().items() if on) & known
+
+
+# --- the kernel cache --------------------------------------------------------------------------------------------
+
+
+@cache
+def cache_folder() -> Path | None:
+    """Where compiled kernels are kept; None where nothing can be written.
+
+    The folder's name is a digest of everything that a kernel depends on, so an edit, an upgrade or another
+    processor never meets a stale kernel. `NBATTN_CACHE_DIR` moves its parent.
+    """
+    digest = hashlib.sha256()
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    digest.update(repr((sys.version, numba.__version__, llvmlite.__version__, platform.machine())).encode())
+    digest.update(repr((cpu_name(), config.CPU_FEATURES or llvm.get_host_cpu_features().flatten())).encode())
+    folder = _user_cache() / digest.hexdigest()[:20]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError:
+        return None
+
+
+def _user_cache() -> Path:
+    if own := os.environ.get("NBATTN_CACHE_DIR"):
+        return Path(own)
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", "~\\AppData\\Local")).expanduser() / "nbattn" / "Cache"
+    if sys.platform == "darwin":
+        return Path("~/Library/Caches/nbattn").expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nbattn"
+
+
+class DiskCache:
+    """What Numba's dispatcher asks of a cache, with one file per kernel, replaced atomically and checksummed.
+
+    Numba's own cache notices edits only in the file of the cached function and can mix up two processes that
+    fill it at once; here a reader finds a whole file of the right digest or compiles.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.hit = False
+
+    @property
+    def cache_path(self) -> str:
+        return str(cache_folder())
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        folder = cache_folder()
+        target_context.refresh()
+        try:
+            blob = (folder / self.name).read_bytes() if folder else b""
+        except OSError:
+            return None
+        if hashlib.sha256(blob[32:]).digest() != blob[:32]:
+            return None
+        self.hit = True
+        return CompileResult._rebuild(target_context, *pickle.loads(blob[32:]))
+
+    def save_overload(self, sig: Any, result: Any) -> None:
+        folder = cache_folder()
+        if folder is None:
+            return
+        data = dumps(result._reduce())
+        try:
+            handle, temporary = tempfile.mkstemp(dir=folder)
+            with os.fdopen(handle, "wb") as file:
+                file.write(hashlib.sha256(data).digest() + data)
+            os.replace(temporary, folder / self.name)
+        except OSError:
+            pass  # a full disk costs the next process a compile, not this call
+
+
+_compile_lock = threading.RLock()
+_kernels: dict[str, Any] = {}
+
+
+def compiled(name: str, build: Callable[[], Callable[[Any], Any]]) -> Any:
+    """The kernel of this name, from memory, from disk, or compiled from the function that `build` returns."""
+    try:
+        return _kernels[name]
+    except KeyError:
+        pass
+    with _compile_lock:
+        if name not in _kernels:
+            kernel = numba.njit(nogil=True, error_model="numpy", boundscheck=False)(build())
+            kernel._cache = DiskCache(name)
+            kernel.compile(SIGNATURE)
+            kernel.disable_compile()
+            _kernels[name] = kernel
+        return _kernels[name]
+
+
+# --- threads -----------------------------------------------------------------------------------------------------
+
+
+def threads() -> int:
+    """How many threads a call may use: what `numba.set_num_threads` or `NUMBA_NUM_THREADS` says."""
+    # Asking Numba would start its threading layer, which forked children may not survive.
+    return numba.get_num_threads() if parallel._is_initialized else config.NUMBA_NUM_THREADS
+
+
+class _Team:
+    """Helper threads that live as long as the process, and the queue they take calls from."""
+
+    def __init__(self) -> None:
+        self.calls: SimpleQueue[_Call] = SimpleQueue()
+        self.size = 0
+        self.lock = threading.Lock()
+
+    def grow(self, size: int) -> None:
+        with self.lock:
+            while self.size < size:
+                threading.Thread(target=_help, args=(self.calls,), name="nbattn", daemon=True).start()
+                self.size += 1
+
+
+class _Call:
+    """One kernel call under way; holds its parameters for helpers that come late."""
+
+    __slots__ = ("address", "finished", "keep_alive", "kernel")
+
+    def __init__(self, kernel: Any, parameters: Any, keep_alive: Any) -> None:
+        self.kernel = kernel
+        self.address = parameters.ctypes.data
+        self.keep_alive = (parameters, keep_alive)
+        self.finished = threading.Lock()
+        self.finished.acquire()
+
+
+def _help(calls: SimpleQueue[_Call]) -> None:
+    while True:
+        call = calls.get()
+        if call.kernel(call.address):
+            call.finished.release()
+        del call  # its arrays must not live until the next call
+
+
+_team = _Team()
+
+
+def _after_fork() -> None:
+    # The child has none of the parent's threads, and a lock may have been held by one of them.
+    global _team, _compile_lock
+    _team = _Team()
+    _compile_lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def run(kernel: Any, parameters: Any, helpers: int, keep_alive: Any) -> None:
+    """Run a kernel on this thread and up to `helpers` more; return when every task is done.
+
+    `keep_alive` holds what the parameters give addresses of.
+
+    `kernel` returns nonzero in the one thread that finished the last task.
+    """
+    if helpers <= 0:
+        kernel(parameters.ctypes.data)
+        return
+    call = _Call(kernel, parameters, keep_alive)
+    if _team.size < helpers:
+        _team.grow(helpers)
+    for _ in range(helpers):
+        _team.calls.put(call)
+    if not kernel(call.address):
+        call.finished.acquire()
+
+
+# --- what the command line shows ---------------------------------------------------------------------------------
+
+
+def kernel_names(dtypes: Sequence[str]) -> list[str]:
+    """The kernels that calls with these dtypes need."""
+    return [name for stem in _stems() for name in stem.kernel_names(dtypes)]
+
+
+def compile_kernel(name: str) -> str:
+    """Make one kernel ready; say whether it was "compiled" or found "cached"."""
+    stem = next(stem for stem in _stems() if name.startswith(stem.__name__.rpartition(".")[2] + "-"))
+    return "cached" if stem.kernel(name)._cache.hit else "compiled"
+
+
+def _stems() -> list[Any]:
+    return [importlib.import_module(f"nbattn.cpu.{stem}") for stem in ("attention", "softmax")]
+
+
+def describe() -> dict[str, str]:
+    """Label and text of what `nbattn info` says of the CPU."""
+    from . import simd
+
+    return {
+        "CPU": cpu_name(),
+        "CPU features": " ".join(sorted(cpu_features())) or "baseline",
+        "Kernels": f"{simd.DESCRIPTION}",
+        "Threads": str(threads()),
+        "Kernel cache": str(cache_folder() or "none (no writable folder; kernels are compiled in every process)"),
+    }

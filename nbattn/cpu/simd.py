@@ -1,0 +1,374 @@
+"""Vector operations: a Numba type whose values are LLVM vectors, and the intrinsics on it.
+
+A vector holds `lanes(dtype)` numbers: one register of the host. Addresses are plain integers in bytes; loads and
+stores need no alignment. Storage dtypes are named "float32", "float64", "float16", "bfloat16"; kernels see only
+float32 and float64, and convert where they load and store.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, models, register_model
+
+from . import runtime
+
+_features = runtime.cpu_features()
+REGISTER_BYTES = 64 if "avx512f" in _features else 32 if "avx2" in _features else 16
+"""Bytes of one vector register."""
+REGISTERS = 32 if "avx512f" in _features or "neon" in _features else 16
+DESCRIPTION = f"{REGISTER_BYTES * 8}-bit vectors, {REGISTERS} registers"
+
+I8, I16, I32, I64 = (ir.IntType(n) for n in (8, 16, 32, 64))
+
+# 2**x on [-1/2, 1/2], minimax in the relative error: 3.9e-9 and 1.8e-17.
+EXP2 = {
+    np.float32: (1.0, 0.6931472253950111, 0.24022651084117294, 0.05550297314199325, 0.009618030782505154,
+                 0.0013410000966100157, 0.00015469731977475548),
+    np.float64: (1.0, 0.6931471805599457, 0.24022650695910097, 0.05550410866479039, 0.009618129107607003,
+                 0.0013333558153439966, 0.0001540353044157213, 1.5252727385193868e-05, 1.3215442675329823e-06,
+                 1.0180647659234139e-07, 7.072570412814423e-09, 4.078071929588337e-10),
+}  # fmt: skip
+
+
+class Vector(types.Type):
+    """One register of `lanes` numbers."""
+
+    def __init__(self, dtype: Any, lanes: int) -> None:
+        self.dtype = dtype
+        self.lanes = lanes
+        super().__init__(name=f"Vector({dtype}, {lanes})")
+
+
+@register_model(Vector)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, dmm: Any, fe_type: Any) -> None:
+        super().__init__(dmm, fe_type, ir.VectorType(dmm.lookup(fe_type.dtype).get_value_type(), fe_type.lanes))
+
+
+def lanes(dtype: Any) -> int:
+    """How many numbers of this dtype fill one vector."""
+    return REGISTER_BYTES // np.dtype(dtype).itemsize
+
+
+def vector(dtype: Any) -> Vector:
+    """The Numba type of a vector of this dtype (a Numba scalar type)."""
+    return Vector(dtype, REGISTER_BYTES * 8 // dtype.bitwidth)
+
+
+# --- emitters: LLVM code for scalars and vectors alike -------------------------------------------------------------
+
+
+def suffix(t: Any) -> str:
+    """How LLVM spells a type in an intrinsic's name."""
+    if isinstance(t, ir.VectorType):
+        return f"v{t.count}{suffix(t.element)}"
+    return {"float": "f32", "double": "f64", "half": "f16"}.get(str(t), str(t))
+
+
+def call(b: ir.IRBuilder, name: str, *args: Any) -> Any:
+    """Call the LLVM intrinsic `name` on arguments of one type. (`declare_intrinsic` knows no vectors.)"""
+    t = args[0].type
+    fn = cgutils.get_or_insert_function(
+        b.module, ir.FunctionType(t, [a.type for a in args]), f"llvm.{name}.{suffix(t)}"
+    )
+    return b.call(fn, args)
+
+
+def const(t: Any, x: Any) -> ir.Constant:
+    """A constant of a scalar type, or the same in every lane."""
+    return ir.Constant(t, [x] * t.count if isinstance(t, ir.VectorType) else x)
+
+
+def splat_value(b: ir.IRBuilder, t: Any, x: Any) -> Any:
+    """A vector of type t with the scalar x in every lane."""
+    undefined = ir.Constant(t, ir.Undefined)
+    first = b.insert_element(undefined, x, ir.Constant(I32, 0))
+    return b.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(I32, t.count), [0] * t.count))
+
+
+def pointer(b: ir.IRBuilder, address: Any, t: Any) -> Any:
+    return b.inttoptr(address, t.as_pointer())
+
+
+def load_value(b: ir.IRBuilder, p: Any) -> Any:
+    t = p.type.pointee
+    return b.load(p, align=_align(t))
+
+
+def store_value(b: ir.IRBuilder, x: Any, p: Any) -> None:
+    b.store(x, p, align=_align(x.type))
+
+
+def _align(t: Any) -> int:
+    element = t.element if isinstance(t, ir.VectorType) else t
+    return {"float": 4, "double": 8, "half": 2}.get(str(element)) or element.width // 8
+
+
+def fma_value(b: ir.IRBuilder, x: Any, y: Any, z: Any) -> Any:
+    # Without the instruction, llvm.fma would call libm once per lane.
+    return call(b, "fma" if "fma" in _features or "neon" in _features else "fmuladd", x, y, z)
+
+
+def greater_value(b: ir.IRBuilder, x: Any, y: Any) -> Any:
+    """max(x, y), and y where x is NaN: one instruction on x86."""
+    return b.select(b.fcmp_ordered(">", x, y), x, y)
+
+
+def _int_type(t: Any) -> Any:
+    """The integer type of the same width, lane by lane."""
+    if isinstance(t, ir.VectorType):
+        return ir.VectorType(_int_type(t.element), t.count)
+    return {"float": I32, "double": I64}[str(t)]
+
+
+def _exp2_parts(b: ir.IRBuilder, x: Any) -> tuple[Any, Any, tuple[float, ...]]:
+    """2**round(x) and x - round(x); 0 for 2**n below the normal numbers."""
+    t = x.type
+    single = suffix(t).endswith("f32")
+    bias, bits = (127, 23) if single else (1023, 52)
+    low = const(t, -float(bias))
+    x = b.select(b.fcmp_ordered("<", x, low), low, x)  # NaN stays
+    n = call(b, "rint", x)
+    it = _int_type(t)
+    power = b.bitcast(b.shl(b.add(b.fptosi(n, it), const(it, bias)), const(it, bits)), t)
+    return power, b.fsub(x, n), EXP2[np.float32 if single else np.float64]
+
+
+def exp2_value(b: ir.IRBuilder, x: Any) -> Any:
+    """2**x for x <= 0 (exact 0 below the normal numbers); NaN stays NaN."""
+    power, f, coefficients = _exp2_parts(b, x)
+    p = const(x.type, coefficients[-1])
+    for c in coefficients[-2::-1]:
+        p = fma_value(b, p, f, const(x.type, c))
+    return b.fmul(p, power)
+
+
+def tanh_value(b: ir.IRBuilder, x: Any) -> Any:
+    """tanh through 2**|x| - 1, which keeps the relative accuracy of small x."""
+    t = x.type
+    single = suffix(t).endswith("f32")
+    size = call(b, "fabs", x)
+    limit = const(t, 10.0 if single else 20.0)  # from there on tanh rounds to 1
+    size = b.select(b.fcmp_ordered(">", size, limit), limit, size)
+    power, f, coefficients = _exp2_parts(b, b.fmul(size, const(t, 2 / np.log(2))))
+    p = const(t, coefficients[-1])
+    for c in coefficients[-2:0:-1]:
+        p = fma_value(b, p, f, const(t, c))
+    # e**(2|x|) - 1 = power * (f * p) + (power - 1)
+    e = fma_value(b, power, b.fmul(f, p), b.fsub(power, const(t, 1.0)))
+    return call(b, "copysign", b.fdiv(e, b.fadd(e, const(t, 2.0))), x)
+
+
+def widen_value(b: ir.IRBuilder, x: Any, storage: str) -> Any:
+    """Numbers as stored (float16 and bfloat16 as their 16 bits) -> float32 or float64."""
+    if storage in ("float32", "float64"):
+        return x
+    it, ft = _like(x.type, I32), _like(x.type, ir.FloatType())
+    if storage == "bfloat16":
+        return b.bitcast(b.shl(b.zext(x, it), const(it, 16)), ft)
+    if "f16c" in _features:
+        return b.fpext(b.bitcast(x, _like(x.type, ir.HalfType())), ft)
+    bits = b.zext(x, it)
+    sign = b.shl(b.and_(bits, const(it, 0x8000)), const(it, 16))
+    size = b.and_(bits, const(it, 0x7FFF))
+    # Shifted into float32's fields the exponent is 112 too small, for denormals too.
+    number = b.bitcast(b.fmul(b.bitcast(b.shl(size, const(it, 13)), ft), const(ft, 2.0**112)), it)
+    special = b.select(b.icmp_unsigned(">=", size, const(it, 0x7C00)), const(it, 0x7F800000), const(it, 0))
+    return b.bitcast(b.or_(b.or_(number, special), sign), ft)
+
+
+def narrow_value(b: ir.IRBuilder, x: Any, storage: str) -> Any:
+    """float32 or float64 -> numbers as stored, rounded to nearest even."""
+    if storage in ("float32", "float64"):
+        return x
+    t, ht, it = x.type, _like(x.type, I16), _like(x.type, I32)
+    if storage == "float16" and "f16c" in _features:
+        return b.bitcast(b.fptrunc(x, _like(t, ir.HalfType())), ht)
+    bits = b.bitcast(x, it)
+    if storage == "bfloat16":
+        return b.trunc(b.lshr(_round_bits(b, x, 16), const(it, 16)), ht)
+    sign = b.and_(b.lshr(bits, const(it, 16)), const(it, 0x8000))
+    size = b.and_(bits, const(it, 0x7FFFFFFF))
+    normal = b.lshr(b.add(b.sub(size, const(it, 112 << 23)), b.add(const(it, 0xFFF), _bit(b, size, 13))), const(it, 13))
+    # Adding 0.5 puts the unit of float16's denormals, 2**-24, at the last bit of float32.
+    tiny = b.sub(b.bitcast(b.fadd(b.bitcast(size, t), const(t, 0.5)), it), const(it, 0x3F000000))
+    half = b.select(b.icmp_unsigned("<", size, const(it, 113 << 23)), tiny, normal)
+    half = b.select(b.icmp_unsigned(">=", size, const(it, 143 << 23)), const(it, 0x7C00), half)
+    half = b.select(b.icmp_unsigned(">", size, const(it, 0x7F800000)), const(it, 0x7E00), half)
+    return b.trunc(b.or_(half, sign), ht)
+
+
+def _bit(b: ir.IRBuilder, bits: Any, n: int) -> Any:
+    return b.and_(b.lshr(bits, const(bits.type, n)), const(bits.type, 1))
+
+
+def _round_bits(b: ir.IRBuilder, x: Any, dropped: int) -> Any:
+    """The bits of float32 x after rounding to nearest even at bit `dropped`; NaN stays a (quiet) NaN."""
+    it = _int_type(x.type)
+    bits = b.bitcast(x, it)
+    rounded = b.add(bits, b.add(const(it, (1 << (dropped - 1)) - 1), _bit(b, bits, dropped)))
+    return b.select(b.fcmp_unordered("uno", x, x), b.or_(bits, const(it, 1 << 22)), rounded)
+
+
+def _like(t: Any, element: Any) -> Any:
+    return ir.VectorType(element, t.count) if isinstance(t, ir.VectorType) else element
+
+
+# --- intrinsics ----------------------------------------------------------------------------------------------------
+
+
+def _stored(dtype: Any, storage: str) -> Any:
+    return {"float32": ir.FloatType(), "float64": ir.DoubleType()}.get(storage, I16)
+
+
+def _compute(storage: str) -> Any:
+    return types.float64 if storage == "float64" else types.float32
+
+
+def loads(storage: str) -> tuple[Any, Any, Any, Any]:
+    """(load, store, get, put) for numbers stored so: vectors and single numbers, converted on the way.
+
+    ``load(address) -> vector``, ``store(address, vector)``, ``get(address) -> number``, ``put(address, number)``.
+    """
+    number = _compute(storage)
+    element = _stored(number, storage)
+
+    def make(numba_type: Any, t: Any) -> tuple[Any, Any]:
+        @intrinsic
+        def read(typingctx: Any, address: Any) -> Any:
+            def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+                return widen_value(b, load_value(b, pointer(b, args[0], t)), storage)
+
+            return numba_type(types.int64), codegen
+
+        @intrinsic
+        def write(typingctx: Any, address: Any, x: Any) -> Any:
+            def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+                store_value(b, narrow_value(b, args[1], storage), pointer(b, args[0], t))
+                return context.get_dummy_value()
+
+            return types.void(types.int64, numba_type), codegen
+
+        return read, write
+
+    load, store = make(vector(number), ir.VectorType(element, vector(number).lanes))
+    get, put = make(number, element)
+    return load, store, get, put
+
+
+def _elementwise(emit: Any, arity: int) -> Any:
+    """An intrinsic on `arity` vectors (or numbers) of one type."""
+    if arity == 1:
+
+        @intrinsic
+        def one(typingctx: Any, x: Any) -> Any:
+            return x(x), lambda context, b, signature, args: emit(b, *args)
+
+        return one
+    if arity == 2:
+
+        @intrinsic
+        def two(typingctx: Any, x: Any, y: Any) -> Any:
+            return x(x, x), lambda context, b, signature, args: emit(b, *args)
+
+        return two
+
+    @intrinsic
+    def three(typingctx: Any, x: Any, y: Any, z: Any) -> Any:
+        return x(x, x, x), lambda context, b, signature, args: emit(b, *args)
+
+    return three
+
+
+add = _elementwise(lambda b, x, y: b.fadd(x, y), 2)
+sub = _elementwise(lambda b, x, y: b.fsub(x, y), 2)
+mul = _elementwise(lambda b, x, y: b.fmul(x, y), 2)
+fma = _elementwise(fma_value, 3)
+greater = _elementwise(greater_value, 2)
+exp2 = _elementwise(exp2_value, 1)
+tanh = _elementwise(tanh_value, 1)
+round_bfloat16 = _elementwise(
+    lambda b, x: b.bitcast(b.and_(_round_bits(b, x, 16), const(_int_type(x.type), -0x10000)), x.type), 1
+)
+finite_or_zero = _elementwise(
+    lambda b, x: b.select(b.fcmp_ordered("==", x, const(x.type, float("-inf"))), const(x.type, 0.0), x), 1
+)
+"""0 in place of -inf: the maximum that a row without any key subtracts."""
+
+
+@intrinsic
+def splat(typingctx: Any, x: Any) -> Any:
+    """A vector with the number x in every lane."""
+    t = vector(x)
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        return splat_value(b, context.get_value_type(t), args[0])
+
+    return t(x), codegen
+
+
+@intrinsic
+def outside(typingctx: Any, s: Any, j: Any, low: Any, high: Any) -> Any:
+    """s where low <= j < high, else -inf; `low` and `high` are addresses of one integer per lane."""
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        x, position, *addresses = args
+        it = _int_type(x.type)
+        first, last = (load_value(b, pointer(b, a, it)) for a in addresses)
+        here = splat_value(b, it, b.trunc(position, it.element) if it.element.width < 64 else position)
+        seen = b.and_(b.icmp_signed("<=", first, here), b.icmp_signed("<", here, last))
+        return b.select(seen, x, const(x.type, float("-inf")))
+
+    return s(s, types.int64, types.int64, types.int64), codegen
+
+
+def scalars(number: Any) -> tuple[Any, Any]:
+    """(get, put) of one number of a Numba type at an address, as it is."""
+
+    @intrinsic
+    def get(typingctx: Any, address: Any) -> Any:
+        def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+            return load_value(b, pointer(b, args[0], context.get_value_type(number)))
+
+        return number(types.int64), codegen
+
+    @intrinsic
+    def put(typingctx: Any, address: Any, x: Any) -> Any:
+        def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+            store_value(b, args[1], pointer(b, args[0], context.get_value_type(number)))
+            return context.get_dummy_value()
+
+        return types.void(types.int64, number), codegen
+
+    return get, put
+
+
+@intrinsic
+def fetch_add(typingctx: Any, address: Any) -> Any:
+    """Add 1 to the int64 at an address, atomically; its value before."""
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        return b.atomic_rmw("add", pointer(b, args[0], I64), ir.Constant(I64, 1), "seq_cst")
+
+    return types.int64(types.int64), codegen
+
+
+def record(fields: Any) -> Any:
+    """An intrinsic that reads an address as a record with these NumPy fields."""
+    from numba.np.numpy_support import from_struct_dtype
+
+    t = from_struct_dtype(np.dtype(fields))
+
+    @intrinsic
+    def view(typingctx: Any, address: Any) -> Any:
+        def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+            return b.inttoptr(args[0], context.get_value_type(t))
+
+        return t(types.int64), codegen
+
+    return view

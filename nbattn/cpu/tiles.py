@@ -1,0 +1,137 @@
+"""Register tiles: the small matrix products that all arithmetic of attention goes through.
+
+One tile multiplies `rows` rows of A by `vectors` vectors of columns of B and keeps all of its sums in registers:
+6 x 4 of the 32 registers of AVX-512 and NEON, 6 x 2 of the 16 of AVX2 and SSE. In each step of the reduction
+it loads `vectors` vectors of B and broadcasts one number for each row of A, which is read as it lies in memory.
+B and C are scratch with rows of `ROW_BYTES`; columns are queries.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from . import simd
+from .runtime import jit
+from .simd import I64, const, fma_value, load_value, pointer, splat_value, store_value
+
+ROW_BYTES = 256
+WIDE = 4 if simd.REGISTERS == 32 else 2
+"""Vectors of a full tile."""
+NARROW_ROWS = 12
+"""Rows of a tile that is one vector wide: enough sums under way to hide the latency of an FMA."""
+
+
+def _tile(number: Any, rows: int, vectors: int, rescale: bool) -> Any:
+    """``c[:rows, :] = a[:rows, :depth] @ b``; with `rescale`, ``c * factor +`` that.
+
+    a[r, k] lies at ``a + (r * a_row + k * a_col) * itemsize``; `factor` is the address of one number per column.
+    """
+    size = number.bitwidth // 8
+
+    @intrinsic
+    def tile(typingctx: Any, a: Any, a_row: Any, a_col: Any, b: Any, c: Any, depth: Any, factor: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            a, a_row, a_col, b, c, depth, factor = args
+            scalar = context.get_value_type(number)
+            t = ir.VectorType(scalar, simd.REGISTER_BYTES // size)
+            a_rows = [
+                builder.gep(pointer(builder, a, scalar), [builder.mul(a_row, const(I64, r))]) for r in range(rows)
+            ]
+
+            def at(base: Any, r: int, j: int) -> Any:
+                return pointer(builder, builder.add(base, const(I64, r * ROW_BYTES + j * simd.REGISTER_BYTES)), t)
+
+            places = [at(c, r, j) for r in range(rows) for j in range(vectors)]
+            if rescale:
+                factors = [load_value(builder, at(factor, 0, j)) for j in range(vectors)]
+                sums = [
+                    builder.fmul(load_value(builder, place), factors[i % vectors]) for i, place in enumerate(places)
+                ]
+            else:
+                sums = [const(t, 0.0)] * len(places)
+
+            before, head = builder.block, builder.append_basic_block("reduce")
+            after = builder.append_basic_block("reduced")
+            builder.cbranch(builder.icmp_signed(">", depth, const(I64, 0)), head, after)
+            builder.position_at_end(head)
+            k = builder.phi(I64)
+            k.add_incoming(const(I64, 0), before)
+            running = [builder.phi(t) for _ in sums]
+            row = builder.add(b, builder.mul(k, const(I64, ROW_BYTES)))
+            columns = [load_value(builder, at(row, 0, j)) for j in range(vectors)]
+            offset = builder.mul(k, a_col)
+            grown = []
+            for r in range(rows):
+                x = splat_value(builder, t, load_value(builder, builder.gep(a_rows[r], [offset])))
+                grown += [fma_value(builder, x, columns[j], running[r * vectors + j]) for j in range(vectors)]
+            following = builder.add(k, const(I64, 1))
+            k.add_incoming(following, head)
+            for phi, first, next_ in zip(running, sums, grown, strict=True):
+                phi.add_incoming(first, before)
+                phi.add_incoming(next_, head)
+            builder.cbranch(builder.icmp_signed("<", following, depth), head, after)
+            builder.position_at_end(after)
+            totals = [builder.phi(t) for _ in sums]
+            for total, first, last, place in zip(totals, sums, grown, places, strict=True):
+                total.add_incoming(first, before)
+                total.add_incoming(last, head)
+                store_value(builder, total, place)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 7), codegen
+
+    return tile
+
+
+def product(number: Any, rescale: bool) -> Any:
+    """The compiled function ``product(a, a_row, a_col, rows, b, c, vectors, depth, factor)``.
+
+    ``c[rows, :] = a[rows, depth] @ b[depth, :]`` over `vectors` vectors of columns, plus ``c * factor`` with
+    `rescale`. Strides of a are in elements; a and the addresses b, c, factor as in `_tile`.
+    """
+    wide = {rows: _tile(number, rows, WIDE, rescale) for rows in (6, 4, 1)}
+    narrow = {rows: _tile(number, rows, 1, rescale) for rows in (NARROW_ROWS, 4, 1)}
+    wide6, wide4, wide1 = wide[6], wide[4], wide[1]
+    narrow12, narrow4, narrow1 = narrow[NARROW_ROWS], narrow[4], narrow[1]
+    size = number.bitwidth // 8
+
+    @jit
+    def multiply(a, a_row, a_col, rows, b, c, vectors, depth, factor):  # type: ignore[no-untyped-def]
+        column = 0
+        while column < vectors:
+            shift = column * simd.REGISTER_BYTES
+            r = 0
+            if vectors - column >= WIDE:
+                while rows - r >= 6 and rows - r != 8:  # 8 is two fours
+                    wide6(a + r * a_row * size, a_row, a_col, b + shift, c + r * ROW_BYTES + shift, depth,
+                          factor + shift)  # fmt: skip
+                    r += 6
+                while rows - r >= 4:
+                    wide4(a + r * a_row * size, a_row, a_col, b + shift, c + r * ROW_BYTES + shift, depth,
+                          factor + shift)  # fmt: skip
+                    r += 4
+                while rows > r:
+                    wide1(a + r * a_row * size, a_row, a_col, b + shift, c + r * ROW_BYTES + shift, depth,
+                          factor + shift)  # fmt: skip
+                    r += 1
+                column += WIDE
+            else:
+                while rows - r >= NARROW_ROWS:
+                    narrow12(a + r * a_row * size, a_row, a_col, b + shift, c + r * ROW_BYTES + shift, depth,
+                             factor + shift)  # fmt: skip
+                    r += NARROW_ROWS
+                while rows - r >= 4:
+                    narrow4(a + r * a_row * size, a_row, a_col, b + shift, c + r * ROW_BYTES + shift, depth,
+                            factor + shift)  # fmt: skip
+                    r += 4
+                while rows > r:
+                    narrow1(a + r * a_row * size, a_row, a_col, b + shift, c + r * ROW_BYTES + shift, depth,
+                            factor + shift)  # fmt: skip
+                    r += 1
+                column += 1
+
+    return multiply
