@@ -1,0 +1,230 @@
+"""The command line: ``nbattn generate``, ``nbattn info``, ``nbattn warmup`` (``python -m nbattn`` too)."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from . import __version__
+from .models import LANGUAGES
+from .problem import STORAGE_DTYPES
+
+# What a shell reports for a program that a signal ended: 128 + SIGINT, 128 + SIGPIPE.
+INTERRUPTED, PIPE_CLOSED = 130, 141
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Parameters
+    ----------
+    argv : sequence of str, optional
+        The arguments; ``sys.argv[1:]`` unless given.
+
+    Returns
+    -------
+    int
+        The exit code: 0, or 2 after one sentence on stderr, 130 after Ctrl-C, 141 where the reader of the
+        output has gone.
+
+    Examples
+    --------
+    >>> from nbattn.__main__ import main
+    >>> main(["generate", ""])
+    2
+    """
+    try:
+        args = _parser().parse_args(argv)
+        args.run(args)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        _discard_unwritten()
+        return PIPE_CLOSED
+    except (ImportError, MemoryError, OSError, ValueError) as error:
+        print(f"nbattn: error: {error}", file=sys.stderr)
+        _discard_unwritten()
+        return 2
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """Complains in one sentence, as every other error does."""
+
+    def error(self, message: str) -> NoReturn:
+        msg = f"{message}; see {self.prog} --help"
+        raise ValueError(msg)
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="nbattn", description="Attention inference: NumPy in, NumPy out, Numba inside.")
+    parser.add_argument("--version", action="version", version=f"nbattn {__version__}")
+    commands = parser.add_subparsers(metavar="command", required=True)
+
+    generate = commands.add_parser("generate", help="continue a text with a small trained model")
+    generate.set_defaults(run=_generate)
+    generate.add_argument("prompt", type=_prompt)
+    generate.add_argument("--model", choices=LANGUAGES, default="glassllm-en", help="default: %(default)s")
+    generate.add_argument("--max-tokens", type=_count, default=100, metavar="N", help="default: %(default)s")
+    cold = "0, the default, takes the likeliest token"
+    generate.add_argument("--temperature", type=_temperature, default=0.0, metavar="T", help=cold)
+    fewest = "draw among the fewest tokens whose probabilities reach P; default: all tokens"
+    generate.add_argument("--top-p", type=_top_p, default=1.0, metavar="P", help=fewest)
+    generate.add_argument("--seed", type=_count, metavar="S", help="the same seed draws the same text")
+    generate.add_argument("--backend", choices=("cpu", "cuda", "reference"), help="default: cpu")
+    generate.add_argument(
+        "--weights", metavar="DIR", help="where the weight files are; default: in their package"
+    )
+
+    info = commands.add_parser("info", help="versions, processor, chosen kernels, threads, cache folder, GPU")
+    info.set_defaults(run=_info)
+
+    warmup = commands.add_parser("warmup", help="compile every kernel now, so that no first call waits")
+    warmup.set_defaults(run=_warmup)
+    only = "only for this dtype; may be repeated; default: all four"
+    warmup.add_argument("--dtype", action="append", choices=STORAGE_DTYPES, help=only)
+    return parser
+
+
+def _prompt(text: str) -> str:
+    if not text:
+        msg = "it is empty; give at least one character"
+        raise argparse.ArgumentTypeError(msg)
+    return text
+
+
+def _count(text: str) -> int:
+    return int(_number(text, int, lambda n: n >= 0, "a whole number of at least 0"))
+
+
+def _temperature(text: str) -> float:
+    return _number(text, float, lambda t: 0 <= t < math.inf, "a number of at least 0")
+
+
+def _top_p(text: str) -> float:
+    return _number(text, float, lambda p: 0 < p <= 1, "a number above 0 and at most 1")
+
+
+def _number(text: str, kind: Any, fits: Any, expected: str) -> float:
+    try:
+        number = kind(text)
+    except ValueError:
+        number = math.nan
+    if not fits(number):
+        msg = f"got {text!r}; expected {expected}"
+        raise argparse.ArgumentTypeError(msg)
+    return number
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from .models import load
+
+    begin = time.perf_counter()
+    model, tokenizer = load(args.model, folder=args.weights, backend=args.backend)
+    model([[0]])  # compiles the kernel, so that the speeds below are the model's
+    loaded = time.perf_counter()
+    prompt = tokenizer.encode(args.prompt)
+    _write(args.prompt)
+    first = loaded
+    tokens = model.generate(
+        prompt, args.max_tokens, temperature=args.temperature, top_p=args.top_p, seed=args.seed
+    )
+    count = 0
+    for count, token in enumerate(tokens, 1):
+        if count == 1:
+            first = time.perf_counter()
+        _write(tokenizer.decode([token]))
+    end = time.perf_counter()
+    _write("\n")
+    report = [f"loaded in {loaded - begin:.2f} s"]
+    if count:
+        report.append(f"prompt: {_speed(min(len(prompt), model.config.max_len), first - loaded)}")
+    if count > 1:
+        report.append(f"generation: {_speed(count - 1, end - first)}")
+    print("; ".join(report), file=sys.stderr)
+
+
+def _speed(tokens: int, seconds: float) -> str:
+    return f"{tokens} tokens in {seconds:.3f} s ({tokens / max(seconds, 1e-9):.0f} tokens/s)"
+
+
+def _write(text: str) -> None:
+    """Print a piece of text at once; what the terminal's encoding lacks becomes a question mark."""
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
+    sys.stdout.flush()
+
+
+def _info(args: argparse.Namespace) -> None:
+    from .cpu import runtime
+
+    lines = {"nbattn": __version__, "python": platform.python_version()}
+    lines |= {name: importlib.metadata.version(name) for name in ("numpy", "scipy", "numba", "llvmlite")}
+    lines |= runtime.describe()
+    lines["gpu"] = _gpu()
+    width = max(map(len, lines))
+    for label, text in lines.items():
+        print(f"{label:{width}}  {text}")
+
+
+def _gpu() -> str:
+    try:
+        from numba import cuda
+    except ImportError:
+        return "none"
+    if not cuda.is_available():
+        return "none"
+    device = cuda.get_current_device()
+    name = device.name.decode() if isinstance(device.name, bytes) else device.name
+    major, minor = device.compute_capability
+    return f"{name}, compute capability {major}.{minor}"
+
+
+def _warmup(args: argparse.Namespace) -> None:
+    from .cpu import runtime
+
+    names = runtime.kernel_names(args.dtype or STORAGE_DTYPES)
+    begin = time.perf_counter()
+    outcomes = []
+    for done, name in enumerate(names):
+        _progress(done, len(names), name)
+        outcomes.append(runtime.compile_kernel(name))
+    _progress(len(names), len(names), "done")
+    seconds = time.perf_counter() - begin
+    folder = runtime.cache_folder()
+    where = f"cache: {folder}" if folder else "no cache folder is writable, so they end with this process"
+    compiled, cached = outcomes.count("compiled"), outcomes.count("cached")
+    print(f"{compiled} kernels compiled, {cached} already cached, in {seconds:.1f} s; {where}")
+
+
+def _progress(done: int, total: int, name: str) -> None:
+    """One line that is redrawn on a terminal, else one line for each kernel."""
+    if sys.stderr.isatty():
+        filled = 24 * done // max(total, 1)
+        bar = "#" * filled + "-" * (24 - filled)
+        end = "\n" if done == total else ""
+        print(f"\r\x1b[K[{bar}] {done}/{total} {name}", file=sys.stderr, end=end, flush=True)
+    elif done < total:
+        print(f"{done + 1}/{total} {name}", file=sys.stderr, flush=True)
+
+
+def _discard_unwritten() -> None:
+    """Send what cannot be written nowhere, so that the interpreter's flush at exit does not fail too."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
