@@ -1,4 +1,4 @@
-"""Softmax, log-softmax, log-sum-exp: docstring, checks, dispatch. The formulas are in `reference/softmax.py`."""
+"""Softmax, log-softmax and log-sum-exp: docstring, checks, dispatch. Formulas in `reference/softmax.py`."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ def logsumexp(
 
 
 class _Call(NamedTuple):
-    """The arguments that all three share, checked. Kernels see arrays as (outer, n, inner), reduced over n."""
+    """The arguments that all three share, checked. Kernels see (outer, n, inner) arrays and reduce over n."""
 
     module: ModuleType
     x: NDArray[Any]
