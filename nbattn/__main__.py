@@ -170,7 +170,7 @@ def _info(args: argparse.Namespace) -> None:
     lines = {"nbattn": __version__, "python": platform.python_version()}
     lines |= {name: importlib.metadata.version(name) for name in ("numpy", "scipy", "numba", "llvmlite")}
     lines |= runtime.describe()
-    lines["gpu"] = _gpu()
+    lines["GPU"] = _gpu()
     width = max(map(len, lines))
     for label, text in lines.items():
         print(f"{label:{width}}  {text}")
