@@ -16,9 +16,8 @@ from nbattn.models.glassllm import GlassLM, Tokenizer
 from nbattn.models.sampling import next_token, nucleus
 from nbattn.models.weights import Weights, package_folder, read_json
 
-needs_glassllm = pytest.mark.skipif(
-    importlib.util.find_spec("glassllm") is None, reason='needs glassllm: pip install "nbattn[models]"'
-)
+INSTALL = 'needs glassllm: pip install "nbattn[models]"'
+needs_glassllm = pytest.mark.skipif(importlib.util.find_spec("glassllm") is None, reason=INSTALL)
 
 PROMPTS = {
     "en": [
@@ -37,20 +36,14 @@ def language(request):
 
 @pytest.fixture(scope="module")
 def theirs(language):
-    glassllm = pytest.importorskip("glassllm")
+    glassllm = pytest.importorskip("glassllm", reason=INSTALL)
     return glassllm.load_pretrained(language)
 
 
 @pytest.fixture(scope="module")
 def ours(language):
-    if importlib.util.find_spec("glassllm") is None:
-        pytest.skip('needs glassllm: pip install "nbattn[models]"')
+    pytest.importorskip("glassllm", reason=INSTALL)
     return load(f"glassllm-{language}", backend="reference")
-
-
-@pytest.fixture(params=["cpu", "reference"])
-def backend(request):
-    return request.param
 
 
 def their_tokens(model, ids, count, **options):

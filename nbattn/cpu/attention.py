@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 
 from ..problem import STORAGE_DTYPES, Problem
 from . import runtime, simd
-from .runtime import jit
 from .tiles import ROW_BYTES, product
 
 KEYS = 96
@@ -162,7 +161,7 @@ def _parameters(
 # --- the kernel ----------------------------------------------------------------------------------------------------
 
 
-def _build(storage: str) -> Callable[[Any], Any]:
+def _build(storage: str, jit: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """The kernel for arrays of one storage dtype, as a function of its parameters' address."""
     dtype: Any = np.float64 if storage == "float64" else np.float32
     number = types.float64 if storage == "float64" else types.float32
@@ -178,7 +177,7 @@ def _build(storage: str) -> Callable[[Any], Any]:
     load_stored, _, get_stored, put_stored = simd.loads(storage)
     get_index, put_index = simd.scalars(types.int64) if size == 8 else simd.scalars(types.int32)
     index = np.int64 if size == 8 else np.int32
-    fresh, accumulate = product(number, rescale=False), product(number, rescale=True)
+    fresh, accumulate = product(jit, number, rescale=False), product(jit, number, rescale=True)
     bias_getters = [simd.loads(kind)[2] for kind in STORAGE_DTYPES]
     fma, mul, sub, add, exp2, greater, splat = (
         simd.fma, simd.mul, simd.sub, simd.add, simd.exp2, simd.greater, simd.splat,

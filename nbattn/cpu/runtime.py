@@ -29,6 +29,7 @@ import numpy as np
 from numba import types
 from numba.core import config
 from numba.core.compiler import CompileResult
+from numba.core.runtime import rtsys
 from numba.core.serialize import dumps
 from numba.np.ufunc import parallel
 
@@ -40,8 +41,20 @@ WORK = [("tasks", np.int64), ("next_task", np.int64, 8), ("tasks_done", np.int64
 
 SIGNATURE = types.int64(types.int64)
 
-jit = numba.njit(nogil=True, error_model="numpy", boundscheck=False)
-"""Options of the functions that kernels call."""
+
+def jit_for(kernel: str) -> Callable[[Any], Any]:
+    """The decorator of every function that goes into this kernel.
+
+    Kernels from the disk are linked into one process by symbol names, which Numba keeps apart only within the
+    process that compiled them: the kernel's name makes them unique, or one dtype's kernel calls another's parts.
+    """
+
+    def jit(function: Any) -> Any:
+        function.__qualname__ += f".{kernel}"
+        return numba.njit(nogil=True, error_model="numpy", boundscheck=False)(function)
+
+    return jit
+
 
 
 # --- the processor -----------------------------------------------------------------------------------------------
@@ -125,7 +138,6 @@ class DiskCache:
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         folder = cache_folder()
-        target_context.refresh()
         try:
             blob = (folder / self.name).read_bytes() if folder else b""
         except OSError:
@@ -133,6 +145,9 @@ class DiskCache:
         if hashlib.sha256(blob[32:]).digest() != blob[:32]:
             return None
         self.hit = True
+        # A full `target_context.refresh()` would import half of Numba and scipy.linalg (0.3 s); a kernel that is
+        # already machine code needs Numba's allocator symbols alone.
+        rtsys.initialize(target_context)
         return CompileResult._rebuild(target_context, *pickle.loads(blob[32:]))
 
     def save_overload(self, sig: Any, result: Any) -> None:
@@ -153,15 +168,19 @@ _compile_lock = threading.RLock()
 _kernels: dict[str, Any] = {}
 
 
-def compiled(name: str, build: Callable[[], Callable[[Any], Any]]) -> Any:
-    """The kernel of this name, from memory, from disk, or compiled from the function that `build` returns."""
+def compiled(name: str, build: Callable[[Callable[[Any], Any]], Callable[[Any], Any]]) -> Any:
+    """The kernel of this name, from memory, from disk, or compiled.
+
+    ``build(jit)`` returns the kernel as a plain function; the functions it calls are decorated with `jit`.
+    """
     try:
         return _kernels[name]
     except KeyError:
         pass
     with _compile_lock:
         if name not in _kernels:
-            kernel = numba.njit(nogil=True, error_model="numpy", boundscheck=False)(build())
+            jit = jit_for(name)
+            kernel = jit(build(jit))
             kernel._cache = DiskCache(name)
             kernel.compile(SIGNATURE)
             kernel.disable_compile()

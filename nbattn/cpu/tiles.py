@@ -15,7 +15,6 @@ from numba import types
 from numba.extending import intrinsic
 
 from . import simd
-from .runtime import jit
 from .simd import I64, const, fma_value, load_value, pointer, splat_value, store_value
 
 ROW_BYTES = 256
@@ -87,7 +86,7 @@ def _tile(number: Any, rows: int, vectors: int, rescale: bool) -> Any:
     return tile
 
 
-def product(number: Any, rescale: bool) -> Any:
+def product(jit: Any, number: Any, rescale: bool) -> Any:
     """The compiled function ``product(a, a_row, a_col, rows, b, c, vectors, depth, factor)``.
 
     ``c[rows, :] = a[rows, depth] @ b[depth, :]`` over `vectors` vectors of columns, plus ``c * factor`` with
