@@ -122,7 +122,8 @@ def _attend(
     # A row that sees nothing is 0 / 1.
     divisor = np.where(total == 0, 1, total)[:, :, None]
     factors = round_to_bfloat16(exponentials) if problem.bfloat16_products else exponentials
-    return _weighted_sum(factors, value, seen) / divisor, exponentials / divisor, largest + np.log(total)
+    weights = np.where(seen, exponentials / divisor, 0)
+    return _weighted_sum(factors, value, seen) / divisor, weights, largest + np.log(total)
 
 
 def _weighted_sum(factors: NDArray[Any], value: NDArray[Any], seen: NDArray[np.bool_]) -> NDArray[Any]:

@@ -1,0 +1,185 @@
+"""Attention's formula written a second time, apart from the package, and the rule that results are held to.
+
+The truth is ``backend="reference"`` on float64 copies of the inputs, and is itself held to this formula in
+float64. A result passes where its error is at most twice the error of this formula in the result's own
+compute dtype, plus a few ulp: a tolerance that no dtype or size makes loose.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from ml_dtypes import bfloat16, finfo
+
+import nbattn
+
+DTYPES = [np.float32, np.float64, np.float16, bfloat16]
+HALF = (np.dtype(np.float16), np.dtype(bfloat16))
+SIZES = [1, 2, 3, 7, 15, 16, 17, 31, 33, 63, 64, 65, 97, 100, 130]
+
+
+class Result(NamedTuple):
+    output: np.ndarray
+    weights: np.ndarray
+    lse: np.ndarray
+    seen: np.ndarray
+    magnitude: np.ndarray
+    """weights @ abs(value): the size of what cancels in the output."""
+    condition: np.ndarray
+    """Per row, the size of what cancels in its scores."""
+
+
+def normal(rng, shape, dtype=np.float32):
+    return rng.standard_normal(shape).astype(dtype)
+
+
+def inputs(
+    rng, batch=2, heads=4, kv_heads=2, queries=33, keys=70, head_dim=17, value_dim=None, dtype=np.float32
+):
+    """Random query, key and value."""
+    return (
+        normal(rng, (batch, heads, queries, head_dim), dtype),
+        normal(rng, (batch, kv_heads, keys, head_dim), dtype),
+        normal(rng, (batch, kv_heads, keys, value_dim or head_dim), dtype),
+    )
+
+
+def compute_dtype_of(dtype):
+    return np.float64 if dtype == np.float64 else np.float32
+
+
+def positions(shape, query_offset=0, key_lengths=None):
+    """The position of each query among the keys, (B, 1, Sq, 1), and the keys' lengths, (B,)."""
+    batch, _, queries, keys = shape
+    lengths = np.full(batch, keys) if key_lengths is None else np.asarray(key_lengths)
+    offset = lengths - queries if isinstance(query_offset, str) else np.broadcast_to(query_offset, batch)
+    return (np.arange(queries) + offset[:, None])[:, None, :, None], lengths
+
+
+def see(
+    shape, mask=None, *, bias=None, is_causal=False, window_size=None, query_offset=0, key_lengths=None, **_
+):
+    """Which key each query sees, (B, H, Sq, Sk)."""
+    position, lengths = positions(shape, query_offset, key_lengths)
+    j = np.arange(shape[3])
+    seen = np.ones(shape, bool) & (j < lengths[:, None, None, None])
+    if is_causal:
+        seen &= j <= position
+    left, right = window_size or (None, None)
+    if left not in (None, -1):
+        seen &= j >= position - left
+    if right not in (None, -1):
+        seen &= j <= position + right
+    if mask is not None:
+        seen &= np.asarray(mask) != 0
+    if bias is not None:
+        seen &= np.asarray(bias) != -np.inf
+    return seen
+
+
+def formula(query, key, value, mask=None, *, compute, **options):
+    """softmax(scores) @ value in the dtype `compute`, for (B, H, S, D) inputs.
+
+    A NaN in a query or key makes every row NaN that meets it, one in a value that column of every row that
+    sees it, and nothing else.
+    """
+    q, k, v = (np.asarray(x).astype(compute) for x in (query, key, value))
+    batch, heads, queries, head_dim = q.shape
+    group, keys = heads // max(k.shape[1], 1), k.shape[2]
+    k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
+    seen = see((batch, heads, queries, keys), mask, **options)
+    broken = (seen & (np.isnan(q).any(-1)[..., None] | np.isnan(k).any(-1)[:, :, None])).any(-1)
+    broken_value = seen.astype(np.float64) @ np.isnan(v) > 0
+    q, k, v = (np.where(np.isnan(x), compute(0), x) for x in (q, k, v))
+    scale = options.get("scale")
+    scale = compute(1 / np.sqrt(head_dim) if scale is None else scale)
+    with np.errstate(all="ignore"):
+        scores = q @ k.transpose(0, 1, 3, 2) * scale
+        condition = np.abs(q) @ np.abs(k).transpose(0, 1, 3, 2) * abs(scale)
+        if softcap := options.get("softcap"):
+            scores = compute(softcap) * np.tanh(scores / compute(softcap))
+        if (bias := options.get("bias")) is not None:
+            scores = scores + np.asarray(bias).astype(compute)
+            condition = condition + np.abs(np.asarray(bias).astype(compute))
+        if (slopes := options.get("alibi_slopes")) is not None:
+            position, _ = positions(seen.shape, options.get("query_offset", 0), options.get("key_lengths"))
+            term = np.asarray(slopes).astype(compute)[:, None, None] * (np.arange(keys) - position).astype(
+                compute
+            )
+            scores, condition = scores + term, condition + np.abs(term)
+        scores = np.where(seen, scores, compute(-np.inf))
+        largest = scores.max(axis=-1, keepdims=True, initial=-np.inf)
+        if (sinks := options.get("sinks")) is not None:
+            sinks = np.asarray(sinks).astype(compute)[:, None, None]
+            largest = np.maximum(largest, sinks)
+        largest = np.where(largest == -np.inf, compute(0), largest)
+        exponentials = np.exp(scores - largest)
+        total = exponentials.sum(axis=-1, keepdims=True)
+        if sinks is not None:
+            total = total + np.exp(sinks - largest)
+        weights = exponentials / np.where(total == 0, compute(1), total)
+        lse = (largest + np.log(total))[..., 0]
+    condition = np.where(seen & np.isfinite(condition), condition, 0).max(axis=-1, initial=0)
+    return Result(
+        output=np.where(broken[..., None] | broken_value, np.nan, weights @ v),
+        weights=np.where(broken[..., None] & seen, np.nan, weights),
+        lse=np.where(broken, np.nan, lse),
+        seen=seen,
+        magnitude=weights @ np.abs(v),
+        condition=condition,
+    )
+
+
+def assert_accurate(got, truth, plain, unit, *, ulp, what):
+    """`got` is as close to `truth` as twice what `plain` is, plus `ulp`, all counted in `unit`."""
+    got, truth, plain = (np.asarray(x).astype(np.float64) for x in (got, truth, plain))
+    assert got.shape == truth.shape, what
+    finite = np.isfinite(truth)
+    np.testing.assert_array_equal(got[~finite], truth[~finite], err_msg=what)
+    assert np.isfinite(got[finite]).all(), f"{what}: not finite where the truth is"
+    unit = np.broadcast_to(unit, truth.shape)[finite]
+    error, allowed = ((np.abs(x[finite] - truth[finite]) / unit).max(initial=0) for x in (got, plain))
+    assert error <= 2 * allowed + ulp, f"{what}: error {error:.3g} of {2 * allowed + ulp:.3g} allowed"
+
+
+def check(backend, query, key, value, mask=None, **options):
+    """Run attention in every form that the door has, and hold output, weights and lse to the rule."""
+    attention = nbattn.scaled_dot_product_attention
+    dtype = np.asarray(query).dtype
+    compute = compute_dtype_of(dtype)
+    wide = [np.asarray(x).astype(np.float64) for x in (query, key, value)]
+    plain, exact = (formula(*wide, mask, compute=c, **options) for c in (compute, np.float64))
+    truth = attention(*wide, mask, backend="reference", return_weights=True, return_lse=True, **options)
+
+    call = {"mask": mask, "backend": backend, **options}
+    alone = attention(query, key, value, **call)
+    with_lse = attention(query, key, value, return_lse=True, **call)
+    full = attention(query, key, value, return_weights=True, return_lse=True, **call)
+    assert alone.dtype == full.output.dtype == dtype
+    assert full.weights.dtype == full.lse.dtype == with_lse.lse.dtype == compute
+    assert with_lse.weights is None
+
+    tiny, eps = float(finfo(dtype).smallest_subnormal), float(finfo(compute).eps)
+    half_ulp = float(finfo(dtype).eps) / 2 if dtype in HALF else 0
+    factor = np.maximum(1, exact.condition / 4)
+    units = Result(
+        output=exact.magnitude * (1 if dtype in HALF else factor[..., None]) + tiny,
+        weights=np.nan_to_num(exact.weights).max(axis=-1, keepdims=True, initial=0) * factor[..., None] + tiny,
+        lse=np.maximum(1, np.abs(exact.lse)) * factor,
+        seen=None, magnitude=None, condition=None,
+    )  # fmt: skip
+    # What a row that met a NaN says of the keys that it does not see is left open.
+    judged = exact.seen | ~np.isnan(exact.lse)[..., None]
+    plain = plain._replace(output=plain.output.astype(dtype))
+    for name in ("output", "weights", "lse"):
+        unit, second = getattr(units, name), getattr(exact, name)
+        assert_accurate(getattr(truth, name), second, second, unit, ulp=2.0**-48, what=f"the oracle's {name}")
+    for result in (alone, with_lse.output, full.output):
+        assert_accurate(
+            result, truth.output, plain.output, units.output, ulp=4 * eps + half_ulp, what="output"
+        )
+    for result in (with_lse.lse, full.lse):
+        assert_accurate(result, truth.lse, plain.lse, units.lse, ulp=4 * eps, what="lse")
+    weights = np.where(judged, full.weights, 0)
+    assert_accurate(weights, truth.weights, plain.weights, units.weights, ulp=4 * eps, what="weights")
+    assert not weights[~exact.seen].any()
+    return full
