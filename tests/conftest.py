@@ -12,10 +12,12 @@ import pytest
 hypothesis.settings.register_profile(
     "nbattn",
     deadline=None,  # the first example may compile
-    max_examples=40,
+    max_examples=150,
     derandomize="CI" in os.environ,
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
 )
+usual = hypothesis.settings.get_profile("nbattn")
+hypothesis.settings.register_profile("deep", parent=usual, max_examples=5000)
 hypothesis.settings.load_profile("nbattn")
 
 

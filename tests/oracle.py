@@ -1,8 +1,8 @@
 """Attention's formula written a second time, apart from the package, and the rule that results are held to.
 
-The truth is ``backend="reference"`` on float64 copies of the inputs, and is itself held to this formula in
-float64. A result passes where its error is at most twice the error of this formula in the result's own
-compute dtype, plus a few ulp: a tolerance that no dtype or size makes loose.
+The truth is this formula in a wider precision, and ``backend="reference"`` on float64 copies of the inputs is
+held to it to the last few bits. A result passes where its error is at most twice the error of this formula in
+the result's own compute dtype, plus a few ulp: a tolerance that no dtype or size makes loose.
 """
 
 from typing import NamedTuple
@@ -131,9 +131,9 @@ def formula(query, key, value, mask=None, *, compute, **options):
 
 def assert_accurate(got, truth, plain, unit, *, ulp, what):
     """`got` is as close to `truth` as twice what `plain` is, plus `ulp`, all counted in `unit`."""
-    got, truth, plain = (np.asarray(x).astype(np.float64) for x in (got, truth, plain))
     assert got.shape == truth.shape, what
     finite = np.isfinite(truth)
+    got, truth, plain = (x if x.dtype == np.longdouble else x.astype(np.float64) for x in (got, truth, plain))
     np.testing.assert_array_equal(got[~finite], truth[~finite], err_msg=what)
     assert np.isfinite(got[finite]).all(), f"{what}: not finite where the truth is"
     unit = np.broadcast_to(unit, truth.shape)[finite]
@@ -141,14 +141,15 @@ def assert_accurate(got, truth, plain, unit, *, ulp, what):
     assert error <= 2 * allowed + ulp, f"{what}: error {error:.3g} of {2 * allowed + ulp:.3g} allowed"
 
 
-def check(backend, query, key, value, mask=None, **options):
+def check(backend, query, key, value, mask=None, *, ulp=4, **options):
     """Run attention in every form that the door has, and hold output, weights and lse to the rule."""
     attention = nbattn.scaled_dot_product_attention
     dtype = np.asarray(query).dtype
     compute = compute_dtype_of(dtype)
+    wider = np.longdouble if compute == np.float64 else np.float64
     wide = [np.asarray(x).astype(np.float64) for x in (query, key, value)]
-    plain, exact = (formula(*wide, mask, compute=c, **options) for c in (compute, np.float64))
-    truth = attention(*wide, mask, backend="reference", return_weights=True, return_lse=True, **options)
+    plain, exact = (formula(*wide, mask, compute=c, **options) for c in (compute, wider))
+    oracle = attention(*wide, mask, backend="reference", return_weights=True, return_lse=True, **options)
 
     call = {"mask": mask, "backend": backend, **options}
     alone = attention(query, key, value, **call)
@@ -161,25 +162,25 @@ def check(backend, query, key, value, mask=None, **options):
     tiny, eps = float(finfo(dtype).smallest_subnormal), float(finfo(compute).eps)
     half_ulp = float(finfo(dtype).eps) / 2 if dtype in HALF else 0
     factor = np.maximum(1, exact.condition / 4)
-    units = Result(
-        output=exact.magnitude * (1 if dtype in HALF else factor[..., None]) + tiny,
-        weights=np.nan_to_num(exact.weights).max(axis=-1, keepdims=True, initial=0) * factor[..., None] + tiny,
-        lse=np.maximum(1, np.abs(exact.lse)) * factor,
-        seen=None, magnitude=None, condition=None,
-    )  # fmt: skip
-    # What a row that met a NaN says of the keys that it does not see is left open.
-    judged = exact.seen | ~np.isnan(exact.lse)[..., None]
+    largest = np.nan_to_num(exact.weights).max(axis=-1, keepdims=True, initial=0)
+    units = {
+        "output": exact.magnitude * (1 if dtype in HALF else factor[..., None]) + tiny,
+        "weights": largest * factor[..., None] + tiny,
+        "lse": np.maximum(1, np.abs(exact.lse)) * factor,
+    }
     plain = plain._replace(output=plain.output.astype(dtype))
-    for name in ("output", "weights", "lse"):
-        unit, second = getattr(units, name), getattr(exact, name)
-        assert_accurate(getattr(truth, name), second, second, unit, ulp=2.0**-48, what=f"the oracle's {name}")
-    for result in (alone, with_lse.output, full.output):
-        assert_accurate(
-            result, truth.output, plain.output, units.output, ulp=4 * eps + half_ulp, what="output"
-        )
-    for result in (with_lse.lse, full.lse):
-        assert_accurate(result, truth.lse, plain.lse, units.lse, ulp=4 * eps, what="lse")
-    weights = np.where(judged, full.weights, 0)
-    assert_accurate(weights, truth.weights, plain.weights, units.weights, ulp=4 * eps, what="weights")
+    # What a row that met a NaN says of the keys that it does not see is left open.
+    weights = np.where(exact.seen | ~np.isnan(exact.lse)[..., None], full.weights, 0)
     assert not weights[~exact.seen].any()
+    results = {
+        "output": (alone, with_lse.output, full.output),
+        "weights": (weights,),
+        "lse": (with_lse.lse, full.lse),
+    }
+    for name, unit in units.items():
+        truth = getattr(exact, name)
+        assert_accurate(getattr(oracle, name), truth, truth, unit, ulp=2.0**-48, what=f"the oracle's {name}")
+        for result in results[name]:
+            few = ulp * eps + (half_ulp if name == "output" else 0)
+            assert_accurate(result, truth, getattr(plain, name), unit, ulp=few, what=name)
     return full

@@ -451,7 +451,8 @@ def calls(draw):
 @pytest.mark.isa
 @given(call=calls())
 def test_everything_together(backend, call):
-    check(backend, *call.arrays, **call.options)
+    # Where there are few numbers, the plain formula may be right by luck.
+    check(backend, *call.arrays, ulp=8, **call.options)
 
 
 @dtypes
