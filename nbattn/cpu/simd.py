@@ -47,7 +47,9 @@ class Vector(types.Type):
 @register_model(Vector)
 class _VectorModel(models.PrimitiveModel):
     def __init__(self, dmm: Any, fe_type: Any) -> None:
-        super().__init__(dmm, fe_type, ir.VectorType(dmm.lookup(fe_type.dtype).get_value_type(), fe_type.lanes))
+        super().__init__(
+            dmm, fe_type, ir.VectorType(dmm.lookup(fe_type.dtype).get_value_type(), fe_type.lanes)
+        )
 
 
 def lanes(dtype: Any) -> int:
@@ -112,6 +114,28 @@ def _align(t: Any) -> int:
 def fma_value(b: ir.IRBuilder, x: Any, y: Any, z: Any) -> Any:
     # Without the instruction, llvm.fma would call libm once per lane.
     return call(b, "fma" if "fma" in _features or "neon" in _features else "fmuladd", x, y, z)
+
+
+class _Bfloat(ir.Type):
+    """LLVM's bfloat, which llvmlite lacks."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Bfloat)
+
+    def __hash__(self) -> int:
+        return hash(_Bfloat)
+
+
+def dot_pairs_value(b: ir.IRBuilder, total: Any, x: Any, y: Any) -> Any:
+    """total + x0 * y0 + x1 * y1 for the two bfloat16 that each 32-bit lane of x and y holds (AVX512-BF16)."""
+    pairs = ir.VectorType(_Bfloat(), 32)
+    fn = cgutils.get_or_insert_function(
+        b.module, ir.FunctionType(total.type, [total.type, pairs, pairs]), "llvm.x86.avx512bf16.dpbf16ps.512"
+    )
+    return b.call(fn, [total, b.bitcast(x, pairs), b.bitcast(y, pairs)])
 
 
 def greater_value(b: ir.IRBuilder, x: Any, y: Any) -> Any:
@@ -194,7 +218,9 @@ def narrow_value(b: ir.IRBuilder, x: Any, storage: str) -> Any:
         return b.trunc(b.lshr(_round_bits(b, x, 16), const(it, 16)), ht)
     sign = b.and_(b.lshr(bits, const(it, 16)), const(it, 0x8000))
     size = b.and_(bits, const(it, 0x7FFFFFFF))
-    normal = b.lshr(b.add(b.sub(size, const(it, 112 << 23)), b.add(const(it, 0xFFF), _bit(b, size, 13))), const(it, 13))
+    normal = b.lshr(
+        b.add(b.sub(size, const(it, 112 << 23)), b.add(const(it, 0xFFF), _bit(b, size, 13))), const(it, 13)
+    )
     # Adding 0.5 puts the unit of float16's denormals, 2**-24, at the last bit of float32.
     tiny = b.sub(b.bitcast(b.fadd(b.bitcast(size, t), const(t, 0.5)), it), const(it, 0x3F000000))
     half = b.select(b.icmp_unsigned("<", size, const(it, 113 << 23)), tiny, normal)
