@@ -129,6 +129,12 @@ def formula(query, key, value, mask=None, *, compute, **options):
     )
 
 
+def assert_same_bits(x, y):
+    assert (x.shape, x.dtype) == (y.shape, y.dtype)
+    bits = np.dtype(f"u{x.dtype.itemsize}")
+    np.testing.assert_array_equal(x.copy().view(bits), y.copy().view(bits))
+
+
 def assert_accurate(got, truth, plain, unit, *, ulp, what):
     """`got` is as close to `truth` as twice what `plain` is, plus `ulp`, all counted in `unit`."""
     assert got.shape == truth.shape, what
@@ -159,13 +165,16 @@ def check(backend, query, key, value, mask=None, *, ulp=4, **options):
     assert full.weights.dtype == full.lse.dtype == with_lse.lse.dtype == compute
     assert with_lse.weights is None
 
-    tiny, eps = float(finfo(dtype).smallest_subnormal), float(finfo(compute).eps)
+    eps = float(finfo(compute).eps)
+    # A weight below the least normal number may be 0.
+    lost = float(finfo(compute).smallest_normal) / eps
     half_ulp = float(finfo(dtype).eps) / 2 if dtype in HALF else 0
+    tiny = max(lost, float(finfo(dtype).smallest_subnormal))
     factor = np.maximum(1, exact.condition / 4)
     largest = np.nan_to_num(exact.weights).max(axis=-1, keepdims=True, initial=0)
     units = {
         "output": exact.magnitude * (1 if dtype in HALF else factor[..., None]) + tiny,
-        "weights": largest * factor[..., None] + tiny,
+        "weights": largest * factor[..., None] + lost,
         "lse": np.maximum(1, np.abs(exact.lse)) * factor,
     }
     plain = plain._replace(output=plain.output.astype(dtype))
