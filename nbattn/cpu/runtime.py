@@ -1,9 +1,9 @@
 """How kernels are compiled, kept on disk and run on several cores: every Numba option is set here.
 
 A kernel is a function of one address, `int64 -> int64`: the address of its parameters, a record that begins
-with `WORK`. One call of it takes tasks off the record's counter until none is left, so any number of threads may
-run the same call and finish it together. The threads are this module's own: Numba's threading layers abort or
-hang when several threads enter them at once (workqueue) or after a fork (GNU OpenMP).
+with `WORK`. One call of it takes tasks off the record's counter until none is left, so any number of threads
+may run the same call and finish it together. The threads are this module's own: Numba's threading layers
+abort or hang when several threads enter them at once (workqueue) or after a fork (GNU OpenMP).
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import platform
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from queue import SimpleQueue
@@ -29,6 +31,7 @@ import numpy as np
 from numba import types
 from numba.core import config
 from numba.core.compiler import CompileResult
+from numba.core.compiler_lock import global_compiler_lock
 from numba.core.runtime import rtsys
 from numba.core.serialize import dumps
 from numba.np.ufunc import parallel
@@ -46,7 +49,7 @@ def jit_for(kernel: str) -> Callable[[Any], Any]:
     """The decorator of every function that goes into this kernel.
 
     Kernels from the disk are linked into one process by symbol names, which Numba keeps apart only within the
-    process that compiled them: the kernel's name makes them unique, or one dtype's kernel calls another's parts.
+    process that compiled them: the kernel's name makes them unique, or one kernel calls another's parts.
     """
 
     def jit(function: Any) -> Any:
@@ -56,12 +59,20 @@ def jit_for(kernel: str) -> Callable[[Any], Any]:
     return jit
 
 
-
-# --- the processor -----------------------------------------------------------------------------------------------
+# --- the processor ------------------------------------------------------------------------------------------
 
 AVX512_NAMES = ("x86-64-v4", "skylake-avx512", "cascadelake", "cooperlake", "icelake", "sapphirerapids",
                 "graniterapids", "emeraldrapids", "znver4", "znver5")  # fmt: skip
-BASELINE_NAMES = ("x86-64", "x86-64-v2", "generic", "core2", "nehalem", "westmere", "sandybridge", "ivybridge")
+BASELINE_NAMES = (
+    "x86-64",
+    "x86-64-v2",
+    "generic",
+    "core2",
+    "nehalem",
+    "westmere",
+    "sandybridge",
+    "ivybridge",
+)
 
 
 @cache
@@ -87,7 +98,7 @@ def cpu_features() -> frozenset[str]:
     return frozenset(name for name, on in llvm.get_host_cpu_features().items() if on) & known
 
 
-# --- the kernel cache --------------------------------------------------------------------------------------------
+# --- the kernel cache ---------------------------------------------------------------------------------------
 
 
 @cache
@@ -98,7 +109,8 @@ def cache_folder() -> Path | None:
     processor never meets a stale kernel. `NBATTN_CACHE_DIR` moves its parent.
     """
     digest = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.glob("*.py")):
+    here = Path(__file__).parent
+    for source in (here.parent / "problem.py", *sorted(here.glob("*.py"))):
         digest.update(source.read_bytes())
     digest.update(repr((sys.version, numba.__version__, llvmlite.__version__, platform.machine())).encode())
     digest.update(repr((cpu_name(), config.CPU_FEATURES or llvm.get_host_cpu_features().flatten())).encode())
@@ -145,8 +157,8 @@ class DiskCache:
         if hashlib.sha256(blob[32:]).digest() != blob[:32]:
             return None
         self.hit = True
-        # A full `target_context.refresh()` would import half of Numba and scipy.linalg (0.3 s); a kernel that is
-        # already machine code needs Numba's allocator symbols alone.
+        # A full `target_context.refresh()` would import half of Numba and scipy.linalg (0.3 s); a kernel that
+        # is already machine code needs Numba's allocator symbols alone.
         rtsys.initialize(target_context)
         return CompileResult._rebuild(target_context, *pickle.loads(blob[32:]))
 
@@ -155,13 +167,16 @@ class DiskCache:
         if folder is None:
             return
         data = dumps(result._reduce())
+        temporary = None
         try:
             handle, temporary = tempfile.mkstemp(dir=folder)
             with os.fdopen(handle, "wb") as file:
                 file.write(hashlib.sha256(data).digest() + data)
             os.replace(temporary, folder / self.name)
-        except OSError:
-            pass  # a full disk costs the next process a compile, not this call
+        except OSError:  # a full disk costs the next process a compile, not this call
+            if temporary:
+                with suppress(OSError):
+                    os.unlink(temporary)
 
 
 _compile_lock = threading.RLock()
@@ -188,13 +203,14 @@ def compiled(name: str, build: Callable[[Callable[[Any], Any]], Callable[[Any], 
         return _kernels[name]
 
 
-# --- threads -----------------------------------------------------------------------------------------------------
+# --- threads ------------------------------------------------------------------------------------------------
 
 
 def threads() -> int:
     """How many threads a call may use: what `numba.set_num_threads` or `NUMBA_NUM_THREADS` says."""
-    # Asking Numba would start its threading layer, which forked children may not survive.
-    return numba.get_num_threads() if parallel._is_initialized else config.NUMBA_NUM_THREADS
+    # `numba.get_num_threads` would start Numba's threading layer, which forked children may not survive, and
+    # takes a lock that a forked child may find held for ever.
+    return parallel._get_num_threads() if parallel._is_initialized else config.NUMBA_NUM_THREADS
 
 
 class _Team:
@@ -205,68 +221,105 @@ class _Team:
         self.size = 0
         self.lock = threading.Lock()
 
-    def grow(self, size: int) -> None:
+    def grow(self, size: int) -> int:
+        """Have `size` helpers where that many can be had; return how many there are."""
         with self.lock:
             while self.size < size:
-                threading.Thread(target=_help, args=(self.calls,), name="nbattn", daemon=True).start()
+                try:
+                    threading.Thread(target=_help, args=(self.calls,), name="nbattn", daemon=True).start()
+                except RuntimeError:  # the system's limit, or the interpreter is at its end
+                    break
                 self.size += 1
+        return self.size
 
 
 class _Call:
     """One kernel call under way; holds its parameters for helpers that come late."""
 
-    __slots__ = ("address", "finished", "keep_alive", "kernel")
+    __slots__ = ("abandoned", "address", "entered", "finished", "keep_alive", "kernel", "left", "parameters")
 
     def __init__(self, kernel: Any, parameters: Any, keep_alive: Any) -> None:
         self.kernel = kernel
         self.address = parameters.ctypes.data
-        self.keep_alive = (parameters, keep_alive)
+        self.parameters = parameters
+        self.keep_alive = keep_alive
         self.finished = threading.Lock()
         self.finished.acquire()
+        self.abandoned = False
+        # One entry per helper: appending is atomic, counting is not.
+        self.entered: list[None] = []
+        self.left: list[None] = []
+
+    def help(self) -> None:
+        self.entered.append(None)
+        if not self.abandoned and self.kernel(self.address):
+            self.finished.release()
+        self.left.append(None)
+
+    def abandon(self) -> None:
+        """Leave the tasks that nobody has taken, and wait for the rest."""
+        self.abandoned = True
+        self.parameters["next_task"] = self.parameters["tasks"]
+        while len(self.left) < len(self.entered):
+            time.sleep(0.001)
 
 
 def _help(calls: SimpleQueue[_Call]) -> None:
     while True:
         call = calls.get()
-        if call.kernel(call.address):
-            call.finished.release()
+        call.help()
         del call  # its arrays must not live until the next call
 
 
 _team = _Team()
 
 
+def _before_fork() -> None:
+    # A child would find the lock of a compile in another thread held for ever, so the compile ends first.
+    _compile_lock.acquire()
+    global_compiler_lock.acquire()
+
+
 def _after_fork() -> None:
-    # The child has none of the parent's threads, and a lock may have been held by one of them.
-    global _team, _compile_lock
+    global_compiler_lock.release()
+    _compile_lock.release()
+
+
+def _after_fork_in_child() -> None:
+    # The child has none of the parent's threads.
+    global _team
     _team = _Team()
-    _compile_lock = threading.RLock()
+    _after_fork()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
 
 
 def run(kernel: Any, parameters: Any, helpers: int, keep_alive: Any) -> None:
     """Run a kernel on this thread and up to `helpers` more; return when every task is done.
 
-    `keep_alive` holds what the parameters give addresses of.
-
-    `kernel` returns nonzero in the one thread that finished the last task.
+    `keep_alive` holds what the parameters give addresses of. `kernel` returns nonzero in the one thread that
+    finished the last task.
     """
+    if helpers > _team.size:
+        helpers = _team.grow(helpers)
     if helpers <= 0:
         kernel(parameters.ctypes.data)
         return
     call = _Call(kernel, parameters, keep_alive)
-    if _team.size < helpers:
-        _team.grow(helpers)
-    for _ in range(helpers):
-        _team.calls.put(call)
-    if not kernel(call.address):
-        call.finished.acquire()
+    try:
+        for _ in range(helpers):
+            _team.calls.put(call)
+        if not kernel(call.address):
+            call.finished.acquire()
+    except BaseException:
+        # Ctrl-C: once this call is left, no helper may go on writing to the caller's arrays.
+        call.abandon()
+        raise
 
 
-# --- what the command line shows ---------------------------------------------------------------------------------
+# --- what the command line shows ----------------------------------------------------------------------------
 
 
 def kernel_names(dtypes: Sequence[str]) -> list[str]:
@@ -293,5 +346,5 @@ def describe() -> dict[str, str]:
         "CPU features": " ".join(sorted(cpu_features())) or "baseline",
         "Kernels": f"{simd.DESCRIPTION}",
         "Threads": str(threads()),
-        "Kernel cache": str(cache_folder() or "none (no writable folder; kernels are compiled in every process)"),
+        "Kernel cache": str(cache_folder() or "none (no writable folder: every process compiles)"),
     }
