@@ -1,0 +1,264 @@
+"""softmax, log_softmax and logsumexp mean what scipy's mean, with masks."""
+
+import itertools
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import scipy.special
+from hypothesis import given
+from ml_dtypes import finfo
+from oracle import DTYPES, HALF, SIZES, assert_accurate, compute_dtype_of, normal
+
+import nbattn
+
+NAMES = ("softmax", "log_softmax", "logsumexp")
+names = pytest.mark.parametrize("name", NAMES)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: np.dtype(d).name)
+EMPTY = {"softmax": 0.0, "log_softmax": -np.inf, "logsumexp": -np.inf}
+
+
+def formula(name, x, axis, where, scale, compute):
+    """What scipy would say if the entries outside `where` were not there; finite entries only."""
+    with np.errstate(all="ignore"):
+        scores = np.where(where, np.asarray(x).astype(compute) * compute(scale), -np.inf)
+        largest = scores.max(axis=axis, keepdims=True, initial=-np.inf)
+        shifted = scores - np.where(largest == -np.inf, 0, largest)
+        total = np.exp(shifted).sum(axis=axis, keepdims=True)
+        if name == "softmax":
+            return np.where(where, np.exp(shifted) / np.where(total == 0, 1, total), 0).astype(compute)
+        if name == "log_softmax":
+            return np.where(where, shifted - np.log(total), -np.inf).astype(compute)
+        return np.squeeze(largest + np.log(total), axis=axis).astype(compute)
+
+
+def check(backend, name, x, axis=-1, where=None, scale=1.0):
+    dtype, compute = x.dtype, compute_dtype_of(x.dtype)
+    kept = np.ones(x.shape, bool) if where is None else np.broadcast_to(np.asarray(where) != 0, x.shape)
+    plain = formula(name, x, axis, kept, scale, compute).astype(dtype)
+    exact = formula(name, x, axis, kept, scale, np.longdouble if dtype == np.float64 else np.float64)
+    got = getattr(nbattn, name)(x, axis, where=where, scale=scale, backend=backend)
+    assert got.dtype == dtype
+    size = np.abs(np.where(kept, x.astype(np.float64) * scale, 0)).max(initial=1)
+    largest = np.asarray(exact).max(axis=axis, keepdims=True, initial=0) if name == "softmax" else 1
+    unit = size * largest + float(finfo(compute).smallest_normal) / float(finfo(compute).eps)
+    ulp = float(finfo(dtype).eps) if dtype in HALF else 4 * float(finfo(dtype).eps)
+    assert_accurate(np.asarray(got), np.asarray(exact), np.asarray(plain), unit, ulp=ulp, what=name)
+    return got
+
+
+@pytest.mark.isa
+@names
+@dtypes
+def test_ragged_sizes(backend, name, dtype, rng):
+    for n in SIZES:
+        check(backend, name, normal(rng, (5, n), dtype))
+        check(backend, name, normal(rng, (3, n, 6), dtype), axis=1, scale=3.0)
+
+
+@names
+@pytest.mark.parametrize(
+    "axis", [0, 1, 2, 3, -1, -4, (0, 1), (1, 2), (3, 2), (0, 3), (1, 3, 0), (-1, 0, 1, 2), (), None]
+)
+def test_axes(backend, name, axis, rng):
+    x = normal(rng, (3, 4, 5, 6), np.float64)
+    where = rng.random((4, 1, 6)) < 0.6
+    got = getattr(nbattn, name)(x, axis, backend=backend)
+    expected = getattr(scipy.special, name)(x, axis=axis)
+    np.testing.assert_allclose(got, expected, rtol=1e-13, atol=1e-13)
+    assert np.shape(got) == np.shape(expected)
+    check(backend, name, x, axis, where)
+
+
+@pytest.mark.parametrize("axis", [0, -1, (0, 2), (), None])
+def test_keepdims(backend, axis, rng):
+    x = normal(rng, (3, 4, 5))
+    got = nbattn.logsumexp(x, axis, keepdims=True, backend=backend)
+    expected = scipy.special.logsumexp(x, axis=axis, keepdims=True)
+    assert got.shape == expected.shape
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+@names
+@dtypes
+def test_where(backend, name, dtype, rng):
+    x = normal(rng, (6, 40, 7), dtype)
+    for shape in ((6, 40, 7), (40, 1), (6, 1, 1), (7,), ()):
+        where = rng.random(shape) < 0.5
+        for axis in (-1, 1, (0, 2)):
+            check(backend, name, x, axis, where)
+            check(backend, name, x, axis, where.astype(np.int64) * 256, scale=-2.0)
+
+
+@names
+@dtypes
+def test_empty_rows(backend, name, dtype, rng):
+    where = np.array([[True] * 9, [False] * 9])
+    got = getattr(nbattn, name)(normal(rng, (2, 9), dtype), where=where, backend=backend)
+    assert np.isfinite(got[0].astype(np.float64)).all()
+    assert (got[1] == dtype(EMPTY[name])).all()
+
+
+@names
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((0,), -1), ((3, 0), -1), ((0, 3), -1), ((0, 3), 0), ((2, 0, 4), (0, 2))]
+)
+def test_empty_arrays(backend, name, shape, axis):
+    got = getattr(nbattn, name)(np.zeros(shape, np.float32), axis, backend=backend)
+    assert got.shape == (np.zeros(shape).sum(axis=axis).shape if name == "logsumexp" else shape)
+    assert got.dtype == np.float32
+    assert (got == -np.inf).all()
+
+
+@names
+@dtypes
+def test_nothing_leaks_from_outside(backend, name, dtype, rng):
+    x = normal(rng, (4, 50), dtype)
+    where = rng.random((4, 50)) < 0.5
+    expected = getattr(nbattn, name)(x, where=where, backend=backend)
+    for poison in (np.nan, np.inf, -np.inf):
+        x[~where] = poison
+        got = getattr(nbattn, name)(x, where=where, backend=backend)
+        np.testing.assert_array_equal(got, expected)
+
+
+@names
+def test_nan_and_inf_are_scipys(backend, name):
+    """Every pattern of three special numbers, in a row of five."""
+    special = [0.5, 800.0, np.inf, -np.inf, np.nan]
+    with np.errstate(all="ignore"):
+        for row in itertools.product(special, repeat=3):
+            x = np.array([[1.0, *row, 2.0], [*row, -np.inf, -np.inf]])
+            expected = getattr(scipy.special, name)(x, axis=-1)
+            np.testing.assert_allclose(
+                getattr(nbattn, name)(x, backend=backend), expected, rtol=1e-14, err_msg=str(row)
+            )
+            columns = getattr(nbattn, name)(x.T.copy(), 0, backend=backend)
+            np.testing.assert_allclose(columns.T, expected, rtol=1e-14)
+
+
+@names
+@dtypes
+def test_far_apart(backend, name, dtype):
+    x = np.array([[1e4, 0.0, -1e4], [-6e4, -6e4, -6e4]], dtype)
+    expected = {
+        "softmax": [[1, 0, 0], [1 / 3] * 3],
+        "log_softmax": [[0, -float(x[0, 0]), 2 * float(x[0, 2])], [-np.log(3)] * 3],
+        "logsumexp": [float(x[0, 0]), float(x[1, 0]) + np.log(3)],
+    }[name]
+    got = getattr(nbattn, name)(x, backend=backend)
+    np.testing.assert_allclose(got.astype(np.float64), expected, rtol=float(finfo(dtype).eps))
+
+
+def test_log_softmax_keeps_digits(backend):
+    got = nbattn.log_softmax(np.array([0.0, -700.0, -1000.0]), backend=backend)
+    np.testing.assert_array_equal(got, [0.0, -700.0, -1000.0])
+
+
+@names
+def test_scale(backend, name, rng):
+    x = normal(rng, (3, 20), np.float64)
+    for scale in (0.25, -3, 0, np.float32(2)):
+        expected = getattr(scipy.special, name)(x * float(scale), axis=-1)
+        np.testing.assert_allclose(
+            getattr(nbattn, name)(x, scale=scale, backend=backend), expected, rtol=1e-12
+        )
+
+
+@names
+@pytest.mark.parametrize("dtype", [np.int64, np.uint8, np.bool_])
+def test_integers_are_read_as_float64(backend, name, dtype, rng):
+    x = rng.integers(0, 2, (3, 9)).astype(dtype)
+    got = getattr(nbattn, name)(x, backend=backend)
+    assert got.dtype == np.float64
+    np.testing.assert_allclose(got, getattr(scipy.special, name)(x.astype(np.float64), axis=-1), rtol=1e-14)
+
+
+@names
+def test_scalars_and_lists(backend, name):
+    function = getattr(nbattn, name)
+    assert (
+        function(3.0, None, backend=backend) == {"softmax": 1.0, "log_softmax": 0.0, "logsumexp": 3.0}[name]
+    )
+    assert np.shape(function([1.0, 2.0], backend=backend)) == (() if name == "logsumexp" else (2,))
+    assert isinstance(nbattn.logsumexp([1.0, 2.0], backend=backend), np.float64)
+
+
+@names
+@dtypes
+def test_layouts_and_out(backend, name, dtype, rng):
+    function = getattr(nbattn, name)
+    x = normal(rng, (4, 6, 50), dtype)
+    where = rng.random((4, 6, 50)) < 0.7
+    views = [
+        np.asfortranarray,
+        lambda a: a[::-1, :, ::-1].copy()[::-1, :, ::-1],
+        lambda a: a.transpose(1, 0, 2).copy().transpose(1, 0, 2),
+        lambda a: np.repeat(a, 2, axis=2)[..., ::2],
+    ]
+    for axis in (-1, 1, (0, 2)):
+        expected = function(x, axis, where=where, backend=backend)
+        for view in views:
+            np.testing.assert_array_equal(
+                function(view(x), axis, where=view(where), backend=backend), expected
+            )
+            out = np.full(expected.shape, np.nan, dtype)
+            out = view(out) if out.ndim == 3 else out[::-1].copy()[::-1]
+            assert function(x, axis, where=where, out=out, backend=backend) is out
+            np.testing.assert_array_equal(out, expected)
+
+
+@names
+def test_unaligned_and_byte_swapped(backend, name, rng):
+    x = normal(rng, (4, 9))
+    expected = getattr(nbattn, name)(x, backend=backend)
+    swapped = getattr(nbattn, name)(x.astype(x.dtype.newbyteorder()), backend=backend)
+    np.testing.assert_array_equal(swapped, expected, strict=True)
+    unaligned = np.empty(x.nbytes + 1, np.uint8)[1:].view(np.float32).reshape(x.shape)
+    unaligned[...] = x
+    np.testing.assert_array_equal(getattr(nbattn, name)(unaligned, backend=backend), expected)
+    out = np.empty(expected.nbytes + 1, np.uint8)[1:].view(np.float32).reshape(expected.shape)
+    getattr(nbattn, name)(x, out=out, backend=backend)
+    np.testing.assert_array_equal(out, expected)
+
+
+@pytest.mark.isa
+@names
+@dtypes
+@pytest.mark.parametrize("side", ["start", "end"])
+def test_nothing_outside_the_arrays_is_touched(backend, name, dtype, side, guarded, rng):
+    for n in SIZES:
+        for shape, axis in (((2, n), -1), ((n, 3), 0), ((2, n, 17), 1)):
+            x = guarded(normal(rng, shape, dtype), side)
+            where = guarded(rng.random(shape) < 0.7, side)
+            expected = getattr(nbattn, name)(x, axis, backend=backend)
+            out = guarded(np.full(expected.shape, np.nan, dtype), side)
+            getattr(nbattn, name)(x, axis, out=out, backend=backend)
+            np.testing.assert_array_equal(out, expected)
+            getattr(nbattn, name)(x, axis, where=where, out=out, backend=backend)
+
+
+@names
+def test_rows_do_not_depend_on_each_other(backend, name, rng):
+    x = normal(rng, (40, 130))
+    together = getattr(nbattn, name)(x, backend=backend)
+    for i in range(40):
+        np.testing.assert_array_equal(getattr(nbattn, name)(x[i], backend=backend), together[i])
+
+
+@pytest.mark.isa
+@names
+@given(data=st.data())
+def test_everything_together(backend, name, data):
+    shape = tuple(
+        data.draw(st.lists(st.sampled_from([1, 2, 3, 5, 16, 33]), min_size=1, max_size=3), label="shape")
+    )
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32), label="seed"))
+    dtype = data.draw(st.sampled_from(DTYPES), label="dtype")
+    x = (rng.standard_normal(shape) * data.draw(st.sampled_from([1, 30]), label="spread")).astype(dtype)
+    axis = data.draw(st.sampled_from([None, *range(-len(shape), len(shape))]), label="axis")
+    where = None
+    if data.draw(st.booleans(), label="where"):
+        where = rng.random(shape) < data.draw(st.sampled_from([0.1, 0.8]), label="share")
+        x[~where] = np.nan
+    check(backend, name, x, axis, where, scale=0.7)
