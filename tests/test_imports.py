@@ -1,0 +1,61 @@
+"""What importing the package brings in, and what it exports."""
+
+import importlib
+import json
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+
+import nbattn
+
+HEAVY = {
+    "numba",
+    "llvmlite",
+    "scipy",
+    "onnx",
+    "torch",
+    "dask",
+    "matplotlib",
+    "ml_dtypes",
+    "safetensors",
+    "tokenizers",
+}
+ATTEND = "import nbattn; nbattn.scaled_dot_product_attention([[1.0]], [[1.0]], [[1.0]]"
+
+
+def loaded_by(code):
+    """The top-level modules in a fresh process after running `code`."""
+    code = f"{code}\nimport json, sys\nprint(json.dumps([name.partition('.')[0] for name in sys.modules]))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(json.loads(result.stdout))
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import nbattn",
+        "from nbattn import *",
+        f"{ATTEND}, backend='reference')",
+        "import nbattn; nbattn.softmax([1.0], backend='reference')",
+    ],
+)
+def test_nothing_heavy(code):
+    assert not loaded_by(code) & HEAVY
+
+
+def test_kernels_bring_numba_and_no_more():
+    assert loaded_by(f"{ATTEND})") & HEAVY <= {"numba", "llvmlite", "scipy"}
+
+
+def test_public_names():
+    for name in nbattn.__all__:
+        assert getattr(nbattn, name).__doc__, name
+    assert sorted(nbattn.__all__) == nbattn.__all__
+
+
+def test_every_module_imports():
+    for module in pkgutil.walk_packages(nbattn.__path__, "nbattn."):
+        if not module.name.endswith("__main__"):
+            assert importlib.import_module(module.name).__doc__, module.name
