@@ -21,6 +21,8 @@ _features = runtime.cpu_features()
 REGISTER_BYTES = 64 if "avx512f" in _features else 32 if "avx2" in _features else 16
 """Bytes of one vector register."""
 REGISTERS = 32 if "avx512f" in _features or "neon" in _features else 16
+PAIRS = "avx512bf16" in _features and REGISTER_BYTES == 64
+"""Whether `dot_pairs_value` exists."""
 DESCRIPTION = f"{REGISTER_BYTES * 8}-bit vectors, {REGISTERS} registers"
 
 I8, I16, I32, I64 = (ir.IntType(n) for n in (8, 16, 32, 64))
@@ -116,6 +118,22 @@ def fma_value(b: ir.IRBuilder, x: Any, y: Any, z: Any) -> Any:
     return call(b, "fma" if "fma" in _features or "neon" in _features else "fmuladd", x, y, z)
 
 
+def transpose_values(b: ir.IRBuilder, rows: list[Any]) -> list[Any]:
+    """The columns of a square of vectors: in each step pairs of rows swap blocks of half the size."""
+    rows, n = list(rows), len(rows)
+    half = n // 2
+    while half:
+        low = [c if not c & half else n + c - half for c in range(n)]
+        high = [c + half if not c & half else n + c for c in range(n)]
+        for i in range(n):
+            if not i & half:
+                x, y = rows[i], rows[i + half]
+                for at, lanes_ in ((i, low), (i + half, high)):
+                    rows[at] = b.shuffle_vector(x, y, ir.Constant(ir.VectorType(I32, n), lanes_))
+        half //= 2
+    return rows
+
+
 class _Bfloat(ir.Type):
     """LLVM's bfloat, which llvmlite lacks."""
 
@@ -151,25 +169,39 @@ def _int_type(t: Any) -> Any:
 
 
 def _exp2_parts(b: ir.IRBuilder, x: Any) -> tuple[Any, Any, tuple[float, ...]]:
-    """2**round(x) and x - round(x); 0 for 2**n below the normal numbers."""
+    """round(x), x - round(x) and the polynomial; x is first raised to where 2**x is 0 in every format."""
     t = x.type
     single = suffix(t).endswith("f32")
-    bias, bits = (127, 23) if single else (1023, 52)
-    low = const(t, -float(bias))
+    low = const(t, -200.0 if single else -1100.0)
     x = b.select(b.fcmp_ordered("<", x, low), low, x)  # NaN stays
     n = call(b, "rint", x)
+    return n, b.fsub(x, n), EXP2[np.float32 if single else np.float64]
+
+
+def _times_power(b: ir.IRBuilder, p: Any, n: Any) -> Any:
+    """p * 2**n for a whole number n; 0 where that is below the normal numbers."""
+    t = p.type
+    single = suffix(t).endswith("f32")
+    if isinstance(t, ir.VectorType) and REGISTER_BYTES == 64:
+        kind, mask = ("ps", ir.IntType(16)) if single else ("pd", I8)
+        fn = cgutils.get_or_insert_function(
+            b.module, ir.FunctionType(t, [t, t, t, mask, I32]), f"llvm.x86.avx512.mask.scalef.{kind}.512"
+        )
+        return b.call(fn, [p, n, const(t, 0.0), mask(-1), I32(4)])
+    bias, bits = (127, 23) if single else (1023, 52)
     it = _int_type(t)
-    power = b.bitcast(b.shl(b.add(b.fptosi(n, it), const(it, bias)), const(it, bits)), t)
-    return power, b.fsub(x, n), EXP2[np.float32 if single else np.float64]
+    low = const(t, -float(bias))
+    n = b.select(b.fcmp_ordered("<", n, low), low, n)
+    return b.fmul(p, b.bitcast(b.shl(b.add(b.fptosi(n, it), const(it, bias)), const(it, bits)), t))
 
 
 def exp2_value(b: ir.IRBuilder, x: Any) -> Any:
-    """2**x for x <= 0 (exact 0 below the normal numbers); NaN stays NaN."""
-    power, f, coefficients = _exp2_parts(b, x)
+    """2**x for x <= 0, 0 where that is too small; NaN stays NaN."""
+    n, f, coefficients = _exp2_parts(b, x)
     p = const(x.type, coefficients[-1])
     for c in coefficients[-2::-1]:
         p = fma_value(b, p, f, const(x.type, c))
-    return b.fmul(p, power)
+    return _times_power(b, p, n)
 
 
 def tanh_value(b: ir.IRBuilder, x: Any) -> Any:
@@ -179,7 +211,8 @@ def tanh_value(b: ir.IRBuilder, x: Any) -> Any:
     size = call(b, "fabs", x)
     limit = const(t, 10.0 if single else 20.0)  # from there on tanh rounds to 1
     size = b.select(b.fcmp_ordered(">", size, limit), limit, size)
-    power, f, coefficients = _exp2_parts(b, b.fmul(size, const(t, 2 / np.log(2))))
+    n, f, coefficients = _exp2_parts(b, b.fmul(size, const(t, 2 / np.log(2))))
+    power = _times_power(b, const(t, 1.0), n)
     p = const(t, coefficients[-1])
     for c in coefficients[-2:0:-1]:
         p = fma_value(b, p, f, const(t, c))
@@ -215,7 +248,7 @@ def narrow_value(b: ir.IRBuilder, x: Any, storage: str) -> Any:
         return b.bitcast(b.fptrunc(x, _like(t, ir.HalfType())), ht)
     bits = b.bitcast(x, it)
     if storage == "bfloat16":
-        return b.trunc(b.lshr(_round_bits(b, x, 16), const(it, 16)), ht)
+        return b.trunc(b.lshr(round_bits(b, x, 16), const(it, 16)), ht)
     sign = b.and_(b.lshr(bits, const(it, 16)), const(it, 0x8000))
     size = b.and_(bits, const(it, 0x7FFFFFFF))
     normal = b.lshr(
@@ -233,7 +266,7 @@ def _bit(b: ir.IRBuilder, bits: Any, n: int) -> Any:
     return b.and_(b.lshr(bits, const(bits.type, n)), const(bits.type, 1))
 
 
-def _round_bits(b: ir.IRBuilder, x: Any, dropped: int) -> Any:
+def round_bits(b: ir.IRBuilder, x: Any, dropped: int) -> Any:
     """The bits of float32 x after rounding to nearest even at bit `dropped`; NaN stays a (quiet) NaN."""
     it = _int_type(x.type)
     bits = b.bitcast(x, it)
@@ -248,7 +281,8 @@ def _like(t: Any, element: Any) -> Any:
 # --- intrinsics ----------------------------------------------------------------------------------------------------
 
 
-def _stored(dtype: Any, storage: str) -> Any:
+def stored(storage: str) -> Any:
+    """LLVM's type of a number in memory."""
     return {"float32": ir.FloatType(), "float64": ir.DoubleType()}.get(storage, I16)
 
 
@@ -262,7 +296,7 @@ def loads(storage: str) -> tuple[Any, Any, Any, Any]:
     ``load(address) -> vector``, ``store(address, vector)``, ``get(address) -> number``, ``put(address, number)``.
     """
     number = _compute(storage)
-    element = _stored(number, storage)
+    element = stored(storage)
 
     def make(numba_type: Any, t: Any) -> tuple[Any, Any]:
         @intrinsic
@@ -311,6 +345,7 @@ def _elementwise(emit: Any, arity: int) -> Any:
     return three
 
 
+same = _elementwise(lambda b, x: x, 1)
 add = _elementwise(lambda b, x, y: b.fadd(x, y), 2)
 sub = _elementwise(lambda b, x, y: b.fsub(x, y), 2)
 mul = _elementwise(lambda b, x, y: b.fmul(x, y), 2)
@@ -319,7 +354,7 @@ greater = _elementwise(greater_value, 2)
 exp2 = _elementwise(exp2_value, 1)
 tanh = _elementwise(tanh_value, 1)
 round_bfloat16 = _elementwise(
-    lambda b, x: b.bitcast(b.and_(_round_bits(b, x, 16), const(_int_type(x.type), -0x10000)), x.type), 1
+    lambda b, x: b.bitcast(b.and_(round_bits(b, x, 16), const(_int_type(x.type), -0x10000)), x.type), 1
 )
 finite_or_zero = _elementwise(
     lambda b, x: b.select(b.fcmp_ordered("==", x, const(x.type, float("-inf"))), const(x.type, 0.0), x), 1

@@ -15,7 +15,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from . import simd
-from .simd import I64, const, fma_value, load_value, pointer, splat_value, store_value
+from .simd import I32, I64, const, fma_value, load_value, pointer, splat_value, store_value
 
 ROW_BYTES = 256
 WIDE = 4 if simd.REGISTERS == 32 else 2
@@ -24,10 +24,11 @@ NARROW_ROWS = 12
 """Rows of a tile that is one vector wide: enough sums under way to hide the latency of an FMA."""
 
 
-def _tile(number: Any, rows: int, vectors: int, rescale: bool) -> Any:
+def _tile(number: Any, rows: int, vectors: int, rescale: bool, pairs: bool) -> Any:
     """``c[:rows, :] = a[:rows, :depth] @ b``; with `rescale`, ``c * factor +`` that.
 
-    a[r, k] lies at ``a + (r * a_row + k * a_col) * itemsize``; `factor` is the address of one number per column.
+    a[r, k] lies at ``a + (r * a_row + k * a_col) * itemsize``; `factor` is the address of one number per
+    column. With `pairs` each element of a and b is a word of two bfloat16, multiplied and added as two steps.
     """
     size = number.bitwidth // 8
 
@@ -37,18 +38,22 @@ def _tile(number: Any, rows: int, vectors: int, rescale: bool) -> Any:
             a, a_row, a_col, b, c, depth, factor = args
             scalar = context.get_value_type(number)
             t = ir.VectorType(scalar, simd.REGISTER_BYTES // size)
-            a_rows = [
-                builder.gep(pointer(builder, a, scalar), [builder.mul(a_row, const(I64, r))]) for r in range(rows)
-            ]
+            operand = I32 if pairs else scalar
+            operands = ir.VectorType(operand, t.count)
+            step = simd.dot_pairs_value if pairs else _multiply_add
+            first_of_a = pointer(builder, a, operand)
+            a_rows = [builder.gep(first_of_a, [builder.mul(a_row, const(I64, r))]) for r in range(rows)]
 
-            def at(base: Any, r: int, j: int) -> Any:
-                return pointer(builder, builder.add(base, const(I64, r * ROW_BYTES + j * simd.REGISTER_BYTES)), t)
+            def at(base: Any, r: int, j: int, t: Any = t) -> Any:
+                shift = const(I64, r * ROW_BYTES + j * simd.REGISTER_BYTES)
+                return pointer(builder, builder.add(base, shift), t)
 
             places = [at(c, r, j) for r in range(rows) for j in range(vectors)]
             if rescale:
                 factors = [load_value(builder, at(factor, 0, j)) for j in range(vectors)]
                 sums = [
-                    builder.fmul(load_value(builder, place), factors[i % vectors]) for i, place in enumerate(places)
+                    builder.fmul(load_value(builder, place), factors[i % vectors])
+                    for i, place in enumerate(places)
                 ]
             else:
                 sums = [const(t, 0.0)] * len(places)
@@ -61,12 +66,12 @@ def _tile(number: Any, rows: int, vectors: int, rescale: bool) -> Any:
             k.add_incoming(const(I64, 0), before)
             running = [builder.phi(t) for _ in sums]
             row = builder.add(b, builder.mul(k, const(I64, ROW_BYTES)))
-            columns = [load_value(builder, at(row, 0, j)) for j in range(vectors)]
+            columns = [load_value(builder, at(row, 0, j, operands)) for j in range(vectors)]
             offset = builder.mul(k, a_col)
             grown = []
             for r in range(rows):
-                x = splat_value(builder, t, load_value(builder, builder.gep(a_rows[r], [offset])))
-                grown += [fma_value(builder, x, columns[j], running[r * vectors + j]) for j in range(vectors)]
+                x = splat_value(builder, operands, load_value(builder, builder.gep(a_rows[r], [offset])))
+                grown += [step(builder, running[r * vectors + j], x, columns[j]) for j in range(vectors)]
             following = builder.add(k, const(I64, 1))
             k.add_incoming(following, head)
             for phi, first, next_ in zip(running, sums, grown, strict=True):
@@ -86,16 +91,18 @@ def _tile(number: Any, rows: int, vectors: int, rescale: bool) -> Any:
     return tile
 
 
-def product(jit: Any, number: Any, rescale: bool) -> Any:
+def _multiply_add(b: Any, total: Any, x: Any, y: Any) -> Any:
+    return fma_value(b, x, y, total)
+
+
+def product(jit: Any, number: Any, rescale: bool, pairs: bool) -> Any:
     """The compiled function ``product(a, a_row, a_col, rows, b, c, vectors, depth, factor)``.
 
     ``c[rows, :] = a[rows, depth] @ b[depth, :]`` over `vectors` vectors of columns, plus ``c * factor`` with
-    `rescale`. Strides of a are in elements; a and the addresses b, c, factor as in `_tile`.
+    `rescale`. Strides of a are in elements; a, the addresses b, c and factor, and `pairs` as in `_tile`.
     """
-    wide = {rows: _tile(number, rows, WIDE, rescale) for rows in (6, 4, 1)}
-    narrow = {rows: _tile(number, rows, 1, rescale) for rows in (NARROW_ROWS, 4, 1)}
-    wide6, wide4, wide1 = wide[6], wide[4], wide[1]
-    narrow12, narrow4, narrow1 = narrow[NARROW_ROWS], narrow[4], narrow[1]
+    wide6, wide4, wide1 = (_tile(number, rows, WIDE, rescale, pairs) for rows in (6, 4, 1))
+    narrow12, narrow4, narrow1 = (_tile(number, rows, 1, rescale, pairs) for rows in (NARROW_ROWS, 4, 1))
     size = number.bitwidth // 8
 
     @jit

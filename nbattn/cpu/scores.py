@@ -1,0 +1,173 @@
+"""What happens to a run of scores s^T between the product and the softmax: scale, softcap, bias, ALiBi, masks.
+
+Each step is one pass over a tile in the first-level cache, and a call pays only for the steps it asks for. Bias
+and mask lie query by query in memory; squares of them are transposed in registers.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+
+from ..problem import STORAGE_DTYPES
+from . import panels, simd
+from .tiles import ROW_BYTES
+
+get_int, put_int = simd.scalars(types.int64)
+get_byte, _ = simd.scalars(types.int8)
+get_int16, _ = simd.scalars(types.int16)
+get_int32, _ = simd.scalars(types.int32)
+
+
+class State(NamedTuple):
+    """Addresses of a block's per-row scratch, in rows of `ROW_BYTES` and tables of 8 bytes a row."""
+
+    first: int  # first key that the row sees
+    last: int  # one past the last
+    slope: int  # ALiBi
+    position: int  # among the keys
+    mask: int  # table: where the row's mask begins
+    bias: int  # table: where the row's bias begins
+
+
+def build(jit: Any, dtype: Any) -> tuple[Any, Any]:
+    """The compiled functions ``adjust(p, state, s, key0, keys, rows, vectors, all_first, all_last)``, which turns
+    raw products into scores, and ``visible(p, state, r, j)``, whether row r sees key j at all.
+    """  # fmt: skip
+    size = np.dtype(dtype).itemsize
+    lanes = simd.lanes(dtype)
+    register = simd.REGISTER_BYTES
+    infinity = dtype(np.inf)
+    compute = ir.DoubleType() if size == 8 else ir.FloatType()
+    load, store, get, put = simd.loads("float64" if size == 8 else "float32")
+    get_index, _ = simd.scalars(types.int64 if size == 8 else types.int32)
+    fma, mul, sub, add, splat = simd.fma, simd.mul, simd.sub, simd.add, simd.splat
+    hide_square = panels.mask_in(lanes, compute)
+
+    @jit
+    def scale_and_cap(p, s, keys, vectors):  # type: ignore[no-untyped-def]
+        if p.softcap == 0:
+            scale = splat(dtype(p.scale))
+            for j in range(keys):
+                for v in range(vectors):
+                    a = s + j * ROW_BYTES + v * register
+                    store(a, mul(load(a), scale))
+            return
+        inner, cap = splat(dtype(p.scale / p.softcap)), splat(dtype(p.softcap))
+        for j in range(keys):
+            for v in range(vectors):
+                a = s + j * ROW_BYTES + v * register
+                store(a, mul(cap, simd.tanh(mul(load(a), inner))))
+
+    @jit
+    def add_alibi(state, s, key0, keys, vectors):  # type: ignore[no-untyped-def]
+        for v in range(vectors):
+            slope, position = load(state.slope + v * register), load(state.position + v * register)
+            for j in range(keys):
+                a = s + j * ROW_BYTES + v * register
+                store(a, fma(slope, sub(splat(dtype(key0 + j)), position), load(a)))
+
+    def bias_adder(storage: str) -> tuple[Any, Any]:
+        read = simd.loads(storage)[2]
+        add_square = panels.bias_in(lanes, storage, compute)
+        bytes_ = 2 if storage in ("float16", "bfloat16") else np.dtype(storage).itemsize
+
+        @jit
+        def add_bias(p, table, s, key0, keys, rows, vectors):  # type: ignore[no-untyped-def]
+            if p.bias_same_rows:
+                a = get_int(table) + key0 * p.bias_k
+                for j in range(keys):
+                    x = dtype(read(a + j * p.bias_k))
+                    for v in range(vectors):
+                        t = s + j * ROW_BYTES + v * register
+                        store(t, splat(-infinity) if x == -infinity else add(load(t), splat(x)))
+                return
+            squares = keys // lanes if p.bias_k == bytes_ else 0
+            for v in range(vectors if squares > 0 else 0):
+                for c in range(squares):
+                    j = c * lanes
+                    add_square(table + v * lanes * 8, (key0 + j) * bytes_, s + j * ROW_BYTES + v * register)
+            for r in range(rows):
+                a = get_int(table + 8 * r) + key0 * p.bias_k
+                for j in range(squares * lanes, keys):
+                    x = dtype(read(a + j * p.bias_k))
+                    t = s + j * ROW_BYTES + r * size
+                    # A bias of -inf masks, also a NaN.
+                    put(t, -infinity if x == -infinity else get(t) + x)
+
+        return read, add_bias
+
+    (read0, add0), (read1, add1), (read2, add2), (read3, add3) = (bias_adder(kind) for kind in STORAGE_DTYPES)
+
+    @jit
+    def masked(p, a):  # type: ignore[no-untyped-def]
+        """Whether the mask's element at an address says no."""
+        if p.mask_bytes == 1:
+            return get_byte(a) == 0
+        if p.mask_bytes == 2:
+            return get_int16(a) == 0
+        return get_int32(a) == 0 if p.mask_bytes == 4 else get_int(a) == 0
+
+    @jit
+    def apply_mask(p, table, s, key0, keys, rows, vectors):  # type: ignore[no-untyped-def]
+        if p.mask_same_rows:
+            a = get_int(table) + key0 * p.mask_k
+            for j in range(keys):
+                if masked(p, a + j * p.mask_k):
+                    for v in range(vectors):
+                        store(s + j * ROW_BYTES + v * register, splat(-infinity))
+            return
+        squares = keys // lanes if p.mask_bytes == 1 and p.mask_k == 1 else 0
+        for v in range(vectors if squares > 0 else 0):
+            for c in range(squares):
+                j = c * lanes
+                hide_square(table + v * lanes * 8, key0 + j, s + j * ROW_BYTES + v * register)
+        for r in range(rows):
+            a = get_int(table + 8 * r) + key0 * p.mask_k
+            for j in range(squares * lanes, keys):
+                if masked(p, a + j * p.mask_k):
+                    put(s + j * ROW_BYTES + r * size, -infinity)
+
+    @jit
+    def adjust(p, state, s, key0, keys, rows, vectors, all_first, all_last):  # type: ignore[no-untyped-def]
+        if not p.plain:
+            scale_and_cap(p, s, keys, vectors)
+            if p.bias != 0:
+                if p.bias_kind == 0:
+                    add0(p, state.bias, s, key0, keys, rows, vectors)
+                elif p.bias_kind == 1:
+                    add1(p, state.bias, s, key0, keys, rows, vectors)
+                elif p.bias_kind == 2:
+                    add2(p, state.bias, s, key0, keys, rows, vectors)
+                else:
+                    add3(p, state.bias, s, key0, keys, rows, vectors)
+            if p.alibi_slopes != 0:
+                add_alibi(state, s, key0, keys, vectors)
+        if p.mask != 0:
+            apply_mask(p, state.mask, s, key0, keys, rows, vectors)
+        if key0 < all_first or key0 + keys > all_last:
+            for v in range(vectors):
+                first, last = state.first + v * register, state.last + v * register
+                for j in range(keys):
+                    t = s + j * ROW_BYTES + v * register
+                    store(t, simd.outside(load(t), key0 + j, first, last))
+
+    @jit
+    def visible(p, state, r, j):  # type: ignore[no-untyped-def]
+        if j < get_index(state.first + r * size) or j >= get_index(state.last + r * size):
+            return False
+        if p.mask != 0 and masked(p, get_int(state.mask + 8 * r) + j * p.mask_k):
+            return False
+        if p.bias == 0:
+            return True
+        a = get_int(state.bias + 8 * r) + j * p.bias_k
+        if p.bias_kind == 0:
+            return read0(a) != -np.inf
+        if p.bias_kind == 1:
+            return read1(a) != -np.inf
+        return (read2(a) if p.bias_kind == 2 else read3(a)) != -np.inf
+
+    return adjust, visible
