@@ -134,7 +134,7 @@ def scaled_dot_product_attention(
     >>> result.output.shape, result.lse.shape
     ((2, 8, 5, 16), (2, 8, 5))
     """
-    module = _backend_module(backend)
+    module = check.backend_module("attention", backend)
     q, k, v = check.check_inputs(query, key, value)
     missing = _missing_dimensions(q, k, v)
     if missing:
@@ -159,7 +159,9 @@ def scaled_dot_product_attention(
     if lse is None and weights is None:
         return result
     drop = (0,) * missing
-    return AttentionOutput(result, None if weights is None else weights[drop], None if lse is None else lse[drop])
+    return AttentionOutput(
+        result, None if weights is None else weights[drop], None if lse is None else lse[drop]
+    )
 
 
 def varlen_attention(
@@ -235,7 +237,7 @@ def varlen_attention(
     >>> varlen_attention(x, x, x, [0, 2, 3], [0, 2, 3]).ravel()
     array([1., 1., 5.], dtype=float32)
     """
-    module = _backend_module(backend)
+    module = check.backend_module("attention", backend)
     q, k, v = check.check_inputs(query, key, value)
     for array, name in ((q, "query"), (k, "key"), (v, "value")):
         if array.ndim != 3:
@@ -368,21 +370,6 @@ def _problem(
         query_starts=starts[0],
         key_starts=starts[1],
     )
-
-
-def _backend_module(backend: str | None) -> ModuleType:
-    """The `attention` module of a backend; its `forward` does the work."""
-    if backend in (None, "cpu"):
-        from .cpu import attention as module
-    elif backend == "reference":
-        from .reference import attention as module
-    elif backend == "cuda":
-        msg = 'backend="cuda" needs an NVIDIA GPU, the extra nbattn[cuda] and CUDA kernels, which this version lacks'
-        raise ValueError(msg)
-    else:
-        msg = f"backend is {backend!r}; expected None, 'cpu', 'reference' or 'cuda'"
-        raise ValueError(msg)
-    return module
 
 
 def _missing_dimensions(q: NDArray[Any], k: NDArray[Any], v: NDArray[Any]) -> int:

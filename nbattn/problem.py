@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import operator
 from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -52,6 +54,17 @@ class Problem:
     def compute(self) -> type[np.floating[Any]]:
         """The dtype of accumulation, softmax, weights and lse."""
         return np.float64 if self.storage == "float64" else np.float32
+
+
+def backend_module(stem: str, backend: str | None) -> ModuleType:
+    """The module that does the work of a door: the one of the same stem in the backend's folder."""
+    if backend in (None, "cpu", "reference"):
+        return import_module(f".{backend or 'cpu'}.{stem}", __package__)
+    if backend == "cuda":
+        msg = 'backend="cuda" needs an NVIDIA GPU, nbattn[cuda] and CUDA kernels, which this version lacks'
+    else:
+        msg = f"backend is {backend!r}; expected None, 'cpu', 'reference' or 'cuda'"
+    raise ValueError(msg)
 
 
 def storage_name(dtype: np.dtype[Any]) -> str | None:

@@ -1,7 +1,8 @@
 """Between memory as it lies and scratch: transposing reads and writes, widened and paired copies.
 
-Rows of a block need not lie at equal distances, so a table holds the address of each. A transposing read takes
-one vector from each of `lanes` rows and turns the square in registers; a row of the result holds one column.
+Rows of a block need not lie at equal distances, so a table holds the address of each. A transposing read
+takes one vector from each of `lanes` rows and turns the square in registers; a row of the result holds one
+column.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
@@ -17,11 +19,14 @@ from . import simd
 from .simd import I8, I32, I64, const, load_value, pointer, store_value
 from .tiles import ROW_BYTES
 
+KEYS = 128
+"""Keys of one S^T, 32 KB. Fewer move the sums through registers too often, more leave the cache."""
+
 
 def _from_rows(lanes: int, element: Any, emit: Callable[[Any, Any, Any], None]) -> Any:
-    """``read(table, offset, target)``: `emit(builder, column, address)` for each column of the square at `offset`.
+    """``read(table, offset, target)``: `emit(builder, column, address)` for each column of a square.
 
-    The r-th row's vector lies at ``table[r] + offset``, and column c's address is ``target + c * ROW_BYTES``.
+    Row r's vector lies at ``table[r] + offset``, and column c's address is ``target + c * ROW_BYTES``.
     """
     t = ir.VectorType(element, lanes)
 
@@ -54,11 +59,11 @@ def rows_in(lanes: int, storage: str) -> Any:
 
 def words_in(lanes: int) -> Any:
     """``read(table, offset, target)``: transpose a square of 32-bit words as they are."""
-    return _from_rows(lanes, I32, lambda b, column, address: store_value(b, column, pointer(b, address, column.type)))
+    return _from_rows(lanes, I32, lambda b, x, address: store_value(b, x, pointer(b, address, x.type)))
 
 
 def bias_in(lanes: int, storage: str, compute: Any) -> Any:
-    """``read(table, offset, target)``: add a square of biases to the scores at `target`; -inf masks even a NaN."""
+    """``read(table, offset, target)``: add a square of biases to the scores; -inf masks even a NaN."""
 
     def emit(b: Any, column: Any, address: Any) -> None:
         x = simd.widen_value(b, column, storage)
@@ -126,8 +131,8 @@ def _pair_words(b: Any, low: Any, high: Any) -> Any:
     return b.or_(first, b.and_(simd.round_bits(b, high, 16), const(t, -0x10000)))
 
 
-def pairs(vector: bool) -> Any:
-    """``pack(address, low, high)``: store float32 low and high as words of two bfloat16; vectors or numbers."""
+def pair_words(vector: bool) -> Any:
+    """``pack(address, low, high)``: store float32 vectors or numbers as words of two bfloat16."""
     numba_type = simd.vector(types.float32) if vector else types.float32
 
     @intrinsic
@@ -144,7 +149,7 @@ def pairs(vector: bool) -> Any:
 
 @intrinsic
 def pack_weights(typingctx: Any, address: Any, low: Any, high: Any) -> Any:
-    """As `pairs`, for numbers in [0, 1]: half a unit is added before the cut, which rounds to nearest."""
+    """As `pair_words`, for numbers in [0, 1]: adding half a unit before the cut rounds to nearest."""
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         t = ir.VectorType(I32, args[1].type.count)
@@ -160,7 +165,7 @@ def pack_weights(typingctx: Any, address: Any, low: Any, high: Any) -> Any:
 
 @intrinsic
 def interleave(typingctx: Any, address: Any, low: Any, high: Any) -> Any:
-    """Store the 16-bit numbers at `low` and `high`, two registers' worth of words: word c is (low[c], high[c])."""
+    """Store two registers of words: word c holds the 16-bit numbers (low[c], high[c])."""
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         n = simd.REGISTER_BYTES // 2
@@ -173,3 +178,81 @@ def interleave(typingctx: Any, address: Any, low: Any, high: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 3), codegen
+
+
+def build(jit: Any, storage: str, pairs: bool, as_operand: Any) -> Any:
+    """The compiled function ``panel(p, w, head, tile, key, value, length)``.
+
+    It returns the address of a tile's converted keys, whose values follow `key_panel_bytes` later; a tile
+    that its slot still holds from another block of the same head is not converted again. `as_operand` is what
+    each number goes through; with `pairs` the panels hold words of two bfloat16.
+    """
+    size = 8 if storage == "float64" else 4
+    stored = 2 if storage in ("float16", "bfloat16") else size
+    lanes = simd.REGISTER_BYTES // size
+    load_stored, _, get_stored, _ = simd.loads(storage)
+    _, store, _, put = simd.loads("float64" if size == 8 else "float32")
+    get_int, put_int = simd.scalars(types.int64)
+    pack, pack_vectors = pair_words(vector=False), pair_words(vector=True)
+
+    @jit
+    def convert(source, stride, rows, columns, target):
+        """rows x columns of stored numbers -> contiguous numbers that the tiles multiply."""
+        for r in range(rows):
+            a, t = source + r * stride * stored, target + r * columns * size
+            whole = columns // lanes * lanes
+            for c in range(0, whole, lanes):
+                store(t + c * size, as_operand(load_stored(a + c * stored)))
+            for c in range(whole, columns):
+                put(t + c * size, as_operand(get_stored(a + c * stored)))
+
+    @jit
+    def pair_columns(source, stride, rows, columns, target):
+        """rows x columns -> words of two columns that lie side by side."""
+        for r in range(rows):
+            a, t = source + r * stride * stored, target + r * ((columns + 1) // 2) * size
+            for c in range(0, columns, 2):
+                high = get_stored(a + (c + 1) * stored) if c + 1 < columns else np.float32(0)
+                pack(t + c // 2 * size, get_stored(a + c * stored), high)
+
+    @jit
+    def pair_rows(source, stride, rows, columns, target):
+        """rows x columns -> words of two rows; a row that is missing in the last word is 0."""
+        for r in range(0, rows, 2):
+            a, t = source + r * stride * stored, target + r // 2 * columns * size
+            second = a + stride * stored
+            c = 0
+            while r + 1 < rows and c + 2 * lanes <= columns:
+                if storage == "bfloat16":
+                    interleave(t + c * size, a + c * stored, second + c * stored)
+                else:
+                    for half in range(c, c + 2 * lanes, lanes):
+                        pack_vectors(t + half * size, load_stored(a + half * stored),
+                                     load_stored(second + half * stored))  # fmt: skip
+                c += 2 * lanes
+            while c < columns:
+                high = get_stored(second + c * stored) if r + 1 < rows else np.float32(0)
+                pack(t + c * size, get_stored(a + c * stored), high)
+                c += 1
+
+    @jit
+    def panel(p, w, head, tile, key, value, length):
+        """The address of a tile's converted keys; its values follow `key_panel_bytes` later."""
+        slot = tile % p.slots
+        a = w.panels + slot * p.slot_bytes
+        tag = head * (p.key_tiles + 1) + tile + 1
+        if get_int(w.tags + 8 * slot) != tag:
+            put_int(w.tags + 8 * slot, tag)
+            rows = min(KEYS, length - tile * KEYS)
+            key += tile * KEYS * p.key_s * stored
+            value += tile * KEYS * p.value_s * stored
+            if pairs:
+                if p.key_panel_bytes > 0:
+                    pair_columns(key, p.key_s, rows, p.head_dim, a)
+                pair_rows(value, p.value_s, rows, p.value_dim, a + p.key_panel_bytes)
+            else:
+                convert(key, p.key_s, rows, p.head_dim, a)
+                convert(value, p.value_s, rows, p.value_dim, a + p.key_panel_bytes)
+        return a
+
+    return panel

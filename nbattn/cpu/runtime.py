@@ -45,6 +45,9 @@ WORK = [("tasks", np.int64), ("next_task", np.int64, 8), ("tasks_done", np.int64
 SIGNATURE = types.int64(types.int64)
 
 
+OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "boundscheck": False}
+
+
 def jit_for(kernel: str) -> Callable[[Any], Any]:
     """The decorator of every function that goes into this kernel.
 
@@ -54,7 +57,8 @@ def jit_for(kernel: str) -> Callable[[Any], Any]:
 
     def jit(function: Any) -> Any:
         function.__qualname__ += f".{kernel}"
-        return numba.njit(nogil=True, error_model="numpy", boundscheck=False)(function)
+        # Wrappers for callers from Python and C are a quarter of the compile time.
+        return numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **OPTIONS)(function)
 
     return jit
 
@@ -194,8 +198,9 @@ def compiled(name: str, build: Callable[[Callable[[Any], Any]], Callable[[Any], 
         pass
     with _compile_lock:
         if name not in _kernels:
-            jit = jit_for(name)
-            kernel = jit(build(jit))
+            function = build(jit_for(name))
+            function.__qualname__ += f".{name}"
+            kernel = numba.njit(no_cfunc_wrapper=True, **OPTIONS)(function)
             kernel._cache = DiskCache(name)
             kernel.compile(SIGNATURE)
             kernel.disable_compile()

@@ -1,12 +1,12 @@
-"""What happens to a run of scores s^T between the product and the softmax: scale, softcap, bias, ALiBi, masks.
+"""What happens to scores s^T between the product and the softmax: scale, softcap, bias, ALiBi, masks.
 
-Each step is one pass over a tile in the first-level cache, and a call pays only for the steps it asks for. Bias
-and mask lie query by query in memory; squares of them are transposed in registers.
+Each step is one pass over a tile in the first-level cache, and a call pays only for the steps it asks for.
+Bias and mask lie query by query in memory; squares of them are transposed in registers.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from llvmlite import ir
@@ -22,21 +22,12 @@ get_int16, _ = simd.scalars(types.int16)
 get_int32, _ = simd.scalars(types.int32)
 
 
-class State(NamedTuple):
-    """Addresses of a block's per-row scratch, in rows of `ROW_BYTES` and tables of 8 bytes a row."""
+def build(jit: Any, dtype: Any, storage: str) -> tuple[Any, Any]:
+    """The compiled functions ``adjust(p, w, key0, keys, rows, vectors, all_first, all_last)``, which turns
+    raw products into scores, and ``visible(p, w, r, j)``, whether row r sees key j at all.
 
-    first: int  # first key that the row sees
-    last: int  # one past the last
-    slope: int  # ALiBi
-    position: int  # among the keys
-    mask: int  # table: where the row's mask begins
-    bias: int  # table: where the row's bias begins
-
-
-def build(jit: Any, dtype: Any) -> tuple[Any, Any]:
-    """The compiled functions ``adjust(p, state, s, key0, keys, rows, vectors, all_first, all_last)``, which turns
-    raw products into scores, and ``visible(p, state, r, j)``, whether row r sees key j at all.
-    """  # fmt: skip
+    `p` is the call's parameters, `w` the block's scratch (`attention.Scratch`).
+    """
     size = np.dtype(dtype).itemsize
     lanes = simd.lanes(dtype)
     register = simd.REGISTER_BYTES
@@ -45,10 +36,11 @@ def build(jit: Any, dtype: Any) -> tuple[Any, Any]:
     load, store, get, put = simd.loads("float64" if size == 8 else "float32")
     get_index, _ = simd.scalars(types.int64 if size == 8 else types.int32)
     fma, mul, sub, add, splat = simd.fma, simd.mul, simd.sub, simd.add, simd.splat
+    usual = (storage, np.dtype(dtype).name)
     hide_square = panels.mask_in(lanes, compute)
 
     @jit
-    def scale_and_cap(p, s, keys, vectors):  # type: ignore[no-untyped-def]
+    def scale_and_cap(p, s, keys, vectors):
         if p.softcap == 0:
             scale = splat(dtype(p.scale))
             for j in range(keys):
@@ -63,20 +55,21 @@ def build(jit: Any, dtype: Any) -> tuple[Any, Any]:
                 store(a, mul(cap, simd.tanh(mul(load(a), inner))))
 
     @jit
-    def add_alibi(state, s, key0, keys, vectors):  # type: ignore[no-untyped-def]
+    def add_alibi(w, s, key0, keys, vectors):
         for v in range(vectors):
-            slope, position = load(state.slope + v * register), load(state.position + v * register)
+            slope, position = load(w.slope + v * register), load(w.position + v * register)
             for j in range(keys):
                 a = s + j * ROW_BYTES + v * register
                 store(a, fma(slope, sub(splat(dtype(key0 + j)), position), load(a)))
 
-    def bias_adder(storage: str) -> tuple[Any, Any]:
-        read = simd.loads(storage)[2]
-        add_square = panels.bias_in(lanes, storage, compute)
-        bytes_ = 2 if storage in ("float16", "bfloat16") else np.dtype(storage).itemsize
+    def bias_adder(kind: str) -> tuple[Any, Any]:
+        read = simd.loads(kind)[2]
+        # Biases of a third dtype are rare, and each square adds to every cold compile.
+        bytes_ = (2 if kind in ("float16", "bfloat16") else np.dtype(kind).itemsize) if kind in usual else -1
+        add_square = panels.bias_in(lanes, kind if kind in usual else storage, compute)
 
         @jit
-        def add_bias(p, table, s, key0, keys, rows, vectors):  # type: ignore[no-untyped-def]
+        def add_bias(p, table, s, key0, keys, rows, vectors):
             if p.bias_same_rows:
                 a = get_int(table) + key0 * p.bias_k
                 for j in range(keys):
@@ -103,7 +96,7 @@ def build(jit: Any, dtype: Any) -> tuple[Any, Any]:
     (read0, add0), (read1, add1), (read2, add2), (read3, add3) = (bias_adder(kind) for kind in STORAGE_DTYPES)
 
     @jit
-    def masked(p, a):  # type: ignore[no-untyped-def]
+    def masked(p, a):
         """Whether the mask's element at an address says no."""
         if p.mask_bytes == 1:
             return get_byte(a) == 0
@@ -112,7 +105,7 @@ def build(jit: Any, dtype: Any) -> tuple[Any, Any]:
         return get_int32(a) == 0 if p.mask_bytes == 4 else get_int(a) == 0
 
     @jit
-    def apply_mask(p, table, s, key0, keys, rows, vectors):  # type: ignore[no-untyped-def]
+    def apply_mask(p, table, s, key0, keys, rows, vectors):
         if p.mask_same_rows:
             a = get_int(table) + key0 * p.mask_k
             for j in range(keys):
@@ -132,38 +125,39 @@ def build(jit: Any, dtype: Any) -> tuple[Any, Any]:
                     put(s + j * ROW_BYTES + r * size, -infinity)
 
     @jit
-    def adjust(p, state, s, key0, keys, rows, vectors, all_first, all_last):  # type: ignore[no-untyped-def]
+    def adjust(p, w, key0, keys, rows, vectors, all_first, all_last):
+        s = w.s
         if not p.plain:
             scale_and_cap(p, s, keys, vectors)
             if p.bias != 0:
                 if p.bias_kind == 0:
-                    add0(p, state.bias, s, key0, keys, rows, vectors)
+                    add0(p, w.biases, s, key0, keys, rows, vectors)
                 elif p.bias_kind == 1:
-                    add1(p, state.bias, s, key0, keys, rows, vectors)
+                    add1(p, w.biases, s, key0, keys, rows, vectors)
                 elif p.bias_kind == 2:
-                    add2(p, state.bias, s, key0, keys, rows, vectors)
+                    add2(p, w.biases, s, key0, keys, rows, vectors)
                 else:
-                    add3(p, state.bias, s, key0, keys, rows, vectors)
+                    add3(p, w.biases, s, key0, keys, rows, vectors)
             if p.alibi_slopes != 0:
-                add_alibi(state, s, key0, keys, vectors)
+                add_alibi(w, s, key0, keys, vectors)
         if p.mask != 0:
-            apply_mask(p, state.mask, s, key0, keys, rows, vectors)
+            apply_mask(p, w.masks, s, key0, keys, rows, vectors)
         if key0 < all_first or key0 + keys > all_last:
             for v in range(vectors):
-                first, last = state.first + v * register, state.last + v * register
+                first, last = w.first + v * register, w.last + v * register
                 for j in range(keys):
                     t = s + j * ROW_BYTES + v * register
                     store(t, simd.outside(load(t), key0 + j, first, last))
 
     @jit
-    def visible(p, state, r, j):  # type: ignore[no-untyped-def]
-        if j < get_index(state.first + r * size) or j >= get_index(state.last + r * size):
+    def visible(p, w, r, j):
+        if j < get_index(w.first + r * size) or j >= get_index(w.last + r * size):
             return False
-        if p.mask != 0 and masked(p, get_int(state.mask + 8 * r) + j * p.mask_k):
+        if p.mask != 0 and masked(p, get_int(w.masks + 8 * r) + j * p.mask_k):
             return False
         if p.bias == 0:
             return True
-        a = get_int(state.bias + 8 * r) + j * p.bias_k
+        a = get_int(w.biases + 8 * r) + j * p.bias_k
         if p.bias_kind == 0:
             return read0(a) != -np.inf
         if p.bias_kind == 1:

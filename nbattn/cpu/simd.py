@@ -1,8 +1,8 @@
 """Vector operations: a Numba type whose values are LLVM vectors, and the intrinsics on it.
 
-A vector holds `lanes(dtype)` numbers: one register of the host. Addresses are plain integers in bytes; loads and
-stores need no alignment. Storage dtypes are named "float32", "float64", "float16", "bfloat16"; kernels see only
-float32 and float64, and convert where they load and store.
+A vector holds `lanes(dtype)` numbers: one register of the host. Addresses are plain integers in bytes; loads
+and stores need no alignment. Storage dtypes go by name: "float32", "float64", "float16", "bfloat16"; kernels
+see only float32 and float64, and convert where they load and store.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def vector(dtype: Any) -> Vector:
     return Vector(dtype, REGISTER_BYTES * 8 // dtype.bitwidth)
 
 
-# --- emitters: LLVM code for scalars and vectors alike -------------------------------------------------------------
+# --- emitters: LLVM code for scalars and vectors alike ------------------------------------------------------
 
 
 def suffix(t: Any) -> str:
@@ -278,7 +278,7 @@ def _like(t: Any, element: Any) -> Any:
     return ir.VectorType(element, t.count) if isinstance(t, ir.VectorType) else element
 
 
-# --- intrinsics ----------------------------------------------------------------------------------------------------
+# --- intrinsics ---------------------------------------------------------------------------------------------
 
 
 def stored(storage: str) -> Any:
@@ -293,7 +293,8 @@ def _compute(storage: str) -> Any:
 def loads(storage: str) -> tuple[Any, Any, Any, Any]:
     """(load, store, get, put) for numbers stored so: vectors and single numbers, converted on the way.
 
-    ``load(address) -> vector``, ``store(address, vector)``, ``get(address) -> number``, ``put(address, number)``.
+    ``load(address) -> vector``, ``store(address, vector)``, ``get(address) -> number``,
+    ``put(address, number)``.
     """
     number = _compute(storage)
     element = stored(storage)

@@ -1,8 +1,9 @@
 """Register tiles: the small matrix products that all arithmetic of attention goes through.
 
-One tile multiplies `rows` rows of A by `vectors` vectors of columns of B and keeps all of its sums in registers:
-6 x 4 of the 32 registers of AVX-512 and NEON, 6 x 2 of the 16 of AVX2 and SSE. In each step of the reduction
-it loads `vectors` vectors of B and broadcasts one number for each row of A, which is read as it lies in memory.
+One tile multiplies `rows` rows of A by `vectors` vectors of columns of B and keeps all of its sums in
+registers: 6 x 4 of the 32 registers of AVX-512 and NEON, 6 x 2 of the 16 of AVX2 and SSE. In each step of the
+reduction it loads `vectors` vectors of B and broadcasts one number for each row of A, which is read as it
+lies in memory.
 B and C are scratch with rows of `ROW_BYTES`; columns are queries.
 """
 
@@ -106,7 +107,7 @@ def product(jit: Any, number: Any, rescale: bool, pairs: bool) -> Any:
     size = number.bitwidth // 8
 
     @jit
-    def multiply(a, a_row, a_col, rows, b, c, vectors, depth, factor):  # type: ignore[no-untyped-def]
+    def multiply(a, a_row, a_col, rows, b, c, vectors, depth, factor):
         column = 0
         while column < vectors:
             shift = column * simd.REGISTER_BYTES

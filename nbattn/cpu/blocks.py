@@ -1,0 +1,409 @@
+"""Tiled attention on explicit vectors: the lanes are queries.
+
+A task is one block of up to `ROW_BYTES / itemsize` queries that share their keys. Scores are kept
+transposed, S^T[key, query], so the softmax runs down the lanes without a horizontal step, and both products
+are the same register tile: S^T = K Q^T and O^T = V^T P^T, where K and V are read one number at a time. Beside
+a block's Q^T and O^T only one S^T of `KEYS` keys exists. K and V are read as they lie where memory holds what
+the tile multiplies; else `KEYS` rows at a time are converted into panels, which serve all blocks of a head.
+
+Short queries of one group of heads (grouped-query attention) are packed into one block, so that each key is
+read once for all of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import types
+
+from . import panels, runtime, scores, simd
+from .panels import KEYS
+from .tiles import ROW_BYTES, product
+
+LOG2E = math.log2(math.e)
+STATE_ROWS = 7
+"""Rows of per-query numbers in a block's scratch."""
+TABLES = 4
+"""Tables of per-query addresses."""
+
+PARAMETERS = np.dtype(
+    runtime.WORK
+    + [(name, np.int64) for name in (
+        "workspace", "workspace_bytes", "workers",
+        # addresses, and strides in elements along batch, head and row
+        "query", "query_b", "query_h", "query_s", "key", "key_b", "key_h", "key_s",
+        "value", "value_b", "value_h", "value_s", "out", "out_b", "out_h", "out_s",
+        "lse", "lse_b", "lse_h", "lse_s", "weights", "weights_b", "weights_h", "weights_s",
+        # addresses, and strides in bytes along batch, head, query and key
+        "mask", "mask_b", "mask_h", "mask_q", "mask_k", "mask_bytes", "mask_same_rows",
+        "bias", "bias_b", "bias_h", "bias_q", "bias_k", "bias_kind", "bias_same_rows",
+        "alibi_slopes", "sinks", "offset", "key_lengths", "query_starts", "key_starts", "first_task",
+        "batch", "queries", "head_dim", "value_dim", "group", "packed_heads", "units", "blocks",
+        "left", "right", "plain", "slots", "slot_bytes", "key_panel_bytes", "key_tiles",
+    )]
+    + [("scale", np.float64), ("softcap", np.float64)]
+)  # fmt: skip
+
+
+class Scratch(NamedTuple):
+    """Addresses of what one block works in. Rows have `ROW_BYTES`; tables 8 bytes a query."""
+
+    q: int  # q^T, head_dim rows
+    o: int  # o^T, value_dim rows
+    s: int  # s^T, then its weights: KEYS rows
+    maximum: int  # one row each of a number a query: the softmax's running maximum,
+    total: int  # its running total,
+    rescale: int  # what older sums are multiplied by,
+    first: int  # the first key that is seen,
+    last: int  # one past the last,
+    slope: int  # of ALiBi,
+    position: int  # of the query among the keys
+    queries: int  # one table each of addresses: where the query lies,
+    outs: int  # its output,
+    masks: int  # its mask,
+    biases: int  # its bias
+    tags: int  # which panel each slot holds
+    panels: int
+
+
+parameters_at = simd.record(PARAMETERS)
+
+NEXT_TASK = PARAMETERS.fields["next_task"][1]  # type: ignore[index]
+TASKS_DONE = PARAMETERS.fields["tasks_done"][1]  # type: ignore[index]
+WORKERS = PARAMETERS.fields["workers"][1]  # type: ignore[index]
+
+
+def multiplies(storage: str, bfloat16_products: bool) -> str:
+    """What the register tiles multiply: "float32", "float64", or "pairs" of bfloat16."""
+    if simd.PAIRS and (storage == "bfloat16" or bfloat16_products):
+        return "pairs"
+    return "float64" if storage == "float64" else "float32"
+
+
+def build(storage: str, bfloat16_products: bool, jit: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The kernel for arrays of one storage dtype, as a function of its parameters' address."""
+    operands = multiplies(storage, bfloat16_products)
+    pairs = operands == "pairs"
+    rounds = bfloat16_products and not pairs  # operands rounded to bfloat16, multiplied as float32
+    converts = operands != storage or rounds
+    dtype: Any = np.float64 if storage == "float64" else np.float32
+    number = types.float64 if storage == "float64" else types.float32
+    size = np.dtype(dtype).itemsize
+    stored = 2 if storage in ("float16", "bfloat16") else size
+    lanes = simd.lanes(dtype)
+    register = simd.REGISTER_BYTES
+    block_rows = ROW_BYTES // size
+    infinity = dtype(np.inf)
+
+    load, store, get, put = simd.loads("float64" if size == 8 else "float32")
+    _, _, get_stored, put_stored = simd.loads(storage)
+    get_int, put_int = simd.scalars(types.int64)
+    put_index = simd.scalars(types.int64 if size == 8 else types.int32)[1]
+    index = np.int64 if size == 8 else np.int32
+    fresh = product(jit, number, rescale=False, pairs=pairs)
+    accumulate = product(jit, number, rescale=True, pairs=pairs)
+    as_operand = simd.round_bfloat16 if rounds else simd.same
+    panel = panels.build(jit, storage, pairs, as_operand)
+    adjust, visible = scores.build(jit, dtype, storage)
+    read_square, read_words = panels.rows_in(lanes, storage), panels.words_in(lanes)
+    write_square = panels.rows_out(lanes, storage)
+    pack = panels.pair_words(vector=False)
+    bfloat16_at = simd.loads("bfloat16")[2]
+    mul, sub, add, exp2, greater, splat = simd.mul, simd.sub, simd.add, simd.exp2, simd.greater, simd.splat
+
+    @jit
+    def scratch_at(p, q):
+        o = q + p.head_dim * ROW_BYTES
+        s = o + p.value_dim * ROW_BYTES
+        s = o + p.value_dim * ROW_BYTES
+        row = s + KEYS * ROW_BYTES
+        table, step = row + STATE_ROWS * ROW_BYTES, block_rows * 8
+        tags = table + TABLES * step
+        return Scratch(q, o, s, row, row + ROW_BYTES, row + 2 * ROW_BYTES, row + 3 * ROW_BYTES,
+                       row + 4 * ROW_BYTES, row + 5 * ROW_BYTES, row + 6 * ROW_BYTES,
+                       table, table + step, table + 2 * step, table + 3 * step,
+                       tags, tags + 64 * ((p.slots + 7) // 8))  # fmt: skip
+
+    @jit
+    def task(p, t):
+        """(sequence, unit of heads, block) of task t; last blocks first: causal ones see most keys."""
+        if p.first_task == 0:
+            b, t = t // (p.units * p.blocks), t % (p.units * p.blocks)
+            blocks = p.blocks
+        else:
+            b = 0
+            while get_int(p.first_task + 8 * (b + 1)) <= t:
+                b += 1
+            first = get_int(p.first_task + 8 * b)
+            blocks = (get_int(p.first_task + 8 * (b + 1)) - first) // p.units
+            t -= first
+        return b, t // blocks, blocks - 1 - t % blocks
+
+    @jit
+    def rows_of(p, b):
+        """(first query row, number of queries, first key row) of sequence b."""
+        if p.query_starts == 0:
+            return 0, p.queries, 0
+        start = get_int(p.query_starts + 8 * b)
+        return start, get_int(p.query_starts + 8 * (b + 1)) - start, get_int(p.key_starts + 8 * b)
+
+    @jit
+    def set_up(p, w, b, unit, row0, rows, queries, start):
+        """Fill the per-row state; (first, last) key that any row sees, (first, last) that all rows see.
+
+        Lanes beyond the last row repeat it.
+        """
+        pb = 0 if p.query_starts != 0 else b
+        offset, length = get_int(p.offset + 8 * b), get_int(p.key_lengths + 8 * b)
+        any_first, any_last, all_first, all_last = length, 0, 0, length
+        h, i = unit * p.packed_heads + row0 // queries, row0 % queries
+        for r in range((rows + lanes - 1) // lanes * lanes):
+            first = min(max(i + offset - p.left, 0), length)
+            last = min(max(i + offset + p.right + 1, 0), length)
+            if first < last:
+                any_first, any_last = min(any_first, first), max(any_last, last)
+                all_first, all_last = max(all_first, first), min(all_last, last)
+            else:
+                first, last, all_last = 0, 0, 0
+            put_index(w.first + r * size, index(first))
+            put_index(w.last + r * size, index(last))
+            put(w.maximum + r * size, get(p.sinks + h * size) if p.sinks != 0 else -infinity)
+            put(w.total + r * size, dtype(1) if p.sinks != 0 else dtype(0))
+            put(w.slope + r * size, get(p.alibi_slopes + h * size) if p.alibi_slopes != 0 else dtype(0))
+            put(w.position + r * size, dtype(i + offset))
+            query = p.query + (pb * p.query_b + h * p.query_h + (start + i) * p.query_s) * stored
+            put_int(w.queries + 8 * r, query)
+            put_int(w.outs + 8 * r, p.out + (pb * p.out_b + h * p.out_h + (start + i) * p.out_s) * stored)
+            put_int(w.masks + 8 * r, p.mask + b * p.mask_b + h * p.mask_h + i * p.mask_q)
+            put_int(w.biases + 8 * r, p.bias + b * p.bias_b + h * p.bias_h + i * p.bias_q)
+            if r < rows - 1:
+                i += 1
+                if i == queries:
+                    h, i = h + 1, 0
+        # A start at a multiple of 16 keeps pairs of keys together.
+        return any_first // 16 * 16, any_last, all_first, all_last
+
+    @jit
+    def transpose_queries(p, w, vectors):
+        """q^T: numbers, or words of two numbers that lie side by side."""
+        queries = w.queries
+        if pairs:
+            as_words = p.head_dim // 2 if storage == "bfloat16" else 0
+            whole = as_words // lanes * lanes
+            for v in range(vectors):
+                for c in range(0, whole, lanes):
+                    read_words(queries + v * lanes * 8, c * 4, w.q + c * ROW_BYTES + v * register)
+            for r in range(vectors * lanes):
+                a = get_int(queries + 8 * r)
+                for c in range(whole, (p.head_dim + 1) // 2):
+                    high = get_stored(a + (2 * c + 1) * stored) if 2 * c + 1 < p.head_dim else dtype(0)
+                    pack(w.q + c * ROW_BYTES + r * size, get_stored(a + 2 * c * stored), high)
+            return
+        whole = p.head_dim // lanes * lanes
+        for v in range(vectors):
+            for c in range(0, whole, lanes):
+                read_square(queries + v * lanes * 8, c * stored, w.q + c * ROW_BYTES + v * register)
+        for r in range(vectors * lanes if whole < p.head_dim else 0):
+            a = get_int(queries + 8 * r)
+            for c in range(whole, p.head_dim):
+                put(w.q + c * ROW_BYTES + r * size, get_stored(a + c * stored))
+        if rounds:
+            for c in range(p.head_dim):
+                for v in range(vectors):
+                    a = w.q + c * ROW_BYTES + v * register
+                    store(a, as_operand(load(a)))
+
+    @jit
+    def score(p, w, key, converted, key0, keys, vectors):
+        """The raw products of one run of keys."""
+        depth = (p.head_dim + 1) // 2 if pairs else p.head_dim
+        if converts and p.key_panel_bytes > 0:
+            a, stride = converted + key0 % KEYS * depth * size, depth
+        else:
+            a, stride = key + key0 * p.key_s * stored, p.key_s // 2 if pairs else p.key_s
+        fresh(a, stride, 1, keys, w.q, w.s, vectors, depth, 0)
+
+    @jit
+    def soften(w, keys, vectors, factor):
+        """s^T -> unnormalised weights; moves the maximum and total, leaves the factor for older sums."""
+        to_log2 = splat(factor)
+        for v in range(vectors):
+            c = w.s + v * register
+            before = load(w.maximum + v * register)
+            top = before
+            for j in range(keys):
+                top = greater(load(c + j * ROW_BYTES), top)
+            zero_point = simd.finite_or_zero(top)
+            rescale = exp2(mul(sub(before, zero_point), to_log2))
+            total = mul(load(w.total + v * register), rescale)
+            if pairs:
+                for j in range(0, keys - 1, 2):
+                    x = exp2(mul(sub(load(c + j * ROW_BYTES), zero_point), to_log2))
+                    y = exp2(mul(sub(load(c + (j + 1) * ROW_BYTES), zero_point), to_log2))
+                    total = add(total, add(x, y))
+                    panels.pack_weights(c + j // 2 * ROW_BYTES, x, y)
+                if keys % 2 == 1:
+                    x = exp2(mul(sub(load(c + (keys - 1) * ROW_BYTES), zero_point), to_log2))
+                    total = add(total, x)
+                    panels.pack_weights(c + keys // 2 * ROW_BYTES, x, splat(dtype(0)))
+            else:
+                for j in range(keys):
+                    x = exp2(mul(sub(load(c + j * ROW_BYTES), zero_point), to_log2))
+                    total = add(total, x)
+                    store(c + j * ROW_BYTES, as_operand(x))
+            store(w.maximum + v * register, top)
+            store(w.total + v * register, total)
+            store(w.rescale + v * register, rescale)
+
+    @jit
+    def add_values(p, w, value, converted, key0, keys, vectors):
+        """o^T = o^T * rescale + v^T p^T"""
+        step = 2 if pairs else 1
+        if converts:
+            a, stride = converted + p.key_panel_bytes + key0 % KEYS // step * p.value_dim * size, p.value_dim
+        else:
+            a, stride = value + key0 * p.value_s * stored, p.value_s
+        accumulate(a, 1, stride, p.value_dim, w.s, w.o, vectors, (keys + step - 1) // step, w.rescale)
+
+    @jit
+    def add_visible_values(p, w, value, key0, keys, rows):
+        """`add_values` that leaves out what a row does not see, whatever lies there."""
+        for r in range(rows):
+            rescale = get(w.rescale + r * size)
+            for d in range(p.value_dim):
+                t = w.o + d * ROW_BYTES + r * size
+                put(t, get(t) * rescale)
+            for j in range(keys):
+                if not visible(p, w, r, key0 + j):
+                    continue
+                if pairs:
+                    x = bfloat16_at(w.s + j // 2 * ROW_BYTES + r * size + j % 2 * 2)
+                else:
+                    x = get(w.s + j * ROW_BYTES + r * size)
+                a = value + (key0 + j) * p.value_s * stored
+                for d in range(p.value_dim):
+                    y = get_stored(a + d * stored)
+                    t = w.o + d * ROW_BYTES + r * size
+                    put(t, get(t) + x * (simd.round_bfloat16(y) if bfloat16_products else y))
+
+    @jit
+    def write_weights(p, w, b, unit, row0, rows, queries, key0, keys, factor):
+        for r in range(rows):
+            h, i = unit * p.packed_heads + (row0 + r) // queries, (row0 + r) % queries
+            a = p.weights + (b * p.weights_b + h * p.weights_h + i * p.weights_s + key0) * size
+            total = get(w.total + r * size)
+            top = simd.finite_or_zero(get(w.maximum + r * size))
+            for j in range(keys):
+                x = exp2((get(w.s + j * ROW_BYTES + r * size) - top) * factor)
+                put(a + j * size, x / total if total != 0 else dtype(0))
+
+    @jit
+    def all_finite(p, w, rows, vectors):
+        """Whether every sum of the block is: 0 times them adds up to 0."""
+        zero = splat(dtype(0))
+        for v in range(vectors):
+            seen = zero
+            for d in range(p.value_dim):
+                seen = simd.fma(load(w.o + d * ROW_BYTES + v * register), zero, seen)
+            store(w.rescale + v * register, seen)
+        for r in range(rows):  # noqa: SIM110 - Numba compiles no all()
+            if get(w.rescale + r * size) != 0:
+                return False
+        return True
+
+    @jit
+    def finish(p, w, b, unit, row0, rows, queries, start):
+        """o^T / total -> out, and lse."""
+        pb = 0 if p.query_starts != 0 else b
+        inverse = w.rescale
+        for r in range((rows + lanes - 1) // lanes * lanes):
+            total = get(w.total + r * size)
+            put(inverse + r * size, dtype(0) if total == 0 else dtype(1) / total)
+        whole = p.value_dim // lanes * lanes
+        for r in range(0, rows, lanes):
+            for c in range(0, whole, lanes):
+                source = w.o + c * ROW_BYTES + r * size
+                write_square(source, inverse + r * size, w.outs + 8 * r, c * stored, rows - r)
+        for r in range(rows):
+            for c in range(whole, p.value_dim):
+                x = get(w.o + c * ROW_BYTES + r * size) * get(inverse + r * size)
+                put_stored(get_int(w.outs + 8 * r) + c * stored, x)
+            if p.lse != 0:
+                h, i = unit * p.packed_heads + (row0 + r) // queries, (row0 + r) % queries
+                a = p.lse + (pb * p.lse_b + h * p.lse_h + (start + i) * p.lse_s) * size
+                total = get(w.total + r * size)
+                top = np.float64(get(w.maximum + r * size))
+                if p.plain:
+                    top *= p.scale
+                put(a, -infinity if total == 0 else dtype(top + math.log(np.float64(total))))
+
+    @jit
+    def block(p, w, b, unit, number):
+        start, queries, key_start = rows_of(p, b)
+        row0 = number * block_rows
+        rows = min(block_rows, p.packed_heads * queries - row0)
+        vectors = (rows + lanes - 1) // lanes
+        pb = 0 if p.query_starts != 0 else b
+        shared = unit * p.packed_heads // p.group
+        head = b * p.units * p.packed_heads // p.group + shared
+        key = p.key + (pb * p.key_b + shared * p.key_h + key_start * p.key_s) * stored
+        value = p.value + (pb * p.value_b + shared * p.value_h + key_start * p.value_s) * stored
+        length = get_int(p.key_lengths + 8 * b)
+        factor = dtype(p.scale * LOG2E) if p.plain else dtype(LOG2E)
+        careful = False
+        while True:
+            any_first, any_last, all_first, all_last = set_up(p, w, b, unit, row0, rows, queries, start)
+            transpose_queries(p, w, vectors)
+            zero = splat(dtype(0))
+            for d in range(p.value_dim):
+                for v in range(vectors):
+                    store(w.o + d * ROW_BYTES + v * register, zero)
+            key0 = any_first
+            while key0 < any_last:
+                keys = min(KEYS - key0 % KEYS, any_last - key0)
+                converted = panel(p, w, head, key0 // KEYS, key, value, length) if converts else 0
+                score(p, w, key, converted, key0, keys, vectors)
+                adjust(p, w, key0, keys, rows, vectors, all_first, all_last)
+                soften(w, keys, vectors, factor)
+                if careful:
+                    add_visible_values(p, w, value, key0, keys, rows)
+                else:
+                    add_values(p, w, value, converted, key0, keys, vectors)
+                key0 += keys
+            # A non-finite value meets a weight of 0 where it is masked, and 0 * inf is NaN. It shows in the
+            # sums: only then the block is done again, with every masked value left out.
+            if careful or all_finite(p, w, rows, vectors):
+                break
+            careful = True
+        finish(p, w, b, unit, row0, rows, queries, start)
+        key0 = any_first if p.weights != 0 else any_last
+        while key0 < any_last:
+            keys = min(KEYS - key0 % KEYS, any_last - key0)
+            converted = panel(p, w, head, key0 // KEYS, key, value, length) if converts else 0
+            score(p, w, key, converted, key0, keys, vectors)
+            adjust(p, w, key0, keys, rows, vectors, all_first, all_last)
+            write_weights(p, w, b, unit, row0, rows, queries, key0, keys, factor)
+            key0 += keys
+
+    def attend(address):
+        p = parameters_at(address)
+        w = scratch_at(p, p.workspace + simd.fetch_add(address + WORKERS) * p.workspace_bytes)
+        finished_last = 0
+        started = False
+        while True:
+            t = simd.fetch_add(address + NEXT_TASK)
+            if t >= p.tasks:
+                return finished_last
+            if not started:
+                for slot in range(p.slots):
+                    put_int(w.tags + 8 * slot, 0)
+                started = True
+            b, unit, number = task(p, t)
+            block(p, w, b, unit, number)
+            if simd.fetch_add(address + TASKS_DONE) + 1 == p.tasks:
+                finished_last = 1
+
+    return attend
