@@ -56,7 +56,8 @@ def scaled_dot_product_attention(
     The scores of one row go through, in this order: ``scale * (q . k)``, softcap, bias, ALiBi, the masks, the
     sink, softmax. All masks combine by *and*. A row that sees no key gives output 0, weights 0 and lse -inf
     (with a sink, the sink's logit), never NaN. NaN or inf in a key or value that is masked for a row does not
-    reach that row. The result does not depend on the number of threads or on the rest of the batch, bit for bit.
+    reach that row. The result is the same, bit for bit, whatever the number of threads and the rest of the
+    batch.
 
     Parameters
     ----------
@@ -73,7 +74,8 @@ def scaled_dot_product_attention(
     is_causal : bool
         Query i sees key j only where ``j <= i + query_offset``.
     window_size : (left, right), optional
-        Query i sees ``i + query_offset - left <= j <= i + query_offset + right``; None or -1 leaves a side open.
+        Query i sees ``i + query_offset - left <= j <= i + query_offset + right``; None or -1 leaves a side
+        open.
     query_offset : int, int array (B,) or "end"
         The position of query 0 among the keys. 0 aligns the causal mask at the top left; "end" at the bottom
         right, which is ``Sk - Sq``, or ``key_lengths[b] - Sq`` where lengths are given.
@@ -84,11 +86,11 @@ def scaled_dot_product_attention(
     softcap : float, optional
         Scores become ``softcap * tanh(score / softcap)``. None or 0 for none.
     alibi_slopes : array_like (Hq,), optional
-        Adds ``slope * (key_position - query_position)``: positive slopes penalise keys to the left by distance.
+        Adds ``slope * (key_position - query_position)``: positive slopes penalise earlier keys by distance.
     sinks : array_like (Hq,), optional
         One more logit per head that joins the softmax's denominator and has no value.
     compute_dtype : {None, "bfloat16"}
-        "bfloat16" with float32 inputs: both products take operands rounded to bfloat16; the rest stays float32.
+        "bfloat16" with float32 inputs: both products take operands rounded to bfloat16, the rest is float32.
     return_weights, return_lse : bool
         Also return the weights ``(B, Hq, Sq, Sk)`` or the log-sum-exp ``(B, Hq, Sq)``.
     out : ndarray, optional
@@ -125,7 +127,7 @@ def scaled_dot_product_attention(
            [0.33, 0.67, 0.  ],
            [0.25, 0.25, 0.5 ]], dtype=float32)
 
-    Eight query heads that share two key heads, in the (batch, sequence, heads, head_dim) layout, without a copy:
+    Eight query heads that share two key heads, laid out (batch, sequence, heads, head_dim), without a copy:
 
     >>> rng = np.random.default_rng(0)
     >>> q = rng.standard_normal((2, 5, 8, 16), np.float32).transpose(0, 2, 1, 3)
@@ -309,7 +311,8 @@ def merge_states(outputs: ArrayLike, lses: ArrayLike) -> tuple[NDArray[Any], NDA
 
     partial, weights = check.floating(outputs, "outputs"), check.floating(lses, "lses")
     if partial.ndim == 0 or partial.shape[:-1] != weights.shape or weights.ndim == 0:
-        msg = f"outputs has shape {partial.shape} and lses {weights.shape}; expected (N, ..., head_dim) and (N, ...)"
+        shapes = f"outputs has shape {partial.shape} and lses {weights.shape}"
+        msg = f"{shapes}; expected (N, ..., head_dim) and (N, ...)"
         raise ValueError(msg)
     return merge(partial, weights)
 
@@ -394,7 +397,8 @@ def _check_starts(starts: ArrayLike, name: str, total: int, what: str) -> NDArra
         raise ValueError(msg)
     if (np.diff(array) < 0).any():
         b = int(np.flatnonzero(np.diff(array) < 0)[0])
-        msg = f"{name} decreases from {array[b]} to {array[b + 1]} at entry {b + 1}; sequences cannot be negative"
+        step = f"from {array[b]} to {array[b + 1]} at entry {b + 1}"
+        msg = f"{name} decreases {step}; sequences cannot have negative lengths"
         raise ValueError(msg)
     if array[-1] != total:
         msg = f"{name} ends at {array[-1]} but {what} has {total} rows; both must match"
@@ -421,7 +425,7 @@ def _run(
     lse: NDArray[Any] | None,
     weights: NDArray[Any] | None,
 ) -> None:
-    """Let the backend write its results, through a contiguous array where `out` is none that kernels can write."""
+    """Let the backend write its results, through a contiguous array where kernels cannot write `out`."""
     target = out if check.kernel_view(out) is out else np.empty(out.shape, out.dtype.newbyteorder("="))
     module.forward(problem, target, lse, weights)
     if target is not out:
