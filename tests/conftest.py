@@ -14,7 +14,7 @@ hypothesis.settings.register_profile(
     deadline=None,  # the first example may compile
     max_examples=150,
     derandomize="CI" in os.environ,
-    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 usual = hypothesis.settings.get_profile("nbattn")
 hypothesis.settings.register_profile("deep", parent=usual, max_examples=5000)

@@ -344,6 +344,14 @@ class TestLeaks:
         assert got[:, 0].all()
         assert not got[:, 1].any()
 
+    def test_bias_below_the_compute_dtype_masks(self, backend, rng):
+        q, k, v = inputs(rng, 1, 2, 1, 40, 60, 3)
+        bias = np.where(np.arange(60) < 30, 0, np.finfo(np.float64).min)
+        k[:, :, 40] = v[:, :, 41] = np.nan
+        got = scaled_dot_product_attention(q, k, v, bias=bias, backend=backend)
+        expected = scaled_dot_product_attention(q, k[:, :, :30], v[:, :, :30], backend=backend)
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
     def test_nan_bias_behind_a_mask(self, backend, rng):
         q, k, v = inputs(rng, 1, 2, 1, 40, 60, 3)
         bias = np.where(np.arange(60) < 30, 0, np.nan)
@@ -471,6 +479,38 @@ def test_weights_lse_and_output_agree(backend, dtype, rng):
     np.testing.assert_allclose(
         output.astype(compute), weights @ v.astype(compute), rtol=0, atol=4 * float(finfo(dtype).eps)
     )
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("dtype", [np.float16, bfloat16], ids=lambda d: np.dtype(d).name)
+class TestHalfPrecision:
+    """Every number is read exactly and rounded to the nearest, ties to even.
+
+    bfloat16's denormals may be taken as 0: the processors' instructions for it do.
+    """
+
+    @staticmethod
+    def assert_equal(got, expected):
+        got, expected = got.astype(np.float32), expected.astype(np.float32)
+        got = np.where((got == 0) & (np.abs(expected) < np.finfo(np.float32).smallest_normal), expected, got)
+        np.testing.assert_array_equal(got, expected)
+
+    def test_every_number(self, backend, dtype):
+        v = np.arange(2**16, dtype=np.uint16).view(dtype).reshape(256, 1, 256)
+        x = np.zeros((256, 1, 1), dtype)
+        got = scaled_dot_product_attention(x, x, v, backend=backend)
+        self.assert_equal(got, v)
+
+    def test_rounding(self, backend, dtype, rng):
+        a = rng.integers(0, 2**16, (300, 256)).astype(np.uint16)
+        neighbours = (a ^ rng.integers(0, 2**7, a.shape).astype(np.uint16)).view(dtype)
+        v = np.stack([a.view(dtype), neighbours], axis=1)
+        v = np.where(np.abs(v.astype(np.float32)) < 1e38, v, dtype(1))
+        got = scaled_dot_product_attention(
+            np.zeros((300, 1, 1), dtype), np.zeros((300, 2, 1), dtype), v, backend=backend
+        )
+        wide = v.astype(np.float32)
+        self.assert_equal(got, ((wide[:, :1] + wide[:, 1:]) / 2).astype(dtype))
 
 
 class TestBfloat16Products:

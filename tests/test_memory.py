@@ -1,6 +1,10 @@
 """How arrays may lie in memory, what is written, and that results do not depend on what runs beside them."""
 
 import importlib.util
+import itertools
+import mmap
+import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -202,6 +206,48 @@ def test_nothing_outside_the_arrays_is_touched(backend, dtype, side, guarded, rn
             )
             packed = (guarded(x[0].swapaxes(0, 1), side) for x in (q, k, v))
             varlen_attention(*packed, *starts, sinks=sinks, backend=backend)
+
+
+def test_memory_is_linear(rng):
+    """A 4096 x 4096 score matrix would be 64 MB."""
+    q, k, v = inputs(rng, 1, 1, 1, 4096, 4096, 64)
+    out = np.empty_like(q)
+    call = {"is_causal": True, "return_lse": True, "backend": "cpu"}
+    scaled_dot_product_attention(q[:, :, :2], k, v, **call)
+    tracemalloc.start()
+    try:
+        scaled_dot_product_attention(q, k, v, np.ones(4096, bool), bias=np.zeros((4096, 1)), out=out, **call)
+        assert tracemalloc.get_traced_memory()[1] < 8e6
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.skipif(sys.platform != "linux" or sys.maxsize < 2**33, reason="needs Linux and 64 bits")
+def test_beyond_32_bits(backend, rng):
+    """Arrays whose halves lie 2**32 elements apart, in memory of which few pages are touched."""
+    size = 2**33 + 2**24
+    reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | reserve)
+    base = np.frombuffer(memory, np.uint8)
+    place = itertools.count(0, 2**16)
+
+    def far(x, axis):
+        strides = list(x.strides)
+        strides[axis] = 2**32 * x.itemsize
+        start = base[next(place) :].view(x.dtype)[:1]
+        result = np.lib.stride_tricks.as_strided(start, x.shape, strides, writeable=True)
+        result[...] = x
+        return result
+
+    arrays = inputs(rng, 2, 2, 2, 2, 2, 3, dtype=np.float16)
+    mask, bias = rng.random((2, 2, 2, 2)) < 0.7, normal(rng, (2, 2, 2, 2), np.float16)
+    call = {"return_lse": True, "backend": backend}
+    expected = scaled_dot_product_attention(*arrays, mask, bias=bias, **call)
+    for axis in range(3):
+        moved, out = [far(x, axis) for x in arrays], far(np.zeros((2, 2, 2, 3), np.float16), axis)
+        got = scaled_dot_product_attention(*moved, far(mask, axis), bias=far(bias, axis), out=out, **call)
+        np.testing.assert_array_equal(got.output, expected.output)
+        np.testing.assert_array_equal(got.lse, expected.lse)
 
 
 class TestInputsAreNeverWritten:

@@ -39,10 +39,13 @@ def check(backend, name, x, axis=-1, where=None, scale=1.0):
     exact = formula(name, x, axis, kept, scale, np.longdouble if dtype == np.float64 else np.float64)
     got = getattr(nbattn, name)(x, axis, where=where, scale=scale, backend=backend)
     assert got.dtype == dtype
-    size = np.abs(np.where(kept, x.astype(np.float64) * scale, 0)).max(initial=1)
-    largest = np.asarray(exact).max(axis=axis, keepdims=True, initial=0) if name == "softmax" else 1
-    unit = size * largest + float(finfo(compute).smallest_normal) / float(finfo(compute).eps)
-    ulp = float(finfo(dtype).eps) if dtype in HALF else 4 * float(finfo(dtype).eps)
+    eps, stored_eps = float(finfo(compute).eps), float(finfo(dtype).eps)
+    size = np.abs(np.where(kept, x.astype(np.float64) * scale, 0)).max(initial=1) * eps / stored_eps
+    if name == "softmax":
+        size = size * exact.max(axis=axis, keepdims=True, initial=0)
+    unit = np.abs(np.where(np.isfinite(exact), exact, 0)) + size
+    unit += max(float(finfo(dtype).smallest_subnormal), float(finfo(compute).smallest_normal) / eps)
+    ulp = stored_eps / 2 if dtype in HALF else 4 * eps
     assert_accurate(np.asarray(got), np.asarray(exact), np.asarray(plain), unit, ulp=ulp, what=name)
     return got
 
