@@ -30,6 +30,15 @@ class TestShapes:
     def test_long(self, backend, dtype, rng):
         check(backend, *inputs(rng, 1, 2, 1, 260, 517, 64, 40, dtype), is_causal=True, query_offset=257)
 
+    @pytest.mark.parametrize("dtype", [np.float16, bfloat16], ids=lambda d: np.dtype(d).name)
+    def test_more_keys_than_are_kept_converted(self, backend, dtype, rng):
+        check(
+            backend,
+            *inputs(rng, 1, 2, 2, 70, 2200, 500, dtype=dtype),
+            window_size=(900, 1000),
+            query_offset="end",
+        )
+
     @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (5, 5), (4, 1), (6, 2), (12, 3), (40, 1)])
     def test_groups(self, backend, heads, kv_heads, rng):
         for queries in (1, 2, 9, 70):
@@ -563,6 +572,12 @@ class TestBfloat16Products:
             q, k, v, np.arange(70) < 40, compute_dtype="bfloat16", backend=backend
         )
         np.testing.assert_allclose(got, expected, rtol=0, atol=1e-2)
+        for bits in (0x7FC00000, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001):
+            v[:, :, 3] = np.array(bits, np.uint32).view(np.float32)
+            got = scaled_dot_product_attention(
+                q, k, v, compute_dtype="bfloat16", key_lengths=[40, 40], backend=backend
+            )
+            assert np.isnan(got).all()
         k[:, :, 3] = np.nan
         got = scaled_dot_product_attention(
             q, k, v, np.arange(70) < 40, compute_dtype="bfloat16", backend=backend
