@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -67,6 +68,7 @@ def backend_module(stem: str, backend: str | None) -> ModuleType:
     raise ValueError(msg)
 
 
+@cache
 def storage_name(dtype: np.dtype[Any]) -> str | None:
     """The supported dtype's name, or None. bfloat16 is recognised by name: `ml_dtypes` is never imported."""
     return dtype.name if dtype.name in STORAGE_DTYPES else None
@@ -74,6 +76,8 @@ def storage_name(dtype: np.dtype[Any]) -> str | None:
 
 def as_array(x: ArrayLike, name: str) -> NDArray[Any]:
     """Any array the caller has, as a NumPy view where its protocol allows one."""
+    if type(x) is np.ndarray:
+        return x
     if hasattr(x, "__cuda_array_interface__"):
         msg = (
             f"{name} lives on a GPU, and this build has no CUDA kernels; copy it to the host first "

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..problem import STORAGE_DTYPES, Problem
+from ..problem import STORAGE_DTYPES, Problem, storage_name
 from . import blocks, runtime
 from .blocks import PARAMETERS, STATE_ROWS, TABLES
 from .panels import KEYS
@@ -17,6 +18,9 @@ from .tiles import ROW_BYTES
 
 PANEL_BYTES = 4 << 20
 """Converted keys and values that one thread keeps."""
+_WORDS = {name: PARAMETERS.fields[name][1] // 8 for name in PARAMETERS.names}  # type: ignore[index, union-attr]
+QUERY, KEY, VALUE, OUT = (_WORDS[name] for name in ("query", "key", "value", "out"))
+TASKS, WORKSPACE, WORKSPACE_BYTES = (_WORDS[name] for name in ("tasks", "workspace", "workspace_bytes"))
 SERIAL_WORK = 1 << 19
 """Multiply-adds below which a call is not worth a second thread."""
 
@@ -25,17 +29,43 @@ def forward(
     problem: Problem, out: NDArray[Any], lse: NDArray[Any] | None, weights: NDArray[Any] | None
 ) -> None:
     """Write attention to `out` (B, Hq, Sq, Dv), `lse` (B, Hq, Sq) and `weights` (B, Hq, Sq, Sk)."""
-    parameters, keep_alive = _parameters(problem, out, lse, weights)
-    tasks = int(parameters["tasks"][0])
+    words, keep_alive = _parameters(problem, out, lse, weights)
+    _run(_kernel_of(problem), words, _is_small(problem), (problem, out, lse, weights, keep_alive))
+
+
+class Repeat:
+    """A call to be made again with other arrays of the same layout: only their addresses change."""
+
+    def __init__(self, problem: Problem, out: NDArray[Any]) -> None:
+        self.kernel = _kernel_of(problem)
+        self.words, _ = _parameters(problem, out, None, None)
+        self.keep_alive = problem.offset, problem.key_lengths
+        self.is_small = _is_small(problem)
+
+    def forward(self, query: NDArray[Any], key: NDArray[Any], value: NDArray[Any], out: NDArray[Any]) -> None:
+        words = self.words.copy()
+        words[QUERY], words[KEY] = runtime.address(query), runtime.address(key)
+        words[VALUE], words[OUT] = runtime.address(value), runtime.address(out)
+        _run(self.kernel, words, self.is_small, (query, key, value, out, self))
+
+
+def _run(kernel: Any, words: NDArray[np.int64], is_small: bool, keep_alive: Any) -> None:
+    tasks = int(words[TASKS])
     if tasks == 0:
         return
-    p = problem
-    work = p.batch * p.query.shape[1] * p.max_queries * p.max_keys * (p.query.shape[3] + p.value.shape[3])
-    helpers = 0 if work < SERIAL_WORK else min(runtime.threads(), tasks) - 1
-    workspace = np.empty((helpers + 1) * int(parameters["workspace_bytes"][0]) + 64, np.uint8)
-    parameters["workspace"] = -(-workspace.ctypes.data // 64) * 64
-    name = f"attention-{p.storage}" + ("-bfloat16" if p.bfloat16_products else "")
-    runtime.run(kernel(name), parameters, helpers, (workspace, keep_alive))
+    helpers = 0 if is_small else min(runtime.threads(), tasks) - 1
+    memory, words[WORKSPACE] = runtime.scratch((helpers + 1) * int(words[WORKSPACE_BYTES]))
+    runtime.run(kernel, words, helpers, (keep_alive, memory))
+
+
+def _kernel_of(p: Problem) -> Any:
+    return kernel(f"attention-{p.storage}" + ("-bfloat16" if p.bfloat16_products else ""))
+
+
+def _is_small(p: Problem) -> bool:
+    """Whether one thread is done before a second one is awake."""
+    _, heads, _, head_dim = p.query.shape
+    return p.batch * heads * p.max_queries * p.max_keys * (head_dim + p.value.shape[3]) < SERIAL_WORK
 
 
 def kernel_names(dtypes: Sequence[str]) -> list[str]:
@@ -52,13 +82,13 @@ def kernel(name: str) -> Any:
 def _parameters(
     p: Problem, out: NDArray[Any], lse: NDArray[Any] | None, weights: NDArray[Any] | None
 ) -> tuple[NDArray[Any], Any]:
-    """The kernel's record, and what must stay alive while it runs."""
-    values: dict[str, Any] = {}
+    """The kernel's record as words of 8 bytes, and what else must stay alive while it runs."""
+    values: dict[str, int] = {}
 
     def array(name: str, x: NDArray[Any] | None, axes: str = "", unit: int = 0) -> None:
         if x is None:
             return
-        values[name] = x.ctypes.data
+        values[name] = runtime.address(x)
         for axis, stride in zip(axes, x.strides, strict=False):
             values[f"{name}_{axis}"] = stride // (unit or x.itemsize)
 
@@ -122,16 +152,21 @@ def _parameters(
         "left": p.left,
         "right": p.right,
         "mask_bytes": 0 if p.mask is None else p.mask.itemsize,
-        "bias_kind": 0 if p.bias is None else STORAGE_DTYPES.index(p.bias.dtype.name),
+        "bias_kind": 0 if p.bias is None else STORAGE_DTYPES.index(cast(str, storage_name(p.bias.dtype))),
         # With a positive scale the softmax takes the raw products and the scale goes into its exponent.
         "plain": p.scale > 0 and not p.softcap and all(x is None for x in (p.bias, p.alibi_slopes, p.sinks)),
-        "scale": p.scale,
-        "softcap": p.softcap,
+        "scale": _bits(p.scale),
+        "softcap": _bits(p.softcap),
     }
     for name in ("mask", "bias"):
         same_heads = packed_heads == 1 or values.get(f"{name}_h") == 0
         values[f"{name}_same_rows"] = same_heads and values.get(f"{name}_q") == 0
-    record = np.zeros(1, PARAMETERS)
-    for name, value in values.items():
-        record[name] = value
-    return record, (p, out, lse, weights, first_task)
+    words = [0] * (PARAMETERS.itemsize // 8)
+    for name, number in values.items():
+        words[_WORDS[name]] = number
+    return np.array(words, np.int64), first_task
+
+
+def _bits(x: float) -> int:
+    """A float64 as the word that holds it."""
+    return struct.unpack("q", struct.pack("d", x))[0]

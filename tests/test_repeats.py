@@ -1,0 +1,100 @@
+"""Calls that repeat an earlier one's layout take a short way through the door: same results, same errors."""
+
+import gc
+import weakref
+
+import numpy as np
+import pytest
+
+import nbattn
+from nbattn import attention
+from nbattn import scaled_dot_product_attention as sdpa
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    attention._repeats.clear()
+
+
+def arrays(rng, dtype=np.float32):
+    return [rng.standard_normal((2, 3, 9, 8)).astype(dtype) for _ in range(3)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"is_causal": True}, {"window_size": (2, None), "query_offset": 3}, {"scale": -0.5, "softcap": 2.0}],
+)
+def test_same_as_the_long_way(rng, options):
+    for _ in range(3):
+        x = arrays(rng)
+        np.testing.assert_array_equal(sdpa(*x, **options), sdpa(*x, backend="cpu", **options))
+    assert len(attention._repeats) == 1
+
+
+def test_layouts_and_options_stay_apart(rng):
+    x = arrays(rng)
+    strided = [np.ascontiguousarray(a.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3) for a in x]
+    plain = sdpa(*x, backend="cpu")
+    causal = sdpa(*x, backend="cpu", is_causal=True)
+    for _ in range(2):
+        np.testing.assert_array_equal(sdpa(*x), plain)
+        np.testing.assert_array_equal(sdpa(*strided), plain)
+        np.testing.assert_array_equal(sdpa(*x, is_causal=True), causal)
+        np.testing.assert_array_equal(sdpa(*(a[0] for a in x)), plain[0])
+    assert len(attention._repeats) == 4
+
+
+def test_arrays_among_the_options_take_the_long_way(rng):
+    x = arrays(rng)
+    mask = rng.random((9, 9)) > 0.5
+    for lengths in ([3, 9], [9, 1]):
+        np.testing.assert_array_equal(
+            sdpa(*x, mask, key_lengths=lengths), sdpa(*x, mask, key_lengths=lengths, backend="cpu")
+        )
+    sdpa(*x, query_offset=np.array([1, 2]))
+    assert not attention._repeats
+
+
+def test_a_copied_input_is_read_again(rng):
+    x = [np.asfortranarray(a) for a in arrays(rng)]
+    for _ in range(2):
+        np.testing.assert_array_equal(sdpa(*x), sdpa(*x, backend="cpu"))
+        x[0] *= 2
+    assert not attention._repeats
+
+
+def test_bad_options_are_seen_every_time(rng):
+    x = arrays(rng)
+    for _ in range(2):
+        sdpa(*x)
+        sdpa(*x, is_causal=True)
+        with pytest.raises(TypeError, match="window_size"):
+            sdpa(*x, window_size=3)
+        with pytest.raises(ValueError, match="softcap"):
+            sdpa(*x, softcap=-1)
+        with pytest.raises(ValueError, match="head_dim"):
+            sdpa(x[0], x[1][..., :4], x[2])
+
+
+def test_the_first_call_s_arrays_are_let_go(rng):
+    x = arrays(rng)
+    held = [weakref.ref(a) for a in x]
+    result = weakref.ref(sdpa(*x))
+    del x
+    gc.collect()
+    assert result() is None
+    assert [r() for r in held] == [None] * 3
+
+
+def test_results_do_not_share_memory(rng):
+    x = arrays(rng)
+    first, second = sdpa(*x), sdpa(*x)
+    assert not np.shares_memory(first, second)
+    np.testing.assert_array_equal(first, second)
+
+
+def test_memory_of_layouts_is_bounded(rng):
+    for n in range(1, attention.REPEATS + 20):
+        x = np.ones((n, 2), np.float32)
+        nbattn.scaled_dot_product_attention(x[:1], x, x)
+    assert len(attention._repeats) <= attention.REPEATS
