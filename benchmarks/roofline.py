@@ -1,7 +1,7 @@
 """The two limits of this machine, measured by kernels of this library's own making.
 
-Prefill is bounded by the rate of fused multiply-adds (float32, float64, and bfloat16 pairs where the processor
-has `vdpbf16ps`), decode by the rate at which memory is read. Run alone it prints them:
+Prefill is bounded by the rate of fused multiply-adds (float32, float64, and bfloat16 pairs where the
+processor has `vdpbf16ps`), decode by the rate at which memory is read. Run alone it prints them:
 
     python -m benchmarks.roofline --threads 2
 """
