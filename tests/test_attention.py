@@ -274,10 +274,14 @@ class TestDeadRows:
 
 
 class TestLeaks:
+    DIAGONALS = np.where((np.arange(130) + np.arange(70)[:, None]) % 3 == 0, 0.25, -np.inf)
     WAYS = (
         {"mask": np.arange(130) % 7 < 5},
         {"bias": np.where(np.arange(130) % 5 == 1, -np.inf, 0.25)},
         {"mask": (np.arange(130) + np.arange(70)[:, None]) % 3 == 0},
+        {"bias": DIAGONALS},
+        {"bias": DIAGONALS.astype(np.float32)},
+        {"bias": DIAGONALS.astype(bfloat16)},
         {"is_causal": True, "query_offset": 9},
         {"window_size": (20, 4), "query_offset": 11},
         {"key_lengths": [50, 130]},

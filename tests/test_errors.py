@@ -118,7 +118,26 @@ def test_bad_argument(backend, case):
     assert (out == 7).all()
 
 
-BASE = np.zeros(1000, np.float32)
+@pytest.mark.parametrize(
+    ("good", "bad"),
+    [
+        ({"is_causal": True}, {"is_causal": 1}),
+        ({"is_causal": False}, {"is_causal": 0}),
+        ({"query_offset": 1}, {"query_offset": 1.0}),
+        ({"query_offset": 1}, {"query_offset": True}),
+        ({"window_size": (1, 0)}, {"window_size": (1.0, 0)}),
+        ({"window_size": (1, 0)}, {"window_size": (True, 0)}),
+        ({}, {"window_size": ()}),
+    ],
+    ids=str,
+)
+def test_errors_do_not_depend_on_earlier_calls(good, bad):
+    """Equal to what was fine before is not enough."""
+    scaled_dot_product_attention(**GOOD, **good)
+    with pytest.raises((TypeError, ValueError)):
+        scaled_dot_product_attention(**GOOD, **bad)
+
+
 BAD_OUT = {
     "list": ([[0.0]], TypeError, "out must be a numpy array, got list"),
     "shape": (zeros(2, 4, 3, 8), ValueError, re.escape("out has shape (2, 4, 3, 8); expected (2, 4, 3, 6)")),
