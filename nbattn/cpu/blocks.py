@@ -47,6 +47,9 @@ PARAMETERS = np.dtype(
     + [("scale", np.float64), ("softcap", np.float64)]
 )  # fmt: skip
 
+SUMS, CAREFUL_SUMS, WEIGHTS = range(3)
+"""What a pass over the keys is for."""
+
 
 class Scratch(NamedTuple):
     """Addresses of what one block works in. Rows have `ROW_BYTES`; tables 8 bytes a query."""
@@ -83,7 +86,7 @@ def multiplies(storage: str, bfloat16_products: bool) -> str:
     return "float64" if storage == "float64" else "float32"
 
 
-def build(storage: str, bfloat16_products: bool, jit: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Callable[[Any], Any]:
     """The kernel for arrays of one storage dtype, as a function of its parameters' address."""
     operands = multiplies(storage, bfloat16_products)
     pairs = operands == "pairs"
@@ -107,7 +110,7 @@ def build(storage: str, bfloat16_products: bool, jit: Callable[[Any], Any]) -> C
     accumulate = product(jit, number, rescale=True, pairs=pairs)
     as_operand = simd.round_bfloat16 if rounds else simd.same
     panel = panels.build(jit, storage, pairs, as_operand)
-    adjust, visible = scores.build(jit, dtype, storage)
+    adjust, visible = scores.build(jit, inline, dtype, storage)
     read_square, read_words = panels.rows_in(lanes, storage), panels.words_in(lanes)
     write_square = panels.rows_out(lanes, storage)
     pack = panels.pair_words(vector=False)
@@ -340,7 +343,7 @@ def build(storage: str, bfloat16_products: bool, jit: Callable[[Any], Any]) -> C
                     top *= p.scale
                 put(a, -infinity if total == 0 else dtype(top + math.log(np.float64(total))))
 
-    @jit
+    @inline
     def block(p, w, b, unit, number):
         start, queries, key_start = rows_of(p, b)
         row0 = number * block_rows
@@ -353,40 +356,41 @@ def build(storage: str, bfloat16_products: bool, jit: Callable[[Any], Any]) -> C
         value = p.value + (pb * p.value_b + shared * p.value_h + key_start * p.value_s) * stored
         length = get_int(p.key_lengths + 8 * b)
         factor = dtype(p.scale * LOG2E) if p.plain else dtype(LOG2E)
-        careful = False
+        stage = SUMS
         while True:
-            any_first, any_last, all_first, all_last = set_up(p, w, b, unit, row0, rows, queries, start)
-            transpose_queries(p, w, vectors)
-            zero = splat(dtype(0))
-            for d in range(p.value_dim):
-                for v in range(vectors):
-                    store(w.o + d * ROW_BYTES + v * register, zero)
+            if stage != WEIGHTS:
+                any_first, any_last, all_first, all_last = set_up(p, w, b, unit, row0, rows, queries, start)
+                transpose_queries(p, w, vectors)
+                zero = splat(dtype(0))
+                for d in range(p.value_dim):
+                    for v in range(vectors):
+                        store(w.o + d * ROW_BYTES + v * register, zero)
             key0 = any_first
             while key0 < any_last:
                 keys = min(KEYS - key0 % KEYS, any_last - key0)
                 converted = panel(p, w, head, key0 // KEYS, key, value, length) if converts else 0
                 score(p, w, key, converted, key0, keys, vectors)
                 adjust(p, w, key0, keys, rows, vectors, all_first, all_last)
-                soften(w, keys, vectors, factor)
-                if careful:
-                    add_visible_values(p, w, value, key0, keys, rows)
+                if stage == WEIGHTS:
+                    write_weights(p, w, b, unit, row0, rows, queries, key0, keys, factor)
                 else:
-                    add_values(p, w, value, converted, key0, keys, vectors)
+                    soften(w, keys, vectors, factor)
+                    if stage == SUMS:
+                        add_values(p, w, value, converted, key0, keys, vectors)
+                    else:
+                        add_visible_values(p, w, value, key0, keys, rows)
                 key0 += keys
             # A non-finite value meets a weight of 0 where it is masked, and 0 * inf is NaN. It shows in the
             # sums: only then the block is done again, with every masked value left out.
-            if careful or all_finite(p, w, rows, vectors):
-                break
-            careful = True
-        finish(p, w, b, unit, row0, rows, queries, start)
-        key0 = any_first if p.weights != 0 else any_last
-        while key0 < any_last:
-            keys = min(KEYS - key0 % KEYS, any_last - key0)
-            converted = panel(p, w, head, key0 // KEYS, key, value, length) if converts else 0
-            score(p, w, key, converted, key0, keys, vectors)
-            adjust(p, w, key0, keys, rows, vectors, all_first, all_last)
-            write_weights(p, w, b, unit, row0, rows, queries, key0, keys, factor)
-            key0 += keys
+            if stage == SUMS and not all_finite(p, w, rows, vectors):
+                stage = CAREFUL_SUMS
+                continue
+            if stage != WEIGHTS:
+                finish(p, w, b, unit, row0, rows, queries, start)
+                if p.weights != 0:
+                    stage = WEIGHTS
+                    continue
+            return
 
     def attend(address):
         p = parameters_at(address)

@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -51,19 +51,22 @@ SIGNATURE = types.int64(types.int64)
 OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "boundscheck": False}
 
 
-def jit_for(kernel: str) -> Callable[[Any], Any]:
-    """The decorator of every function that goes into this kernel.
+def jit_for(kernel: str) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
+    """The decorators of the functions that go into this kernel: one to be called, one to be pasted in.
+
+    A called function is compiled by itself and again with each caller, so large ones with one caller are
+    better pasted (a fifth of the compile time of an attention kernel).
 
     Kernels from the disk are linked into one process by symbol names, which Numba keeps apart only within the
     process that compiled them: the kernel's name makes them unique, or one kernel calls another's parts.
     """
 
-    def jit(function: Any) -> Any:
+    def jit(function: Any, inline: str = "never") -> Any:
         function.__qualname__ += f".{kernel}"
         # Wrappers for callers from Python and C are a quarter of the compile time.
-        return numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **OPTIONS)(function)
+        return numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, inline=inline, **OPTIONS)(function)
 
-    return jit
+    return jit, partial(jit, inline="always")
 
 
 # --- the processor ------------------------------------------------------------------------------------------
@@ -190,10 +193,10 @@ _compile_lock = threading.RLock()
 _kernels: dict[str, Any] = {}
 
 
-def compiled(name: str, build: Callable[[Callable[[Any], Any]], Callable[[Any], Any]]) -> Any:
+def compiled(name: str, build: Callable[..., Callable[[Any], Any]]) -> Any:
     """The kernel of this name, from memory, from disk, or compiled.
 
-    ``build(jit)`` returns the kernel as a plain function; the functions it calls are decorated with `jit`.
+    ``build(jit, inline)`` returns the kernel as a plain function; these decorate the functions it calls.
     """
     try:
         return _kernels[name]
@@ -201,7 +204,7 @@ def compiled(name: str, build: Callable[[Callable[[Any], Any]], Callable[[Any], 
         pass
     with _compile_lock:
         if name not in _kernels:
-            function = build(jit_for(name))
+            function = build(*jit_for(name))
             function.__qualname__ += f".{name}"
             kernel = numba.njit(no_cfunc_wrapper=True, **OPTIONS)(function)
             kernel._cache = DiskCache(name)

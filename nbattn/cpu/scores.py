@@ -22,7 +22,7 @@ get_int16, _ = simd.scalars(types.int16)
 get_int32, _ = simd.scalars(types.int32)
 
 
-def build(jit: Any, dtype: Any, storage: str) -> tuple[Any, Any]:
+def build(jit: Any, inline: Any, dtype: Any, storage: str) -> tuple[Any, Any]:
     """The compiled functions ``adjust(p, w, key0, keys, rows, vectors, all_first, all_last)``, which turns
     raw products into scores, and ``visible(p, w, r, j)``, whether row r sees key j at all.
 
@@ -36,7 +36,6 @@ def build(jit: Any, dtype: Any, storage: str) -> tuple[Any, Any]:
     load, store, get, put = simd.loads("float64" if size == 8 else "float32")
     get_index, _ = simd.scalars(types.int64 if size == 8 else types.int32)
     fma, mul, sub, add, splat = simd.fma, simd.mul, simd.sub, simd.add, simd.splat
-    usual = (storage, np.dtype(dtype).name)
     hide_square = panels.mask_in(lanes, compute)
 
     @jit
@@ -64,9 +63,26 @@ def build(jit: Any, dtype: Any, storage: str) -> tuple[Any, Any]:
 
     def bias_adder(kind: str) -> tuple[Any, Any]:
         read = simd.loads(kind)[2]
-        # Biases of a third dtype are rare, and each square adds to every cold compile.
-        bytes_ = (2 if kind in ("float16", "bfloat16") else np.dtype(kind).itemsize) if kind in usual else -1
-        add_square = panels.bias_in(lanes, kind if kind in usual else storage, compute)
+        bytes_ = 2 if kind in ("float16", "bfloat16") else np.dtype(kind).itemsize
+
+        @jit
+        def add_numbers(p, table, s, key0, from_key, keys, rows):
+            for r in range(rows):
+                a = get_int(table + 8 * r) + key0 * p.bias_k
+                for j in range(from_key, keys):
+                    x = dtype(read(a + j * p.bias_k))
+                    t = s + j * ROW_BYTES + r * size
+                    # A bias of -inf masks, also a NaN.
+                    put(t, -infinity if x == -infinity else get(t) + x)
+
+        @jit
+        def add_numbers_only(p, table, s, key0, keys, rows, vectors):
+            add_numbers(p, table, s, key0, 0, keys, rows)
+
+        # Biases of a third dtype are rare, and squares would add to every cold compile.
+        if kind not in (storage, np.dtype(dtype).name):
+            return read, add_numbers_only
+        add_square = panels.bias_in(lanes, kind, compute)
 
         @jit
         def add_bias(p, table, s, key0, keys, rows, vectors):
@@ -79,17 +95,11 @@ def build(jit: Any, dtype: Any, storage: str) -> tuple[Any, Any]:
                         store(t, splat(-infinity) if x == -infinity else add(load(t), splat(x)))
                 return
             squares = keys // lanes if p.bias_k == bytes_ else 0
-            for v in range(vectors if squares > 0 else 0):
+            for v in range(vectors):
                 for c in range(squares):
                     j = c * lanes
                     add_square(table + v * lanes * 8, (key0 + j) * bytes_, s + j * ROW_BYTES + v * register)
-            for r in range(rows):
-                a = get_int(table + 8 * r) + key0 * p.bias_k
-                for j in range(squares * lanes, keys):
-                    x = dtype(read(a + j * p.bias_k))
-                    t = s + j * ROW_BYTES + r * size
-                    # A bias of -inf masks, also a NaN.
-                    put(t, -infinity if x == -infinity else get(t) + x)
+            add_numbers(p, table, s, key0, squares * lanes, keys, rows)
 
         return read, add_bias
 
@@ -114,7 +124,7 @@ def build(jit: Any, dtype: Any, storage: str) -> tuple[Any, Any]:
                         store(s + j * ROW_BYTES + v * register, splat(-infinity))
             return
         squares = keys // lanes if p.mask_bytes == 1 and p.mask_k == 1 else 0
-        for v in range(vectors if squares > 0 else 0):
+        for v in range(vectors):
             for c in range(squares):
                 j = c * lanes
                 hide_square(table + v * lanes * 8, key0 + j, s + j * ROW_BYTES + v * register)
@@ -124,7 +134,7 @@ def build(jit: Any, dtype: Any, storage: str) -> tuple[Any, Any]:
                 if masked(p, a + j * p.mask_k):
                     put(s + j * ROW_BYTES + r * size, -infinity)
 
-    @jit
+    @inline
     def adjust(p, w, key0, keys, rows, vectors, all_first, all_last):
         s = w.s
         if not p.plain:
@@ -159,9 +169,9 @@ def build(jit: Any, dtype: Any, storage: str) -> tuple[Any, Any]:
             return True
         a = get_int(w.biases + 8 * r) + j * p.bias_k
         if p.bias_kind == 0:
-            return read0(a) != -np.inf
+            return dtype(read0(a)) != -infinity
         if p.bias_kind == 1:
-            return read1(a) != -np.inf
-        return (read2(a) if p.bias_kind == 2 else read3(a)) != -np.inf
+            return dtype(read1(a)) != -infinity
+        return dtype(read2(a) if p.bias_kind == 2 else read3(a)) != -infinity
 
     return adjust, visible
