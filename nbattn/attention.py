@@ -455,15 +455,16 @@ def _layout(query: Any, key: Any, value: Any, numbers: tuple[Any, ...], window_s
     if not type(query) is type(key) is type(value) is np.ndarray:
         return None
     if type(window_size) is tuple:
-        numbers += window_size
+        numbers += ("window", *window_size)
     elif window_size is not None:
         return None
-    if not _PLAIN.issuperset(map(type, numbers)):
+    types = tuple(map(type, numbers))  # True is no 1
+    if not _PLAIN.issuperset(types):
         return None
     return (
         query.shape, query.strides, query.dtype, query.flags.aligned,
         key.shape, key.strides, key.dtype, key.flags.aligned,
-        value.shape, value.strides, value.dtype, value.flags.aligned, numbers,
+        value.shape, value.strides, value.dtype, value.flags.aligned, numbers, types,
     )  # fmt: skip
 
 
