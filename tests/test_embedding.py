@@ -54,7 +54,7 @@ import numpy as np
 from nbattn.cpu import runtime
 
 
-def build(jit, factor=2, pause=0.0):
+def build(jit, inline, factor=2, pause=0.0):
     time.sleep(pause)
 
     @jit
@@ -241,7 +241,7 @@ class TestForks:
 
             def compile():
                 with global_compiler_lock:  # as Numba holds it while it compiles
-                    runtime.compiled("slow", lambda jit: build(jit, pause=0.5))
+                    runtime.compiled("slow", lambda jit, inline: build(jit, inline, pause=0.5))
 
             slow = threading.Thread(target=compile)
             slow.start()
@@ -401,7 +401,7 @@ os.replace = full
     def test_kernels_of_other_processes_are_not_mixed_up(self, folder):
         """Two kernels compiled in processes of their own have parts of one name; both run in a third."""
         one = 'print(runtime.compiled("one", build)(5))\n'
-        two = 'print(runtime.compiled("two", lambda jit: build(jit, factor=3))(5))\n'
+        two = 'print(runtime.compiled("two", lambda jit, inline: build(jit, inline, factor=3))(5))\n'
         assert script(one, **folder) == "17\n"
         assert script(two, **folder) == "25\n"
         assert script(one + two, **folder) == "17\n25\n"

@@ -265,13 +265,16 @@ class _Team:
         self.calls: SimpleQueue[_Call] = SimpleQueue()
         self.size = 0
         self.lock = threading.Lock()
+        self.announced = np.zeros(1, np.int64)
+        """Changes with every call, for helpers that are still awake."""
 
     def grow(self, size: int) -> int:
         """Have `size` helpers where that many can be had; return how many there are."""
+        linger = compiled("runtime-linger", _build_linger)
         with self.lock:
             while self.size < size:
                 try:
-                    threading.Thread(target=_help, args=(self.calls,), name="nbattn", daemon=True).start()
+                    threading.Thread(target=_help, args=(self, linger), name="nbattn", daemon=True).start()
                 except RuntimeError:  # the system's limit, or the interpreter is at its end
                     break
                 self.size += 1
@@ -310,11 +313,23 @@ class _Call:
             time.sleep(0.001)
 
 
-def _help(calls: SimpleQueue[_Call]) -> None:
+def _help(team: _Team, linger: Any) -> None:
     while True:
-        call = calls.get()
+        if team.calls.empty():
+            linger(address(team.announced))
+        call = team.calls.get()
         call.help()
         del call  # its arrays must not live until the next call
+
+
+TURNS = 2000
+"""How often a helper looks for another call before it sleeps: some 30 us, what waking it would take."""
+
+
+def _build_linger(jit: Any, inline: Any) -> Callable[[Any], Any]:
+    from .simd import await_change
+
+    return lambda announced: await_change(announced, TURNS)
 
 
 _team = _Team()
@@ -357,6 +372,7 @@ def run(kernel: Any, parameters: Any, helpers: int, keep_alive: Any) -> None:
     try:
         for _ in range(helpers):
             _team.calls.put(call)
+        _team.announced += 1
         if not kernel(call.address):
             call.finished.acquire()
     except BaseException:
