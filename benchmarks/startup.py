@@ -18,7 +18,7 @@ import nbattn
 
 PACKAGE = Path(nbattn.__file__).parent
 DTYPES = ["float32", "float64", "float16", "bfloat16"]
-REPEATS = 9
+REPEATS = 5
 
 INPUTS = """
 import sys, time
@@ -78,12 +78,9 @@ class FirstCall:
     param_names = ("dtype",)
     timeout = 300
 
-    def setup(self, dtype: str) -> None:
-        measure(INPUTS.format(dtype=dtype) + FIRST_CALL)
-
     def track_warm_seconds(self, dtype: str) -> float:
         code = INPUTS.format(dtype=dtype) + FIRST_CALL
-        return statistics.median(measure(code) for _ in range(REPEATS))
+        return statistics.median([measure(code) for _ in range(REPEATS + 1)][1:])
 
     def track_cold_seconds(self, dtype: str) -> float:
         with tempfile.TemporaryDirectory() as empty:
@@ -118,7 +115,6 @@ def main() -> None:
     for dtype in DTYPES:
         first = FirstCall()
         cold = first.track_cold_seconds(dtype)
-        first.setup(dtype)
         print(f"first call, {dtype:9}      {first.track_warm_seconds(dtype):.3f} s warm, {cold:.1f} s cold")
     print(f"memory of 16k x 16k        {Memory().track_bytes_of_16k_by_16k() / 1e6:.1f} MB")
     print(f"package                    {Package().track_bytes() / 1e3:.0f} kB")
