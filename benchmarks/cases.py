@@ -6,6 +6,7 @@ The asv suites take their inputs and errors from here too.
 from __future__ import annotations
 
 import itertools
+import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -129,7 +130,8 @@ class Attention:
             result[0, h] = weights @ v / weights.sum(axis=-1, keepdims=True)
         return np.s_[:, :, rows], result
 
-    def ours(self, inputs: Inputs) -> Call:
+    def ours(self, inputs: Inputs, **extra: Any) -> Call:
+        """The call of this library, with more options if given."""
         options: dict[str, Any] = {"mask": inputs.mask} if self.feature == "mask" else {}
         if self.causal or self.feature == "window":
             options["is_causal"] = True
@@ -141,7 +143,7 @@ class Attention:
             options["bias"] = inputs.bias
         if self.products:
             options["compute_dtype"] = self.products
-        return Call(partial(nbattn.scaled_dot_product_attention, *inputs[:3], **options), np.asarray)
+        return Call(partial(nbattn.scaled_dot_product_attention, *inputs[:3], **options, **extra), np.asarray)
 
     def at_limit(self, inputs: Inputs, threads: int) -> float:
         """Seconds that the multiply-adds would take at the processor's rate, measured now."""
@@ -208,6 +210,17 @@ def largest_error(result: NDArray[Any], exact: tuple[Any, NDArray[Any]]) -> tupl
     rows, truth = exact
     largest = float(np.abs(result[rows] - truth).max())
     return largest, largest / float(np.abs(truth).max())
+
+
+def share_of_limit(case: Case, inputs: Any, run: Callable[[], Any], threads: int) -> float:
+    """The median share of the machine's limit that a call reaches."""
+    shares = []
+    for _ in range(7):
+        best = case.at_limit(inputs, threads)
+        start = time.perf_counter()
+        run()
+        shares.append(best / (time.perf_counter() - start))
+    return statistics.median(shares)
 
 
 def rows() -> list[Case]:

@@ -112,7 +112,7 @@ def measure(case: Case, libraries: Sequence[Any], threads: int, seconds: float, 
 
     end = time.perf_counter() + seconds
     row, inputs = Row(case), case.inputs()
-    calls = {OURS: case.ours(inputs)}
+    calls: dict[str, Any] = {OURS: case.ours(inputs)}
     for library in libraries:
         try:
             calls |= getattr(library, case.operation)(case, inputs)
@@ -160,7 +160,7 @@ def _sentence(failure: Exception) -> str:
     return f"failed: {text[0][:160]}"
 
 
-def available(libraries: Iterable[type], threads: int) -> tuple[list[Any], dict[str, str]]:
+def available(libraries: Iterable[Any], threads: int) -> tuple[list[Any], dict[str, str]]:
     """The libraries that are installed, made ready, and why the others are left out."""
     ready, missing = [], {}
     for library in libraries:

@@ -1,0 +1,233 @@
+"""The benchmarks: that comparisons are fair and say what they left out, and that every suite runs."""
+
+import dataclasses
+import inspect
+import itertools
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import nbattn
+from benchmarks import attention, cases, peers, rivals, softmax
+
+SMALL = cases.Attention(2, 300, 16)
+VARIANTS = [
+    SMALL,
+    dataclasses.replace(SMALL, causal=True),
+    *(dataclasses.replace(SMALL, feature=name) for name in ("mask", "bias", "window", "softcap")),
+    dataclasses.replace(SMALL, dtype="float64", causal=True),
+    dataclasses.replace(SMALL, dtype="float16"),
+    dataclasses.replace(SMALL, dtype="bfloat16", causal=True),
+    dataclasses.replace(SMALL, products="bfloat16"),
+    cases.Softmax(40),
+    cases.Softmax(40, axis=0),
+    cases.Softmax(40, out=True),
+]
+PLAN = peers.Rounds(3, 2)
+
+
+class Zeros:
+    """A library whose results are wrong."""
+
+    name = "Zeros"
+    version = "1"
+
+    def __init__(self, threads):
+        pass
+
+    def attention(self, case, inputs):
+        return {"NumPy": cases.Call(lambda: np.zeros_like(inputs.query), np.asarray)}
+
+
+class Broken(Zeros):
+    name = "Broken"
+
+    def attention(self, case, inputs):
+        msg = "no such operator\nsome more"
+        raise RuntimeError(msg)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the command for the small call, beside these libraries; the exit code and what was printed."""
+    monkeypatch.setattr(peers, "set_threads", lambda threads: None)
+    monkeypatch.setattr(peers, "QUICK_SECONDS", 0)
+
+    def run(libraries, *options):
+        monkeypatch.setattr(rivals, "LIBRARIES", libraries)
+        code = peers.main(["--quick", "--threads", "1", "--rows", "f32 4x32x32", *options])
+        return code, capsys.readouterr().out
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--threads", "0"], "argument --threads: got '0'; expected 1 to "),
+        (["--threads", "many"], "argument --threads: got 'many'; expected 1 to "),
+        (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
+        (["--suite", "decode"], "argument --suite: invalid choice: 'decode'"),
+        (["--json", "no/such/folder/x.json"], "argument --json: no/such/folder/x.json cannot be written: "),
+        (["--rows", "no such row"], "no row is left by --quick, --dtype, --suite and --rows together"),
+        (["--fast"], "unrecognized arguments: --fast"),
+    ],
+)
+def test_bad_options(monkeypatch, capsys, options, words):
+    monkeypatch.setattr(peers, "set_threads", lambda threads: None)
+    with pytest.raises(SystemExit) as stop:
+        peers.main(options)
+    captured = capsys.readouterr()
+    assert stop.value.code == 2
+    assert captured.out == ""
+    assert captured.err.startswith(f"peers.py: error: {words}")
+    assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [["benchmarks/peers.py", "--help"], ["-m", "benchmarks.peers", "--help"]]
+)
+def test_starts_both_ways(arguments):
+    assert "--quick" in python(*arguments)
+
+
+def test_threads_are_set_before_numpy_is_imported():
+    assert python("-c", "import sys, benchmarks.peers; print('numpy' in sys.modules)") == "False\n"
+
+
+def python(*arguments):
+    """What Python prints, started in the folder above the benchmarks."""
+    folder = Path(peers.__file__).parents[1]
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=folder, stdout=subprocess.PIPE, text=True, check=True
+    ).stdout
+
+
+class TestStatistics:
+    ROUNDS = (
+        {"nbattn": 1.0, "limit": 0.5, "quick": 2.0, "slow": 8.0},
+        {"nbattn": 1.0, "limit": 0.5, "quick": 4.0},
+        {"nbattn": 2.0, "limit": 1.6, "quick": 6.0},
+    )
+
+    def test_median_of_ratios(self):
+        assert peers.ratio(self.ROUNDS, "quick") == (3.0, 0.5)
+        median, spread = peers.ratio(self.ROUNDS, "slow")
+        assert median == 8
+        assert math.isnan(spread)
+        assert peers.ratio(self.ROUNDS, "absent") is None
+
+    def test_slow(self):
+        assert not peers.is_slow(self.ROUNDS, "quick")
+        assert peers.is_slow(self.ROUNDS[:1], "slow")
+        assert not peers.is_slow([{"nbattn": 1, "x": 99}, {"nbattn": 1, "x": 2}], "x")
+
+    def test_best_and_means(self):
+        row = peers.Row(SMALL, list(self.ROUNDS))
+        assert row.best().median == 3
+        assert row.ratio(peers.LIMIT).median == 0.5
+        assert row.rate() == SMALL.work / 1e9
+        rows = [peers.Row(SMALL, [{"nbattn": 1, "limit": 1, "NumPy": n}]) for n in (2.0, 8.0)]
+        found = peers.means([*rows, peers.Row(cases.Softmax(4), [{"nbattn": 1, "limit": 1, "SciPy": 3.0}])])
+        assert found["float32"] == pytest.approx({"best peer": 4, "NumPy": 4})
+        assert found["softmax"] == pytest.approx({"best peer": 3, "SciPy": 3})
+
+
+class TestCommand:
+    def test_missing_peer_is_left_out(self, run, monkeypatch, tmp_path):
+        monkeypatch.setitem(sys.modules, "torch", None)
+        file = tmp_path / "figures.json"
+        code, text = run([rivals.PyTorch, rivals.NumPy], "--json", str(file))
+        assert code == 0
+        assert "- PyTorch is left out: torch is not installed." in text
+        assert "| prefill     | best peer |" in text
+        figures = json.loads(file.read_text())
+        (row,) = figures["rows"]
+        assert figures["threads"] == 1
+        assert "PyTorch" in figures["missing"]
+        assert row["name"] == "f32 4x32x32"
+        assert len(row["rounds"]) >= 3
+        assert set(row["rounds"][0]) == set(row["seconds"]) == {"nbattn", "limit", "NumPy"}
+        assert row["errors"]["nbattn"] < 1e-6
+
+    def test_wrong_and_failing_peers_are_named(self, run):
+        code, text = run([Zeros, Broken])
+        assert code == 0
+        assert "- f32 4x32x32: NumPy is wrong by " in text
+        assert "- f32 4x32x32: Broken failed: no such operator.\n" in text
+        assert "| wrong |" in text
+
+    def test_own_wrong_result_is_a_failure(self, run, monkeypatch):
+        monkeypatch.setitem(cases.TOLERANCE, "float32", 0)
+        code, text = run([rivals.NumPy])
+        assert code == 1
+        assert "nbattn is wrong by " in text
+
+
+class TestCases:
+    def test_rows(self):
+        names = [case.name for case in cases.rows()]
+        assert len(set(names)) == len(names)
+        quick = [case for case in cases.rows() if case.quick]
+        assert {case.group for case in quick} == {"float32", "bfloat16", "float16", "float64", "softmax"}
+
+    @pytest.mark.parametrize("case", VARIANTS, ids=lambda case: case.name)
+    def test_exact_and_ours(self, case):
+        """The row's own exact result is the reference's, and the call of this library computes the same."""
+        inputs = case.inputs()
+        exact = rows, truth = case.exact(inputs)
+        if isinstance(case, cases.Attention):
+            wide = inputs._replace(**{k: getattr(inputs, k).astype(float) for k in ("query", "key", "value")})
+            plain = dataclasses.replace(case, products=None)
+            reference = plain.ours(wide, backend="reference").run()
+        else:
+            reference = nbattn.softmax(inputs.astype(float), case.axis, backend="reference")
+        np.testing.assert_allclose(reference[rows], np.asarray(truth, float), rtol=0, atol=1e-14)
+        call = case.ours(inputs)
+        assert cases.largest_error(call.read(call.run()), exact)[1] <= cases.TOLERANCE[case.precision]
+
+    @pytest.mark.filterwarnings("ignore")
+    @pytest.mark.parametrize("library", rivals.LIBRARIES, ids=lambda library: library.name)
+    def test_rivals_compute_the_same(self, library):
+        if library is rivals.FlexAttention:
+            pytest.skip("compiles for a minute")
+        ready, missing = peers.available([library], 1)
+        if missing:
+            pytest.skip(missing[library.name])
+        known = {("JAX", "float16"), ("JAX", "float64"), ("ORT Attention", "float64")}
+        for case in VARIANTS:
+            row = peers.measure(case, ready, 1, 0, PLAN)
+            troubles = {
+                label: text for label, text in row.troubles.items() if (label, case.dtype) not in known
+            }
+            assert not troubles, case.name
+            assert set(row.peers) <= set(rivals.COLUMNS)
+
+
+SUITES = [
+    suite
+    for module in (attention, softmax)
+    for _, suite in inspect.getmembers(module, inspect.isclass)
+    if suite.__module__ == module.__name__
+]
+
+
+@pytest.mark.parametrize("suite", SUITES, ids=lambda suite: f"{suite.__module__}.{suite.__name__}")
+def test_suite_runs(suite):
+    names = [name for name in dir(suite) if name.startswith(("time_", "track_", "peakmem_"))]
+    assert names
+    params = getattr(suite, "params", ())
+    lists = params if params and isinstance(params[0], (list, tuple)) else [params] if params else []
+    smallest = next(itertools.product(*lists))
+    instance = suite()
+    instance.setup(*smallest)
+    for name in names:
+        value = getattr(instance, name)(*smallest)
+        if name.startswith("track_"):
+            assert getattr(instance, name).unit
+            assert 0 <= value < math.inf
