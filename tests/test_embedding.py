@@ -310,6 +310,20 @@ class TestInterrupts:
                 assert (attend(x, x, x) == expected).all()
         """)
 
+    @pytest.mark.skipif(os.name != "posix", reason="sends SIGALRM")
+    def test_call_in_a_signal_handler(self):
+        script("""
+            x = rng.standard_normal((1, 8, 700, 64)).astype(np.float32)
+            y = 2 * x[:, :, :333]
+            expected, inner = attend(x, x, x), attend(y, y, y)
+            outcomes = []
+            signal.signal(signal.SIGALRM, lambda *_: outcomes.append((attend(y, y, y) == inner).all()))
+            while len(outcomes) < 100:
+                signal.setitimer(signal.ITIMER_REAL, 0.001 + 0.0001 * len(outcomes))
+                assert (attend(x, x, x) == expected).all()
+            assert all(outcomes)
+        """)
+
     def test_exit_after_a_call(self):
         script("assert right()")
 

@@ -56,6 +56,7 @@ def _run(kernel: Any, words: NDArray[np.int64], is_small: bool, keep_alive: Any)
     helpers = 0 if is_small else min(runtime.threads(), tasks) - 1
     memory, words[WORKSPACE] = runtime.scratch((helpers + 1) * int(words[WORKSPACE_BYTES]))
     runtime.run(kernel, words, helpers, (keep_alive, memory))
+    runtime.keep(memory)
 
 
 def _kernel_of(p: Problem) -> Any:

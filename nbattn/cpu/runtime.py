@@ -229,8 +229,11 @@ def address(array: NDArray[Any]) -> int:
     return _word_at(id(array) + _DATA).value if _DIRECT else array.ctypes.data
 
 
+_NOTHING = np.empty(0, np.uint8)
+
+
 class _Kept(threading.local):
-    memory = np.empty(0, np.uint8)
+    memory = _NOTHING
 
 
 _kept = _Kept()
@@ -239,13 +242,18 @@ KEPT_BYTES = 16 << 20
 
 
 def scratch(size: int) -> tuple[NDArray[np.uint8], int]:
-    """This thread's scratch memory of at least `size` bytes, and its first multiple of 64."""
-    memory = _kept.memory
+    """Scratch memory of at least `size` bytes, and its first multiple of 64; `keep` it for the next call."""
+    # A call that a signal handler makes in the middle of this thread's call must not find it.
+    memory, _kept.memory = _kept.memory, _NOTHING
     if memory.size < size + 64:
         memory = np.empty(size + 64, np.uint8)
-        if memory.size <= KEPT_BYTES:
-            _kept.memory = memory
     return memory, (address(memory) + 63) & -64
+
+
+def keep(memory: NDArray[np.uint8]) -> None:
+    """Leave scratch memory that nobody uses any more to this thread's next call."""
+    if memory.size <= KEPT_BYTES:
+        _kept.memory = memory
 
 
 # --- threads ------------------------------------------------------------------------------------------------
@@ -310,7 +318,8 @@ class _Call:
         words = self.parameters.view(np.int64)
         words[NEXT_TASK] = words[TASKS]
         while len(self.left) < len(self.entered):
-            time.sleep(0.001)
+            with suppress(KeyboardInterrupt):  # one is on its way already
+                time.sleep(0.001)
 
 
 def _help(team: _Team, linger: Any) -> None:
