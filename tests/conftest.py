@@ -3,6 +3,7 @@
 import ctypes
 import mmap
 import os
+import signal
 import sys
 
 import hypothesis
@@ -23,6 +24,11 @@ hypothesis.settings.load_profile("nbattn")
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the heavy cases too")
+
+
+def pytest_configure(config):
+    # A shell that runs in the background makes its children deaf to Ctrl-C, which some tests send to theirs.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -70,9 +70,12 @@ def build(jit, inline, factor=2, pause=0.0):
 
 def script(code, prelude=PRELUDE, timeout=200, **environment):
     """What Python code prints in a process of its own; it must say nothing on stderr and exit with 0."""
-    result = start(code, prelude, **environment)
-    output, errors = result.communicate(timeout=timeout)
-    assert (result.returncode, errors) == (0, "")
+    with start(code, prelude, **environment) as process:
+        try:
+            output, errors = process.communicate(timeout=timeout)
+        finally:
+            process.kill()
+    assert (process.returncode, errors) == (0, "")
     return output
 
 
