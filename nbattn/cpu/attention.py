@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from functools import partial
+from fractions import Fraction
+from functools import cache, partial
 from typing import Any, cast
 
 import numpy as np
@@ -135,6 +136,11 @@ def _parameters(
     slot_bytes = -(-(key_panel + value_panel) * itemsize // 64) * 64
     slots = min(-(-p.max_keys // KEYS), max(1, PANEL_BYTES // slot_bytes)) if slot_bytes else 0
     scratch = ROW_BYTES * (head_dim + value_dim + KEYS + STATE_ROWS) + rows * 8 * TABLES + 64 * -(-slots // 8)
+    # With an ordinary scale the softmax takes the raw products, and the scale goes into its exponent.
+    plain = (
+        1e-30 < p.scale < 1e30 and not p.softcap and all(x is None for x in (p.bias, p.alibi_slopes, p.sinks))
+    )
+    log2_scale, log2_scale_low = _log2_scale(p.scale if plain else 1.0, p.storage == "float64")
     values |= {
         "tasks": tasks,
         "workspace_bytes": scratch + slots * slot_bytes,
@@ -154,10 +160,11 @@ def _parameters(
         "right": p.right,
         "mask_bytes": 0 if p.mask is None else p.mask.itemsize,
         "bias_kind": 0 if p.bias is None else STORAGE_DTYPES.index(cast(str, storage_name(p.bias.dtype))),
-        # With a positive scale the softmax takes the raw products and the scale goes into its exponent.
-        "plain": p.scale > 0 and not p.softcap and all(x is None for x in (p.bias, p.alibi_slopes, p.sinks)),
+        "plain": plain,
         "scale": _bits(p.scale),
         "softcap": _bits(p.softcap),
+        "log2_scale": _bits(log2_scale),
+        "log2_scale_low": _bits(log2_scale_low),
     }
     for name in ("mask", "bias"):
         same_heads = packed_heads == 1 or values.get(f"{name}_h") == 0
@@ -166,6 +173,17 @@ def _parameters(
     for name, number in values.items():
         words[_WORDS[name]] = number
     return np.array(words, np.int64), first_task
+
+
+LOG2E = Fraction("1.4426950408889634073599246810018921374266459541529859")
+
+
+@cache
+def _log2_scale(scale: float, double: bool) -> tuple[float, float]:
+    """What takes scores to base 2, as a float32 or float64 number and the rest."""
+    exact = Fraction(scale) * LOG2E
+    high = float(exact) if double else float(np.float32(float(exact)))
+    return high, float(exact - Fraction(high))
 
 
 def _bits(x: float) -> int:

@@ -23,7 +23,6 @@ from . import panels, runtime, scores, simd
 from .panels import KEYS
 from .tiles import ROW_BYTES, product
 
-LOG2E = math.log2(math.e)
 STATE_ROWS = 7
 """Rows of per-query numbers in a block's scratch."""
 TABLES = 4
@@ -44,7 +43,7 @@ PARAMETERS = np.dtype(
         "batch", "queries", "head_dim", "value_dim", "group", "packed_heads", "units", "blocks",
         "left", "right", "plain", "slots", "slot_bytes", "key_panel_bytes", "key_tiles",
     )]
-    + [("scale", np.float64), ("softcap", np.float64)]
+    + [(name, np.float64) for name in ("scale", "softcap", "log2_scale", "log2_scale_low")]
 )  # fmt: skip
 
 SUMS, CAREFUL_SUMS, WEIGHTS = range(3)
@@ -115,7 +114,8 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
     write_square = panels.rows_out(lanes, storage)
     pack = panels.pair_words(vector=False)
     bfloat16_at = simd.loads("bfloat16")[2]
-    mul, sub, add, exp2, greater, splat = simd.mul, simd.sub, simd.add, simd.exp2, simd.greater, simd.splat
+    sub, add, exp2_product, greater, splat = simd.sub, simd.add, simd.exp2_product, simd.greater, simd.splat
+    lowest = simd.exp2_floor(dtype)
 
     @jit
     def scratch_at(p, q):
@@ -230,9 +230,10 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
         fresh(a, stride, 1, keys, w.q, w.s, vectors, depth, 0)
 
     @jit
-    def soften(w, keys, vectors, factor):
+    def soften(p, w, keys, vectors):
         """s^T -> unnormalised weights; moves the maximum and total, leaves the factor for older sums."""
-        to_log2 = splat(factor)
+        scale, scale_low = splat(dtype(p.log2_scale)), splat(dtype(p.log2_scale_low))
+        floor = splat(dtype(lowest / p.log2_scale))
         for v in range(vectors):
             c = w.s + v * register
             before = load(w.maximum + v * register)
@@ -240,23 +241,26 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
             for j in range(keys):
                 top = greater(load(c + j * ROW_BYTES), top)
             zero_point = simd.finite_or_zero(top)
-            rescale = exp2(mul(sub(before, zero_point), to_log2))
-            total = mul(load(w.total + v * register), rescale)
-            if pairs:
-                for j in range(0, keys - 1, 2):
-                    x = exp2(mul(sub(load(c + j * ROW_BYTES), zero_point), to_log2))
-                    y = exp2(mul(sub(load(c + (j + 1) * ROW_BYTES), zero_point), to_log2))
-                    total = add(total, add(x, y))
+            rescale = exp2_product(sub(before, zero_point), scale, scale_low, floor)
+            # Sums of their own for this run: added one by one to a large total, small weights would be lost.
+            even = odd = splat(dtype(0))
+            for j in range(0, keys - 1, 2):
+                x = exp2_product(sub(load(c + j * ROW_BYTES), zero_point), scale, scale_low, floor)
+                y = exp2_product(sub(load(c + (j + 1) * ROW_BYTES), zero_point), scale, scale_low, floor)
+                even, odd = add(even, x), add(odd, y)
+                if pairs:
                     panels.pack_weights(c + j // 2 * ROW_BYTES, x, y)
-                if keys % 2 == 1:
-                    x = exp2(mul(sub(load(c + (keys - 1) * ROW_BYTES), zero_point), to_log2))
-                    total = add(total, x)
-                    panels.pack_weights(c + keys // 2 * ROW_BYTES, x, splat(dtype(0)))
-            else:
-                for j in range(keys):
-                    x = exp2(mul(sub(load(c + j * ROW_BYTES), zero_point), to_log2))
-                    total = add(total, x)
+                else:
                     store(c + j * ROW_BYTES, as_operand(x))
+                    store(c + (j + 1) * ROW_BYTES, as_operand(y))
+            if keys % 2 == 1:
+                x = exp2_product(sub(load(c + (keys - 1) * ROW_BYTES), zero_point), scale, scale_low, floor)
+                even = add(even, x)
+                if pairs:
+                    panels.pack_weights(c + keys // 2 * ROW_BYTES, x, splat(dtype(0)))
+                else:
+                    store(c + (keys - 1) * ROW_BYTES, as_operand(x))
+            total = simd.fma(load(w.total + v * register), rescale, add(even, odd))
             store(w.maximum + v * register, top)
             store(w.total + v * register, total)
             store(w.rescale + v * register, rescale)
@@ -293,14 +297,16 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
                     put(t, get(t) + x * (simd.round_bfloat16(y) if bfloat16_products else y))
 
     @jit
-    def write_weights(p, w, b, unit, row0, rows, queries, key0, keys, factor):
+    def write_weights(p, w, b, unit, row0, rows, queries, key0, keys):
+        scale, scale_low = dtype(p.log2_scale), dtype(p.log2_scale_low)
+        floor = dtype(lowest / p.log2_scale)
         for r in range(rows):
             h, i = unit * p.packed_heads + (row0 + r) // queries, (row0 + r) % queries
             a = p.weights + (b * p.weights_b + h * p.weights_h + i * p.weights_s + key0) * size
             total = get(w.total + r * size)
             top = simd.finite_or_zero(get(w.maximum + r * size))
             for j in range(keys):
-                x = exp2((get(w.s + j * ROW_BYTES + r * size) - top) * factor)
+                x = exp2_product(get(w.s + j * ROW_BYTES + r * size) - top, scale, scale_low, floor)
                 put(a + j * size, x / total if total != 0 else dtype(0))
 
     @jit
@@ -321,18 +327,18 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
     def finish(p, w, b, unit, row0, rows, queries, start):
         """o^T / total -> out, and lse."""
         pb = 0 if p.query_starts != 0 else b
-        inverse = w.rescale
+        divisor = w.rescale
         for r in range((rows + lanes - 1) // lanes * lanes):
             total = get(w.total + r * size)
-            put(inverse + r * size, dtype(0) if total == 0 else dtype(1) / total)
+            put(divisor + r * size, dtype(1) if total == 0 else total)
         whole = p.value_dim // lanes * lanes
         for r in range(0, rows, lanes):
             for c in range(0, whole, lanes):
                 source = w.o + c * ROW_BYTES + r * size
-                write_square(source, inverse + r * size, w.outs + 8 * r, c * stored, rows - r)
+                write_square(source, divisor + r * size, w.outs + 8 * r, c * stored, rows - r)
         for r in range(rows):
             for c in range(whole, p.value_dim):
-                x = get(w.o + c * ROW_BYTES + r * size) * get(inverse + r * size)
+                x = get(w.o + c * ROW_BYTES + r * size) / get(divisor + r * size)
                 put_stored(get_int(w.outs + 8 * r) + c * stored, x)
             if p.lse != 0:
                 h, i = unit * p.packed_heads + (row0 + r) // queries, (row0 + r) % queries
@@ -355,7 +361,6 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
         key = p.key + (pb * p.key_b + shared * p.key_h + key_start * p.key_s) * stored
         value = p.value + (pb * p.value_b + shared * p.value_h + key_start * p.value_s) * stored
         length = get_int(p.key_lengths + 8 * b)
-        factor = dtype(p.scale * LOG2E) if p.plain else dtype(LOG2E)
         stage = SUMS
         while True:
             if stage != WEIGHTS:
@@ -372,9 +377,9 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
                 score(p, w, key, converted, key0, keys, vectors)
                 adjust(p, w, key0, keys, rows, vectors, all_first, all_last)
                 if stage == WEIGHTS:
-                    write_weights(p, w, b, unit, row0, rows, queries, key0, keys, factor)
+                    write_weights(p, w, b, unit, row0, rows, queries, key0, keys)
                 else:
-                    soften(w, keys, vectors, factor)
+                    soften(p, w, keys, vectors)
                     if stage == SUMS:
                         add_values(p, w, value, converted, key0, keys, vectors)
                     else:

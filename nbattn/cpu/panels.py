@@ -91,20 +91,20 @@ def mask_in(lanes: int, compute: Any) -> Any:
 
 
 def rows_out(lanes: int, storage: str) -> Any:
-    """``write(source, factor, table, offset, count)``: transpose `source` times `factor` into the first rows.
+    """``write(source, divisor, table, offset, count)``: transpose `source` over `divisor` into rows.
 
-    Row c of the source holds column c; `factor` is the address of one number per row of the result.
+    Row c of the source holds column c; `divisor` is the address of one number per row of the result.
     """
     number = ir.DoubleType() if storage == "float64" else ir.FloatType()
     t = ir.VectorType(number, lanes)
 
     @intrinsic
-    def write(typingctx: Any, source: Any, factor: Any, table: Any, offset: Any, count: Any) -> Any:
+    def write(typingctx: Any, source: Any, divisor: Any, table: Any, offset: Any, count: Any) -> Any:
         def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-            source, factor, table, offset, count = args
-            scale = load_value(b, pointer(b, factor, t))
+            source, divisor, table, offset, count = args
+            total = load_value(b, pointer(b, divisor, t))
             columns = [
-                b.fmul(load_value(b, pointer(b, b.add(source, const(I64, c * ROW_BYTES)), t)), scale)
+                b.fdiv(load_value(b, pointer(b, b.add(source, const(I64, c * ROW_BYTES)), t)), total)
                 for c in range(lanes)
             ]
             done = b.append_basic_block("done")

@@ -170,20 +170,28 @@ def _int_type(t: Any) -> Any:
     return {"float": I32, "double": I64}[str(t)]
 
 
-def _exp2_parts(b: ir.IRBuilder, x: Any) -> tuple[Any, Any, tuple[float, ...]]:
-    """round(x), x - round(x) and the polynomial; x is first raised to where 2**x is 0 in every format."""
-    t = x.type
-    single = suffix(t).endswith("f32")
-    low = const(t, -200.0 if single else -1100.0)
-    x = b.select(b.fcmp_ordered("<", x, low), low, x)  # NaN stays
-    n = call(b, "rint", x)
-    return n, b.fsub(x, n), EXP2[np.float32 if single else np.float64]
+def _is_single(t: Any) -> bool:
+    return suffix(t).endswith("f32")
+
+
+def exp2_floor(dtype: Any) -> float:
+    """An exponent at which 2**x is 0 in this dtype, and whose neighbourhood is still exact."""
+    return -200.0 if dtype is np.float32 else -1100.0
+
+
+def _exp2_fraction(b: ir.IRBuilder, f: Any, lowest: int = 0) -> Any:
+    """The polynomial of 2**f for f in [-1/2, 1/2]; with lowest = 1, (2**f - 1) / f."""
+    coefficients = EXP2[np.float32 if _is_single(f.type) else np.float64]
+    p = const(f.type, coefficients[-1])
+    for c in coefficients[-2 : lowest - 1 if lowest else None : -1]:
+        p = fma_value(b, p, f, const(f.type, c))
+    return p
 
 
 def _times_power(b: ir.IRBuilder, p: Any, n: Any) -> Any:
     """p * 2**n for a whole number n; 0 where that is below the normal numbers."""
     t = p.type
-    single = suffix(t).endswith("f32")
+    single = _is_single(t)
     if isinstance(t, ir.VectorType) and REGISTER_BYTES == 64:
         kind, mask = ("ps", ir.IntType(16)) if single else ("pd", I8)
         fn = cgutils.get_or_insert_function(
@@ -197,29 +205,29 @@ def _times_power(b: ir.IRBuilder, p: Any, n: Any) -> Any:
     return b.fmul(p, b.bitcast(b.shl(b.add(b.fptosi(n, it), const(it, bias)), const(it, bits)), t))
 
 
-def exp2_value(b: ir.IRBuilder, x: Any) -> Any:
-    """2**x for x <= 0, 0 where that is too small; NaN stays NaN."""
-    n, f, coefficients = _exp2_parts(b, x)
-    p = const(x.type, coefficients[-1])
-    for c in coefficients[-2::-1]:
-        p = fma_value(b, p, f, const(x.type, c))
-    return _times_power(b, p, n)
+def exp2_product_value(b: ir.IRBuilder, x: Any, c: Any, c_low: Any, floor: Any) -> Any:
+    """2**(x * (c + c_low)) for x <= 0 and c > 0; 0 from `floor` down, NaN stays NaN.
+
+    The product is never rounded as a whole: only its distance from a whole number is, which is small.
+    """
+    x = b.select(b.fcmp_ordered("<", x, floor), floor, x)
+    n = call(b, "rint", b.fmul(x, c))
+    f = fma_value(b, x, c_low, fma_value(b, x, c, b.fneg(n)))
+    return _times_power(b, _exp2_fraction(b, f), n)
 
 
 def tanh_value(b: ir.IRBuilder, x: Any) -> Any:
-    """tanh through 2**|x| - 1, which keeps the relative accuracy of small x."""
+    """tanh through e**(2|x|) - 1, which keeps the relative accuracy of small x."""
     t = x.type
-    single = suffix(t).endswith("f32")
     size = call(b, "fabs", x)
-    limit = const(t, 10.0 if single else 20.0)  # from there on tanh rounds to 1
+    limit = const(t, 10.0 if _is_single(t) else 20.0)  # from there on tanh rounds to 1
     size = b.select(b.fcmp_ordered(">", size, limit), limit, size)
-    n, f, coefficients = _exp2_parts(b, b.fmul(size, const(t, 2 / np.log(2))))
+    exponent = b.fmul(size, const(t, 2 / np.log(2)))
+    n = call(b, "rint", exponent)
+    f = b.fsub(exponent, n)
     power = _times_power(b, const(t, 1.0), n)
-    p = const(t, coefficients[-1])
-    for c in coefficients[-2:0:-1]:
-        p = fma_value(b, p, f, const(t, c))
     # e**(2|x|) - 1 = power * (f * p) + (power - 1)
-    e = fma_value(b, power, b.fmul(f, p), b.fsub(power, const(t, 1.0)))
+    e = fma_value(b, power, b.fmul(f, _exp2_fraction(b, f, lowest=1)), b.fsub(power, const(t, 1.0)))
     return call(b, "copysign", b.fdiv(e, b.fadd(e, const(t, 2.0))), x)
 
 
@@ -341,11 +349,19 @@ def _elementwise(emit: Any, arity: int) -> Any:
 
         return two
 
-    @intrinsic
-    def three(typingctx: Any, x: Any, y: Any, z: Any) -> Any:
-        return x(x, x, x), lambda context, b, signature, args: emit(b, *args)
+    if arity == 3:
 
-    return three
+        @intrinsic
+        def three(typingctx: Any, x: Any, y: Any, z: Any) -> Any:
+            return x(x, x, x), lambda context, b, signature, args: emit(b, *args)
+
+        return three
+
+    @intrinsic
+    def four(typingctx: Any, x: Any, y: Any, z: Any, u: Any) -> Any:
+        return x(x, x, x, x), lambda context, b, signature, args: emit(b, *args)
+
+    return four
 
 
 same = _elementwise(lambda b, x: x, 1)
@@ -354,7 +370,7 @@ sub = _elementwise(lambda b, x, y: b.fsub(x, y), 2)
 mul = _elementwise(lambda b, x, y: b.fmul(x, y), 2)
 fma = _elementwise(fma_value, 3)
 greater = _elementwise(greater_value, 2)
-exp2 = _elementwise(exp2_value, 1)
+exp2_product = _elementwise(exp2_product_value, 4)
 tanh = _elementwise(tanh_value, 1)
 round_bfloat16 = _elementwise(
     lambda b, x: b.bitcast(b.and_(round_bits(b, x, 16), const(_int_type(x.type), -0x10000)), x.type), 1

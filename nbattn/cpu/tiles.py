@@ -50,15 +50,7 @@ def _tile(number: Any, rows: int, vectors: int, rescale: bool, pairs: bool) -> A
                 return pointer(builder, builder.add(base, shift), t)
 
             places = [at(c, r, j) for r in range(rows) for j in range(vectors)]
-            if rescale:
-                factors = [load_value(builder, at(factor, 0, j)) for j in range(vectors)]
-                sums = [
-                    builder.fmul(load_value(builder, place), factors[i % vectors])
-                    for i, place in enumerate(places)
-                ]
-            else:
-                sums = [const(t, 0.0)] * len(places)
-
+            sums = [const(t, 0.0)] * len(places)
             before, head = builder.block, builder.append_basic_block("reduce")
             after = builder.append_basic_block("reduced")
             builder.cbranch(builder.icmp_signed(">", depth, const(I64, 0)), head, after)
@@ -81,9 +73,17 @@ def _tile(number: Any, rows: int, vectors: int, rescale: bool, pairs: bool) -> A
             builder.cbranch(builder.icmp_signed("<", following, depth), head, after)
             builder.position_at_end(after)
             totals = [builder.phi(t) for _ in sums]
-            for total, first, last, place in zip(totals, sums, grown, places, strict=True):
+            for total, first, last in zip(totals, sums, grown, strict=True):
                 total.add_incoming(first, before)
                 total.add_incoming(last, head)
+            if rescale:
+                # Last, so that small products add up before they meet the large sums of earlier keys.
+                factors = [load_value(builder, at(factor, 0, j)) for j in range(vectors)]
+                for i, place in enumerate(places):
+                    totals[i] = fma_value(
+                        builder, load_value(builder, place), factors[i % vectors], totals[i]
+                    )
+            for total, place in zip(totals, places, strict=True):
                 store_value(builder, total, place)
             return context.get_dummy_value()
 
