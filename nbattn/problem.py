@@ -160,11 +160,13 @@ def check_heads(q: NDArray[Any], k: NDArray[Any], v: NDArray[Any]) -> None:
 
 def check_number(x: Any, name: str) -> float:
     """A finite real number."""
-    if isinstance(x, (str, bytes)) or np.ndim(x):
+    if isinstance(x, (str, bytes, bool, complex, np.bool_, np.complexfloating)) or np.ndim(x):
         msg = f"{name} must be a number, got {type(x).__name__}"
         raise TypeError(msg)
     try:
         number = float(x)
+    except OverflowError:
+        number = math.inf
     except (TypeError, ValueError):
         msg = f"{name} must be a number, got {type(x).__name__}"
         raise TypeError(msg) from None
@@ -174,16 +176,25 @@ def check_number(x: Any, name: str) -> float:
     return number
 
 
-def check_scale(scale: float | None, head_dim: int) -> float:
+def check_scale(scale: float | None, head_dim: int, compute: Any) -> float:
     """The given scale, or 1/sqrt(head_dim)."""
-    return 1.0 / math.sqrt(head_dim) if scale is None else check_number(scale, "scale")
+    return 1.0 / math.sqrt(head_dim) if scale is None else _check_fits(scale, "scale", compute)
 
 
-def check_softcap(softcap: float | None) -> float:
+def _check_fits(x: Any, name: str, compute: Any) -> float:
+    """A number that is finite in the compute dtype too."""
+    number = check_number(x, name)
+    if abs(number) > float(np.finfo(compute).max):
+        msg = f"{name} is {number}, too large for {np.dtype(compute).name} arithmetic"
+        raise ValueError(msg)
+    return number
+
+
+def check_softcap(softcap: float | None, compute: Any) -> float:
     """The given positive softcap, or 0 for none."""
     if softcap is None:
         return 0.0
-    cap = check_number(softcap, "softcap")
+    cap = _check_fits(softcap, "softcap", compute)
     if cap < 0:
         msg = f"softcap must be positive (0 or None for none), got {cap}"
         raise ValueError(msg)
@@ -230,17 +241,15 @@ def check_int_vector(x: ArrayLike, name: str, length: int) -> NDArray[np.int64]:
     if array.shape != (length,):
         msg = f"{name} has shape {array.shape}; expected ({length},)"
         raise ValueError(msg)
-    return np.ascontiguousarray(array, dtype=np.int64)
+    # A copy: the caller may change the array while kernels rely on what was checked.
+    return np.array(array, dtype=np.int64)
 
 
 def check_window(window_size: Any, is_causal: bool) -> tuple[int, int]:
     """(left, right) with UNBOUNDED for an open side; causal closes the right side at 0."""
     left = right = UNBOUNDED
     if window_size is not None:
-        try:
-            sides = tuple(window_size)
-        except TypeError:
-            sides = ()
+        sides = tuple(window_size) if isinstance(window_size, (tuple, list, np.ndarray)) else ()
         if len(sides) != 2:
             msg = f"window_size must be a pair (left, right), got {window_size!r}"
             raise (ValueError if sides else TypeError)(msg)

@@ -378,7 +378,8 @@ class TestCache:
         processes = [start(code, NBATTN_CACHE_DIR=str(tmp_path)) for _ in range(6)]
         assert [p.communicate(timeout=300)[1] for p in processes] == [""] * 6
         assert [p.returncode for p in processes] == [0] * 6
-        assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["attention-float32"]
+        files = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+        assert files - {"runtime-linger"} == {"attention-float32"}  # helpers need the other
 
     @pytest.mark.parametrize(
         "damage",

@@ -17,8 +17,8 @@ from .blocks import PARAMETERS, STATE_ROWS, TABLES
 from .panels import KEYS
 from .tiles import ROW_BYTES
 
-PANEL_BYTES = 4 << 20
-"""Converted keys and values that one thread keeps."""
+PANEL_BYTES = 8 << 20
+"""Converted keys and values that all threads of a call keep."""
 _WORDS = {name: PARAMETERS.fields[name][1] // 8 for name in PARAMETERS.names}  # type: ignore[index, union-attr]
 QUERY, KEY, VALUE, OUT = (_WORDS[name] for name in ("query", "key", "value", "out"))
 TASKS, WORKSPACE, WORKSPACE_BYTES = (_WORDS[name] for name in ("tasks", "workspace", "workspace_bytes"))
@@ -72,7 +72,8 @@ def _is_small(p: Problem) -> bool:
 
 def kernel_names(dtypes: Sequence[str]) -> list[str]:
     """The kernels that calls with these dtypes need."""
-    return [f"attention-{dtype}" for dtype in dtypes]
+    names = [f"attention-{dtype}" for dtype in dtypes]
+    return [*names, "attention-float32-bfloat16"] if "float32" in dtypes else names
 
 
 def kernel(name: str) -> Any:
@@ -134,7 +135,8 @@ def _parameters(
     key_panel = 0 if as_stored or keys_lie_as_words else KEYS * depth
     value_panel = 0 if as_stored else per_panel * value_dim
     slot_bytes = -(-(key_panel + value_panel) * itemsize // 64) * 64
-    slots = min(-(-p.max_keys // KEYS), max(1, PANEL_BYTES // slot_bytes)) if slot_bytes else 0
+    kept = PANEL_BYTES // runtime.threads()
+    slots = min(-(-p.max_keys // KEYS), max(1, kept // slot_bytes)) if slot_bytes else 0
     scratch = ROW_BYTES * (head_dim + value_dim + KEYS + STATE_ROWS) + rows * 8 * TABLES + 64 * -(-slots // 8)
     # With an ordinary scale the softmax takes the raw products, and the scale goes into its exponent.
     plain = (
@@ -143,7 +145,7 @@ def _parameters(
     log2_scale, log2_scale_low = _log2_scale(p.scale if plain else 1.0, p.storage == "float64")
     values |= {
         "tasks": tasks,
-        "workspace_bytes": scratch + slots * slot_bytes,
+        "workspace_bytes": -(-(scratch + slots * slot_bytes + KEYS * value_dim * itemsize) // 64) * 64,
         "slots": slots,
         "slot_bytes": slot_bytes,
         "key_panel_bytes": key_panel * itemsize,

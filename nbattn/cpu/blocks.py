@@ -69,6 +69,7 @@ class Scratch(NamedTuple):
     biases: int  # its bias
     tags: int  # which panel each slot holds
     panels: int
+    finite: int  # one run's values without NaN and inf
 
 
 parameters_at = simd.record(PARAMETERS)
@@ -89,6 +90,7 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
     """The kernel for arrays of one storage dtype, as a function of its parameters' address."""
     operands = multiplies(storage, bfloat16_products)
     pairs = operands == "pairs"
+    per_operand = 2 if pairs else 1
     rounds = bfloat16_products and not pairs  # operands rounded to bfloat16, multiplied as float32
     converts = operands != storage or rounds
     dtype: Any = np.float64 if storage == "float64" else np.float32
@@ -113,7 +115,7 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
     read_square, read_words = panels.rows_in(lanes, storage), panels.words_in(lanes)
     write_square = panels.rows_out(lanes, storage)
     pack = panels.pair_words(vector=False)
-    bfloat16_at = simd.loads("bfloat16")[2]
+    _, _, get_bfloat16, put_bfloat16 = simd.loads("bfloat16")
     sub, add, exp2_product, greater, splat = simd.sub, simd.add, simd.exp2_product, simd.greater, simd.splat
     lowest = simd.exp2_floor(dtype)
 
@@ -121,14 +123,14 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
     def scratch_at(p, q):
         o = q + p.head_dim * ROW_BYTES
         s = o + p.value_dim * ROW_BYTES
-        s = o + p.value_dim * ROW_BYTES
         row = s + KEYS * ROW_BYTES
         table, step = row + STATE_ROWS * ROW_BYTES, block_rows * 8
         tags = table + TABLES * step
+        converted = tags + 64 * ((p.slots + 7) // 8)
         return Scratch(q, o, s, row, row + ROW_BYTES, row + 2 * ROW_BYTES, row + 3 * ROW_BYTES,
                        row + 4 * ROW_BYTES, row + 5 * ROW_BYTES, row + 6 * ROW_BYTES,
                        table, table + step, table + 2 * step, table + 3 * step,
-                       tags, tags + 64 * ((p.slots + 7) // 8))  # fmt: skip
+                       tags, converted, converted + p.slots * p.slot_bytes)  # fmt: skip
 
     @jit
     def task(p, t):
@@ -137,9 +139,13 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
             b, t = t // (p.units * p.blocks), t % (p.units * p.blocks)
             blocks = p.blocks
         else:
-            b = 0
-            while get_int(p.first_task + 8 * (b + 1)) <= t:
-                b += 1
+            b, end = 0, p.batch
+            while end - b > 1:
+                middle = (b + end) // 2
+                if get_int(p.first_task + 8 * middle) <= t:
+                    b = middle
+                else:
+                    end = middle
             first = get_int(p.first_task + 8 * b)
             blocks = (get_int(p.first_task + 8 * (b + 1)) - first) // p.units
             t -= first
@@ -266,35 +272,50 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
             store(w.rescale + v * register, rescale)
 
     @jit
-    def add_values(p, w, value, converted, key0, keys, vectors):
-        """o^T = o^T * rescale + v^T p^T"""
-        step = 2 if pairs else 1
+    def operand_of(p, value, converted, key0):
+        """Where the values from key0 on lie as the tiles multiply them, and their stride."""
         if converts:
-            a, stride = converted + p.key_panel_bytes + key0 % KEYS // step * p.value_dim * size, p.value_dim
-        else:
-            a, stride = value + key0 * p.value_s * stored, p.value_s
-        accumulate(a, 1, stride, p.value_dim, w.s, w.o, vectors, (keys + step - 1) // step, w.rescale)
+            first = key0 % KEYS // per_operand * p.value_dim * size
+            return converted + p.key_panel_bytes + first, p.value_dim
+        return value + key0 * p.value_s * stored, p.value_s
 
     @jit
-    def add_visible_values(p, w, value, key0, keys, rows):
-        """`add_values` that leaves out what a row does not see, whatever lies there."""
-        for r in range(rows):
-            rescale = get(w.rescale + r * size)
+    def add_values(p, w, a, stride, keys, vectors):
+        """o^T = o^T * rescale + v^T p^T"""
+        depth = (keys + per_operand - 1) // per_operand
+        accumulate(a, 1, stride, p.value_dim, w.s, w.o, vectors, depth, w.rescale)
+
+    @jit
+    def add_visible_values(p, w, value, a, stride, key0, keys, rows, vectors):
+        """`add_values`, where what is not finite reaches only the rows that see it."""
+        for j in range(keys):
             for d in range(p.value_dim):
-                t = w.o + d * ROW_BYTES + r * size
-                put(t, get(t) * rescale)
-            for j in range(keys):
-                if not visible(p, w, r, key0 + j):
-                    continue
                 if pairs:
-                    x = bfloat16_at(w.s + j // 2 * ROW_BYTES + r * size + j % 2 * 2)
+                    half = 4 * d + 2 * (j % 2)
+                    y = get_bfloat16(a + j // 2 * stride * size + half)
+                    put_bfloat16(w.finite + j // 2 * p.value_dim * size + half, y if y - y == 0 else dtype(0))
                 else:
-                    x = get(w.s + j * ROW_BYTES + r * size)
-                a = value + (key0 + j) * p.value_s * stored
-                for d in range(p.value_dim):
-                    y = get_stored(a + d * stored)
-                    t = w.o + d * ROW_BYTES + r * size
-                    put(t, get(t) + x * (simd.round_bfloat16(y) if bfloat16_products else y))
+                    y = get(a + (j * stride + d) * size)
+                    put(w.finite + (j * p.value_dim + d) * size, y if y - y == 0 else dtype(0))
+        if pairs and keys % 2 == 1:
+            for d in range(p.value_dim):
+                put_bfloat16(w.finite + keys // 2 * p.value_dim * size + 4 * d + 2, dtype(0))
+        add_values(p, w, w.finite, p.value_dim, keys, vectors)
+        for j in range(keys):
+            for d in range(p.value_dim):
+                y = get_stored(value + ((key0 + j) * p.value_s + d) * stored)
+                if bfloat16_products:
+                    y = simd.round_bfloat16(y)
+                if y - y == 0:
+                    continue
+                for r in range(rows):
+                    if visible(p, w, r, key0 + j):
+                        if pairs:
+                            x = get_bfloat16(w.s + j // 2 * ROW_BYTES + r * size + j % 2 * 2)
+                        else:
+                            x = get(w.s + j * ROW_BYTES + r * size)
+                        t = w.o + d * ROW_BYTES + r * size
+                        put(t, get(t) + x * y)
 
     @jit
     def write_weights(p, w, b, unit, row0, rows, queries, key0, keys):
@@ -380,10 +401,11 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
                     write_weights(p, w, b, unit, row0, rows, queries, key0, keys)
                 else:
                     soften(p, w, keys, vectors)
+                    a, stride = operand_of(p, value, converted, key0)
                     if stage == SUMS:
-                        add_values(p, w, value, converted, key0, keys, vectors)
+                        add_values(p, w, a, stride, keys, vectors)
                     else:
-                        add_visible_values(p, w, value, key0, keys, rows)
+                        add_visible_values(p, w, value, a, stride, key0, keys, rows, vectors)
                 key0 += keys
             # A non-finite value meets a weight of 0 where it is masked, and 0 * inf is NaN. It shows in the
             # sums: only then the block is done again, with every masked value left out.

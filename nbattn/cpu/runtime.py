@@ -38,9 +38,6 @@ from numba.core.serialize import dumps
 from numba.np.ufunc import parallel
 from numpy.typing import NDArray
 
-FASTMATH = {"nsz", "arcp", "contract", "afn", "reassoc"}
-"""The widest set that keeps NaN and inf; loops over user functions may use it."""
-
 WORK = [("tasks", np.int64), ("next_task", np.int64, 8), ("tasks_done", np.int64, 8)]
 """The head of every kernel's parameters. Padded, so that the two counters share no cache line."""
 TASKS, NEXT_TASK = 0, 1  # in words of 8 bytes
@@ -101,7 +98,7 @@ def cpu_features() -> frozenset[str]:
     known = {"avx512f", "avx512bf16", "avx2", "fma", "f16c", "neon"}
     if config.CPU_FEATURES is not None:
         return frozenset(f[1:] for f in config.CPU_FEATURES.split(",") if f[:1] == "+") & known
-    if config.CPU_NAME is not None:
+    if config.CPU_NAME is not None and platform.machine().lower() in ("x86_64", "amd64"):
         if config.CPU_NAME.startswith(AVX512_NAMES):
             return frozenset({"avx512f", "avx2", "fma", "f16c"})
         return frozenset() if config.CPU_NAME in BASELINE_NAMES else frozenset({"avx2", "fma", "f16c"})
@@ -120,16 +117,17 @@ def cache_folder() -> Path | None:
     """
     digest = hashlib.sha256()
     here = Path(__file__).parent
-    for source in (here.parent / "problem.py", *sorted(here.glob("*.py"))):
+    # .pyc too, where a package is shipped without its sources
+    for source in sorted((*here.parent.glob("problem.py*"), *here.glob("*.py*"))):
         digest.update(source.read_bytes())
     digest.update(repr((sys.version, numba.__version__, llvmlite.__version__, platform.machine())).encode())
     digest.update(repr((cpu_name(), config.CPU_FEATURES or llvm.get_host_cpu_features().flatten())).encode())
-    folder = _user_cache() / digest.hexdigest()[:20]
     try:
+        folder = _user_cache() / digest.hexdigest()[:20]
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return folder
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: this user has no home
         return None
 
 
@@ -202,7 +200,10 @@ def compiled(name: str, build: Callable[..., Callable[[Any], Any]]) -> Any:
         return _kernels[name]
     except KeyError:
         pass
-    with _compile_lock:
+    if config.DISABLE_JIT:
+        msg = 'NUMBA_DISABLE_JIT leaves no CPU kernels; unset it, or pass backend="reference"'
+        raise RuntimeError(msg)
+    with global_compiler_lock, _compile_lock:
         if name not in _kernels:
             function = build(*jit_for(name))
             function.__qualname__ += f".{name}"
@@ -272,20 +273,21 @@ class _Team:
     def __init__(self) -> None:
         self.calls: SimpleQueue[_Call] = SimpleQueue()
         self.size = 0
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # a signal handler may call while this thread holds it
         self.announced = np.zeros(1, np.int64)
         """Changes with every call, for helpers that are still awake."""
 
     def grow(self, size: int) -> int:
         """Have `size` helpers where that many can be had; return how many there are."""
-        linger = compiled("runtime-linger", _build_linger)
+        linger = compiled(LINGER, _build_linger)
         with self.lock:
             while self.size < size:
+                self.size += 1
                 try:
                     threading.Thread(target=_help, args=(self, linger), name="nbattn", daemon=True).start()
                 except RuntimeError:  # the system's limit, or the interpreter is at its end
+                    self.size -= 1
                     break
-                self.size += 1
         return self.size
 
 
@@ -331,6 +333,7 @@ def _help(team: _Team, linger: Any) -> None:
         del call  # its arrays must not live until the next call
 
 
+LINGER = "runtime-linger"
 TURNS = 2000
 """How often a helper looks for another call before it sleeps: some 30 us, what waking it would take."""
 
@@ -346,13 +349,13 @@ _team = _Team()
 
 def _before_fork() -> None:
     # A child would find the lock of a compile in another thread held for ever, so the compile ends first.
-    _compile_lock.acquire()
     global_compiler_lock.acquire()
+    _compile_lock.acquire()
 
 
 def _after_fork() -> None:
-    global_compiler_lock.release()
     _compile_lock.release()
+    global_compiler_lock.release()
 
 
 def _after_fork_in_child() -> None:
@@ -384,6 +387,8 @@ def run(kernel: Any, parameters: Any, helpers: int, keep_alive: Any) -> None:
         _team.announced += 1
         if not kernel(call.address):
             call.finished.acquire()
+        # Helpers that come late look at the parameters alone.
+        call.keep_alive = None
     except BaseException:
         # Ctrl-C: once this call is left, no helper may go on writing to the caller's arrays.
         call.abandon()
@@ -395,11 +400,13 @@ def run(kernel: Any, parameters: Any, helpers: int, keep_alive: Any) -> None:
 
 def kernel_names(dtypes: Sequence[str]) -> list[str]:
     """The kernels that calls with these dtypes need."""
-    return [name for stem in _stems() for name in stem.kernel_names(dtypes)]
+    return [LINGER, *(name for stem in _stems() for name in stem.kernel_names(dtypes))]
 
 
 def compile_kernel(name: str) -> str:
     """Make one kernel ready; say whether it was "compiled" or found "cached"."""
+    if name == LINGER:
+        return "cached" if compiled(LINGER, _build_linger)._cache.hit else "compiled"
     stem = next(stem for stem in _stems() if name.startswith(stem.__name__.rpartition(".")[2] + "-"))
     return "cached" if stem.kernel(name)._cache.hit else "compiled"
 
