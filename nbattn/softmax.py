@@ -215,7 +215,7 @@ class _Call(NamedTuple):
 
 
 def _call(x: ArrayLike, axis: Any, where: Any, scale: float, backend: str | None) -> _Call:
-    module = _backend_module(backend)
+    module = check.backend_module("softmax", backend)
     array = check.as_array(x, "x")
     if array.dtype.kind in "biu":
         array = array.astype(np.float64)
@@ -262,7 +262,7 @@ def _present(where: Any, shape: tuple[int, ...]) -> NDArray[np.bool_] | None:
         msg = f"where has dtype {array.dtype}; expected bool or integer where nonzero means present"
         raise TypeError(msg)
     try:
-        return np.broadcast_to(array != 0, shape)
+        return np.broadcast_to(array if array.dtype == np.bool_ else array != 0, shape)
     except ValueError:
         msg = f"where has shape {array.shape}, which does not broadcast to x's {shape}"
         raise ValueError(msg) from None
@@ -270,23 +270,13 @@ def _present(where: Any, shape: tuple[int, ...]) -> NDArray[np.bool_] | None:
 
 def _elementwise(call: _Call, name: str, out: NDArray[Any] | None) -> NDArray[Any]:
     """Run the function `name`, whose result is shaped as x."""
-    result = check.check_out(out, call.x.shape, call.x.dtype, (call.x, call.where))
+    if out is None:
+        result = np.empty_like(call.x)  # in the order of x's axes in memory: read and written alike
+    else:
+        result = check.check_out(out, call.x.shape, call.x.dtype, (call.x, call.where))
     target = check.addressable(call.in_rows(result))
     getattr(call.module, name)(call.in_rows(call.x), call.in_rows(call.where), call.scale, target)
     if not np.may_share_memory(target, result):
         ordered = result.transpose(call.order)
         ordered[...] = target.reshape(ordered.shape)
     return result
-
-
-def _backend_module(backend: str | None) -> ModuleType:
-    """The `softmax` module of a backend; its functions do the work."""
-    if backend in (None, "cpu", "reference"):
-        from .reference import softmax as module
-    elif backend == "cuda":
-        msg = 'backend="cuda" needs an NVIDIA GPU, nbattn[cuda] and CUDA kernels, which this version lacks'
-        raise ValueError(msg)
-    else:
-        msg = f"backend is {backend!r}; expected None, 'cpu', 'reference' or 'cuda'"
-        raise ValueError(msg)
-    return module

@@ -3,6 +3,7 @@
 import itertools
 
 import hypothesis.strategies as st
+import numba
 import numpy as np
 import pytest
 import scipy.special
@@ -11,6 +12,7 @@ from ml_dtypes import finfo
 from oracle import DTYPES, HALF, SIZES, assert_accurate, compute_dtype_of, normal
 
 import nbattn
+from nbattn.cpu import softmax as cpu_softmax
 
 NAMES = ("softmax", "log_softmax", "logsumexp")
 names = pytest.mark.parametrize("name", NAMES)
@@ -57,6 +59,10 @@ def test_ragged_sizes(backend, name, dtype, rng):
     for n in SIZES:
         check(backend, name, normal(rng, (5, n), dtype))
         check(backend, name, normal(rng, (3, n, 6), dtype), axis=1, scale=3.0)
+        check(backend, name, normal(rng, (37, n), dtype), scale=-0.5)
+    for n in (255, 256, 257, 5000):
+        check(backend, name, normal(rng, (17, n), dtype))
+        check(backend, name, normal(rng, (n, 17), dtype), axis=0)
 
 
 @names
@@ -202,8 +208,10 @@ def test_layouts_and_out(backend, name, dtype, rng):
     for axis in (-1, 1, (0, 2)):
         expected = function(x, axis, where=where, backend=backend)
         for view in views:
-            np.testing.assert_array_equal(
-                function(view(x), axis, where=view(where), backend=backend), expected
+            # The order of a sum may follow the layout of x, as it does in NumPy.
+            got = function(view(x), axis, where=view(where), backend=backend)
+            np.testing.assert_allclose(
+                got.astype(np.float64), expected.astype(np.float64), rtol=4 * float(finfo(dtype).eps)
             )
             out = np.full(expected.shape, np.nan, dtype)
             out = view(out) if out.ndim == 3 else out[::-1].copy()[::-1]
@@ -231,7 +239,7 @@ def test_unaligned_and_byte_swapped(backend, name, rng):
 @pytest.mark.parametrize("side", ["start", "end"])
 def test_nothing_outside_the_arrays_is_touched(backend, name, dtype, side, guarded, rng):
     for n in SIZES:
-        for shape, axis in (((2, n), -1), ((n, 3), 0), ((2, n, 17), 1)):
+        for shape, axis in (((2, n), -1), ((n, 3), 0), ((2, n, 17), 1), ((33, n), 1)):
             x = guarded(normal(rng, shape, dtype), side)
             where = guarded(rng.random(shape) < 0.7, side)
             expected = getattr(nbattn, name)(x, axis, backend=backend)
@@ -242,11 +250,85 @@ def test_nothing_outside_the_arrays_is_touched(backend, name, dtype, side, guard
 
 
 @names
+def test_order_in_memory_is_kept(backend, name, rng):
+    x = np.asfortranarray(normal(rng, (30, 40)))
+    got = getattr(nbattn, name)(x, backend=backend)
+    assert name == "logsumexp" or got.flags.f_contiguous
+
+
+@pytest.fixture
+def cut_small(monkeypatch):
+    """The CPU kernels with work cut so small that small arrays meet every path, also past the caches."""
+    small = {"CHUNK": 64, "CHUNK_ROWS": 5, "SEGMENT": 320, "PANEL": 1 << 12, "PANEL_LINES": 3, "TASK": 300}
+    for constant, value in (small | {"SERIAL": 0, "STREAM": 0}).items():
+        monkeypatch.setattr(cpu_softmax, constant, value)
+
+
+@pytest.mark.isa
+@names
+@dtypes
+def test_work_cut_small(cut_small, name, dtype, rng):
+    cases = [((3, 700), -1), ((700, 3), 0), ((700, 100), 0), ((2, 500, 33), 1), ((50, 40), 1), ((2, 2500), 1)]
+    for shape, axis in cases:
+        x = normal(rng, shape, dtype)
+        check("cpu", name, x, axis, scale=-1.5)
+        where = rng.random(shape) < 0.01
+        check("cpu", name, np.where(where, x, dtype(np.nan)), axis, where)
+
+
+@names
+def test_nan_and_inf_in_long_rows(cut_small, name):
+    with np.errstate(all="ignore"):
+        for special in itertools.product([0.5, 800.0, np.inf, -np.inf, np.nan], repeat=3):
+            x = np.full((2, 700), [[1.0], [-np.inf]])
+            x[:, [3, 100, 699]] = special
+            expected = getattr(scipy.special, name)(x, axis=-1)
+            np.testing.assert_allclose(getattr(nbattn, name)(x), expected, rtol=1e-13, err_msg=str(special))
+            columns = getattr(nbattn, name)(np.repeat(x.T, 9, axis=1), 0)
+            np.testing.assert_allclose(columns.T[::9], expected, rtol=1e-13, err_msg=str(special))
+
+
+@pytest.mark.isa
+@dtypes
+@pytest.mark.parametrize("side", ["start", "end"])
+def test_past_the_caches_at_any_address(monkeypatch, dtype, side, guarded, rng):
+    for shape, axis in (((3, 2049), 1), ((2, 2111), 1), ((9, 192), 0), ((2, 5, 200), 1)):
+        x = guarded(normal(rng, shape, dtype), side)
+        size = x.size
+        for first in range(0, 33, 3):
+            room = guarded(np.full(size + first, np.nan, dtype), side)
+            out = room[first:].reshape(shape)
+            monkeypatch.undo()
+            expected = nbattn.softmax(x, axis)
+            monkeypatch.setattr(cpu_softmax, "STREAM", 0)
+            nbattn.softmax(x, axis, out=out)
+            np.testing.assert_array_equal(out, expected)
+            assert np.isnan(room[:first].astype(np.float32)).all()
+
+
+@names
+def test_any_number_of_threads(cut_small, name, rng):
+    arrays = [(normal(rng, (40, 700)), 1), (normal(rng, (700, 130)), 0), (normal(rng, (300, 40)), 1)]
+    before = numba.get_num_threads()
+    try:
+        results = []
+        for threads in range(1, numba.config.NUMBA_NUM_THREADS + 1):
+            numba.set_num_threads(threads)
+            results += [[getattr(nbattn, name)(x, axis) for x, axis in arrays]]
+    finally:
+        numba.set_num_threads(before)
+    for others in results[1:]:
+        for got, expected in zip(others, results[0], strict=True):
+            np.testing.assert_array_equal(got, expected)
+
+
+@names
 def test_rows_do_not_depend_on_each_other(backend, name, rng):
-    x = normal(rng, (40, 130))
-    together = getattr(nbattn, name)(x, backend=backend)
-    for i in range(40):
-        np.testing.assert_array_equal(getattr(nbattn, name)(x[i], backend=backend), together[i])
+    for n in (5, 20, 130, 300):
+        x = normal(rng, (40, n))
+        together = getattr(nbattn, name)(x, backend=backend)
+        for i in range(40):
+            np.testing.assert_array_equal(getattr(nbattn, name)(x[i], backend=backend), together[i])
 
 
 @pytest.mark.isa

@@ -38,6 +38,16 @@ EXP2 = {
                  1.0180647659234139e-07, 7.072570412814423e-09, 4.078071929588337e-10),
 }  # fmt: skip
 
+# ln(2) in two parts: a few times the first is exact.
+LN2 = {np.float32: (0.693138122558594, 9.0580006145e-06),
+       np.float64: (6.93147180369123816490e-01, 1.90821492927058770002e-10)}  # fmt: skip
+# log((1 + s) / (1 - s)) = 2 s + s * (z * these), z = s * s: 2**-34 and 2**-58.
+LOG = {
+    np.float32: (0.66666662693, 0.40000972152, 0.28498786688, 0.24279078841),
+    np.float64: (0.6666666666666735, 0.3999999999940942, 0.2857142874366239, 0.22222198432149784,
+                 0.1818357216161805, 0.15313837699209373, 0.14798198605116586),
+}  # fmt: skip
+
 
 class Vector(types.Type):
     """One register of `lanes` numbers."""
@@ -188,6 +198,15 @@ def _exp2_fraction(b: ir.IRBuilder, f: Any, lowest: int = 0) -> Any:
     return p
 
 
+def _whole(b: ir.IRBuilder, x: Any) -> Any:
+    """The whole number nearest to x, which is small."""
+    if "avx2" in _features or "neon" in _features:
+        return call(b, "rint", x)
+    # SSE2 has no such instruction, and rint would call libm once per lane.
+    magic = const(x.type, 1.5 * 2.0 ** (23 if suffix(x.type).endswith("f32") else 52))
+    return b.fsub(b.fadd(x, magic), magic)
+
+
 def _times_power(b: ir.IRBuilder, p: Any, n: Any) -> Any:
     """p * 2**n for a whole number n; 0 where that is below the normal numbers."""
     t = p.type
@@ -202,7 +221,9 @@ def _times_power(b: ir.IRBuilder, p: Any, n: Any) -> Any:
     it = _int_type(t)
     low = const(t, -float(bias))
     n = b.select(b.fcmp_ordered("<", n, low), low, n)
-    return b.fmul(p, b.bitcast(b.shl(b.add(b.fptosi(n, it), const(it, bias)), const(it, bits)), t))
+    # The sum has the exponent's field in its lowest bits. (AVX2 cannot convert float64 to integers.)
+    field = b.bitcast(b.fadd(n, const(t, 1.5 * 2.0**bits + bias)), it)
+    return b.fmul(p, b.bitcast(b.shl(field, const(it, bits)), t))
 
 
 def exp2_product_value(b: ir.IRBuilder, x: Any, c: Any, c_low: Any, floor: Any) -> Any:
@@ -211,9 +232,53 @@ def exp2_product_value(b: ir.IRBuilder, x: Any, c: Any, c_low: Any, floor: Any) 
     The product is never rounded as a whole: only its distance from a whole number is, which is small.
     """
     x = b.select(b.fcmp_ordered("<", x, floor), floor, x)
-    n = call(b, "rint", b.fmul(x, c))
+    n = _whole(b, b.fmul(x, c))
     f = fma_value(b, x, c_low, fma_value(b, x, c, b.fneg(n)))
     return _times_power(b, _exp2_fraction(b, f), n)
+
+
+def exp_value(b: ir.IRBuilder, x: Any) -> Any:
+    """e**x for x <= 0 and inf, to one unit in the last place; NaN stays NaN."""
+    t = x.type
+    single = suffix(t).endswith("f32")
+    dtype, low, high = (np.float32, -200.0, 128.25) if single else (np.float64, -1100.0, 1024.25)
+    for sign, limit in (("<", low), (">", high)):
+        limit = const(t, limit * np.log(2))
+        x = b.select(b.fcmp_ordered(sign, x, limit), limit, x)
+    n = _whole(b, b.fmul(x, const(t, 1 / np.log(2))))
+    for part in LN2[dtype]:
+        x = fma_value(b, n, const(t, -part), x)
+    return _times_power(b, _horner(b, x, [c / np.log(2) ** k for k, c in enumerate(EXP2[dtype])]), n)
+
+
+def log_value(b: ir.IRBuilder, x: Any) -> Any:
+    """The natural logarithm of normal numbers, 0, inf and NaN, to one unit in the last place."""
+    t = x.type
+    it = _int_type(t)
+    dtype, bits, root = (
+        (np.float32, 23, 0x3F3504F3) if suffix(t).endswith("f32") else (np.float64, 52, 0x3FE6A09E667F3BCD)
+    )
+    # x = 2**k * (1 + f), sqrt(1/2) <= 1 + f < sqrt(2)
+    pattern = b.bitcast(x, it)
+    k = b.ashr(b.sub(pattern, const(it, root)), const(it, bits))
+    f = b.fsub(b.bitcast(b.sub(pattern, b.shl(k, const(it, bits))), t), const(t, 1.0))
+    k = b.sitofp(k, t)
+    high, low = (const(t, part) for part in LN2[dtype])
+    s = b.fdiv(f, b.fadd(f, const(t, 2.0)))
+    z = b.fmul(s, s)
+    half = b.fmul(b.fmul(f, f), const(t, 0.5))
+    small = fma_value(b, s, fma_value(b, z, _horner(b, z, LOG[dtype]), half), b.fmul(k, low))
+    y = fma_value(b, k, high, b.fsub(f, b.fsub(half, small)))
+    y = b.select(b.fcmp_ordered("==", x, const(t, 0.0)), const(t, float("-inf")), y)
+    return b.select(b.fcmp_unordered(">=", x, const(t, float("inf"))), x, y)
+
+
+def _horner(b: ir.IRBuilder, x: Any, coefficients: Any) -> Any:
+    """The polynomial with these coefficients, lowest first."""
+    *others, p = (const(x.type, c) for c in coefficients)
+    for c in reversed(others):
+        p = fma_value(b, p, x, c)
+    return p
 
 
 def tanh_value(b: ir.IRBuilder, x: Any) -> Any:
@@ -223,7 +288,7 @@ def tanh_value(b: ir.IRBuilder, x: Any) -> Any:
     limit = const(t, 10.0 if _is_single(t) else 20.0)  # from there on tanh rounds to 1
     size = b.select(b.fcmp_ordered(">", size, limit), limit, size)
     exponent = b.fmul(size, const(t, 2 / np.log(2)))
-    n = call(b, "rint", exponent)
+    n = _whole(b, exponent)
     f = b.fsub(exponent, n)
     power = _times_power(b, const(t, 1.0), n)
     # e**(2|x|) - 1 = power * (f * p) + (power - 1)
@@ -332,6 +397,67 @@ def loads(storage: str) -> tuple[Any, Any, Any, Any]:
     return load, store, get, put
 
 
+def streaming(storage: str) -> Any:
+    """A store that goes past the caches; its address must be a multiple of the vector's bytes as stored."""
+    number = _compute(storage)
+
+    @intrinsic
+    def stream(typingctx: Any, address: Any, x: Any) -> Any:
+        def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+            x = narrow_value(b, args[1], storage)
+            target = pointer(b, args[0], x.type)
+            stored = b.store(x, target, align=x.type.count * _align(x.type))
+            stored.set_metadata("nontemporal", b.module.add_metadata([ir.Constant(I32, 1)]))
+            return context.get_dummy_value()
+
+        return types.void(types.int64, vector(number)), codegen
+
+    return stream
+
+
+def turns(storage: str) -> tuple[Any, Any]:
+    """(turn_in, turn_out): transpose a square of vectors of numbers stored so.
+
+    ``turn_in(source, source_row, target, target_row, factor)`` widens its numbers and multiplies them;
+    ``turn_out(source, source_row, target, target_row)`` narrows. Rows are so many bytes apart.
+    """
+    number = _compute(storage)
+    count = vector(number).lanes
+
+    def make(scaled: bool) -> Any:
+        def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+            source, source_row, target, target_row, *factor = args
+            t = ir.VectorType(stored(storage) if scaled else context.get_value_type(number), count)
+            columns = transpose_values(b, [load_value(b, pointer(b, _row(b, source, source_row, r), t))
+                                           for r in range(count)])  # fmt: skip
+            for r, x in enumerate(columns):
+                if scaled:
+                    x = widen_value(b, x, storage)
+                    x = b.fmul(x, splat_value(b, x.type, factor[0]))
+                else:
+                    x = narrow_value(b, x, storage)
+                store_value(b, x, pointer(b, _row(b, target, target_row, r), x.type))
+            return context.get_dummy_value()
+
+        return codegen
+
+    @intrinsic
+    def turn_in(
+        typingctx: Any, source: Any, source_row: Any, target: Any, target_row: Any, factor: Any
+    ) -> Any:
+        return types.void(*[types.int64] * 4, number), make(True)
+
+    @intrinsic
+    def turn_out(typingctx: Any, source: Any, source_row: Any, target: Any, target_row: Any) -> Any:
+        return types.void(*[types.int64] * 4), make(False)
+
+    return turn_in, turn_out
+
+
+def _row(b: ir.IRBuilder, address: Any, row: Any, r: int) -> Any:
+    return b.add(address, b.mul(row, const(I64, r)))
+
+
 def _elementwise(emit: Any, arity: int) -> Any:
     """An intrinsic on `arity` vectors (or numbers) of one type."""
     if arity == 1:
@@ -368,9 +494,13 @@ same = _elementwise(lambda b, x: x, 1)
 add = _elementwise(lambda b, x, y: b.fadd(x, y), 2)
 sub = _elementwise(lambda b, x, y: b.fsub(x, y), 2)
 mul = _elementwise(lambda b, x, y: b.fmul(x, y), 2)
+div = _elementwise(lambda b, x, y: b.fdiv(x, y), 2)
 fma = _elementwise(fma_value, 3)
 greater = _elementwise(greater_value, 2)
 exp2_product = _elementwise(exp2_product_value, 4)
+smaller = _elementwise(lambda b, x, y: b.select(b.fcmp_ordered("<", x, y), x, y), 2)
+exp = _elementwise(exp_value, 1)
+log = _elementwise(log_value, 1)
 tanh = _elementwise(tanh_value, 1)
 round_bfloat16 = _elementwise(
     lambda b, x: b.bitcast(b.and_(round_bits(b, x, 16), const(_int_type(x.type), -0x10000)), x.type), 1
@@ -390,6 +520,43 @@ def splat(typingctx: Any, x: Any) -> Any:
         return splat_value(b, context.get_value_type(t), args[0])
 
     return t(x), codegen
+
+
+def _across(emit: Any) -> Any:
+    """An intrinsic that joins the lanes of a vector by halves and leaves the result in every lane."""
+
+    @intrinsic
+    def join(typingctx: Any, x: Any) -> Any:
+        def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+            x = args[0]
+            count = x.type.count
+            distance = count // 2
+            while distance:
+                order = [i ^ distance for i in range(count)]
+                x = emit(b, x, b.shuffle_vector(x, x, ir.Constant(ir.VectorType(I32, count), order)))
+                distance //= 2
+            return x
+
+        return x(x), codegen
+
+    return join
+
+
+across_max = _across(greater_value)
+across_sum = _across(lambda b, x, y: b.fadd(x, y))
+
+
+@intrinsic
+def where(typingctx: Any, address: Any, x: Any, y: Any) -> Any:
+    """x where the byte at an address (one per lane) is not 0, else y."""
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        address, x, y = args
+        t = ir.VectorType(I8, x.type.count)
+        present = b.icmp_unsigned("!=", load_value(b, pointer(b, address, t)), const(t, 0))
+        return b.select(present, x, y)
+
+    return x(types.int64, x, x), codegen
 
 
 @intrinsic
@@ -426,6 +593,20 @@ def scalars(number: Any) -> tuple[Any, Any]:
         return types.void(types.int64, number), codegen
 
     return get, put
+
+
+@intrinsic
+def prefetch(typingctx: Any, address: Any) -> Any:
+    """Ask for the cache line of an address, which may lie anywhere."""
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        p = pointer(b, args[0], I8)
+        hint = ir.FunctionType(ir.VoidType(), [p.type, I32, I32, I32])
+        fn = cgutils.get_or_insert_function(b.module, hint, "llvm.prefetch.p0")
+        b.call(fn, [p, *(ir.Constant(I32, n) for n in (0, 3, 1))])  # for reading, into all caches, data
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
 
 
 @intrinsic
