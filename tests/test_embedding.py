@@ -321,10 +321,11 @@ class TestInterrupts:
             expected, inner = attend(x, x, x), attend(y, y, y)
             outcomes = []
             signal.signal(signal.SIGALRM, lambda *_: outcomes.append((attend(y, y, y) == inner).all()))
-            while len(outcomes) < 100:
-                signal.setitimer(signal.ITIMER_REAL, 0.001 + 0.0001 * len(outcomes))
+            for n in range(200):
+                signal.setitimer(signal.ITIMER_REAL, 0.0002 * (1 + n % 40))
                 assert (attend(x, x, x) == expected).all()
-            assert all(outcomes)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            assert outcomes and all(outcomes)
         """)
 
     def test_exit_after_a_call(self):
