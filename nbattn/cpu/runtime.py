@@ -273,6 +273,10 @@ class _Team:
     def __init__(self) -> None:
         self.calls: SimpleQueue[_Call] = SimpleQueue()
         self.size = 0
+        self.asleep: set[int] = set()
+        """The system's ids of helpers that wait for a call."""
+        self.sent_away: dict[int, set[int]] = {}
+        """Where helpers that `send_away` moved may run once they are awake."""
         self.lock = threading.RLock()  # a signal handler may call while this thread holds it
         self.announced = np.zeros(1, np.int64)
         """Changes with every call, for helpers that are still awake."""
@@ -289,6 +293,26 @@ class _Team:
                     self.size -= 1
                     break
         return self.size
+
+    def send_away(self) -> None:
+        """Let sleeping helpers wake on other cores than this thread's.
+
+        Linux likes to wake a thread beside the one that wakes it, and on two cores may leave both there for
+        milliseconds: half of the calls after a pause ran at one core's rate.
+        """
+        if _current_cpu is None or not 0 < len(self.asleep) <= SENT_AWAY:
+            return
+        with suppress(OSError, RuntimeError):  # not allowed here; or one woke while they were counted
+            cpus = os.sched_getaffinity(0)
+            others = cpus - {_current_cpu()}
+            for helper in tuple(self.asleep) if others else ():
+                self.sent_away[helper] = cpus
+                os.sched_setaffinity(helper, others)
+
+
+SENT_AWAY = 3
+"""The most helpers that are sent away, at 2 us each; among more cores the system finds an idle one."""
+_current_cpu = getattr(ctypes.CDLL(None), "sched_getcpu", None) if sys.platform == "linux" else None
 
 
 class _Call:
@@ -325,10 +349,16 @@ class _Call:
 
 
 def _help(team: _Team, linger: Any) -> None:
+    me = threading.get_native_id()
     while True:
         if team.calls.empty():
             linger(address(team.announced))
+        team.asleep.add(me)
         call = team.calls.get()
+        team.asleep.discard(me)
+        if cpus := team.sent_away.pop(me, None):
+            with suppress(OSError):
+                os.sched_setaffinity(0, cpus)
         call.help()
         del call  # its arrays must not live until the next call
 
@@ -381,6 +411,7 @@ def run(kernel: Any, parameters: Any, helpers: int, keep_alive: Any) -> None:
         kernel(address(parameters))
         return
     call = _Call(kernel, parameters, keep_alive)
+    _team.send_away()
     try:
         for _ in range(helpers):
             _team.calls.put(call)
