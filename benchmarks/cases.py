@@ -32,10 +32,12 @@ EXACT_ROWS, LONG_DOUBLE_ROWS = 256, 32
 
 
 class Call(NamedTuple):
-    """A prepared call: what is timed, and how to see its result as a NumPy array laid out as the inputs."""
+    """A prepared call: what is timed, how to see its result as a NumPy array laid out as the inputs, and how
+    many seconds its threads go on spinning."""
 
     run: Callable[[], Any]
     read: Callable[[Any], NDArray[Any]]
+    settle: float = 0.01
 
 
 class Inputs(NamedTuple):

@@ -5,7 +5,7 @@ result is held to float64 before anything is timed; a wrong one is named and not
 turns, round after round, the machine's own limit (multiply-adds in registers, or a copy) among them.
 Reported are ratios of times within a round: their median and half their interquartile range.
 
-Thread pools spin when a call has ended, PyTorch's for about 6 ms, so each turn begins with a pause. A turn is
+Thread pools spin when a call has ended, PyTorch's for about 6 ms, so each turn ends with a pause. A turn is
 as many calls as take 3 ms, and where they are several, one before them wakes the threads.
 """
 
@@ -21,7 +21,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
@@ -30,10 +30,9 @@ if not __package__:  # run as a file: Python has looked beside it, not above it
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 if TYPE_CHECKING:
-    from benchmarks.cases import Case
+    from benchmarks.cases import Call, Case
 
 OURS, LIMIT = "nbattn", "limit"
-PAUSE = 0.01
 TURN = 0.003
 MOST_ROUNDS = 25
 SLOW = 4
@@ -95,15 +94,16 @@ class Row:
         return self.case.work / self.seconds(OURS) / 1e9
 
 
-def turn(run: Callable[[], Any], calls: int) -> float:
+def turn(call: Call, calls: int) -> float:
     """Seconds of one call, over so many in a row."""
-    time.sleep(PAUSE)
     if calls > 1:
-        run()
+        call.run()
     start = time.perf_counter()
     for _ in range(calls):
-        run()
-    return (time.perf_counter() - start) / calls
+        call.run()
+    seconds = (time.perf_counter() - start) / calls
+    time.sleep(call.settle)
+    return seconds
 
 
 def measure(case: Case, libraries: Sequence[Any], threads: int, seconds: float, plan: Rounds) -> Row:
@@ -133,11 +133,12 @@ def measure(case: Case, libraries: Sequence[Any], threads: int, seconds: float, 
     if OURS in row.troubles:
         return row
     calls = {label: call for label, call in calls.items() if label not in row.troubles}
+    time.sleep(max(call.settle for call in calls.values()))
     repeats = dict.fromkeys(calls, 1)
     while len(row.rounds) < plan.fewest or (len(row.rounds) < MOST_ROUNDS and time.perf_counter() < end):
         taken = {LIMIT: case.at_limit(inputs, threads)}
         for label, call in _rotated(list(calls.items()), len(row.rounds)):
-            taken[label] = turn(call.run, repeats[label])
+            taken[label] = turn(call, repeats[label])
             repeats[label] = max(1, round(TURN / taken[label]))
         row.rounds.append(taken)
         if len(row.rounds) == plan.slow:

@@ -275,7 +275,8 @@ class NumPy:
             weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
             return (weights @ v / weights.sum(axis=-1, keepdims=True)).astype(inputs.query.dtype, copy=False)
 
-        return {self.name: Call(attend, np.asarray)}
+        # OpenBLAS's threads spin for a tenth of a second.
+        return {self.name: Call(attend, np.asarray, settle=0.12)}
 
     def softmax(self, case: Softmax, x: NDArray[Any]) -> dict[str, Call]:
         from scipy.special import softmax

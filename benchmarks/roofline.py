@@ -3,7 +3,7 @@
 Prefill is bounded by the rate of fused multiply-adds (float32, float64, and bfloat16 pairs where the
 processor has `vdpbf16ps`), decode by the rate at which memory is read. Run alone it prints them:
 
-    python -m benchmarks.roofline --threads 2
+    python benchmarks/roofline.py --threads 2
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -22,6 +24,9 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
+
+if not __package__:  # run as a file: Python has looked beside it, not above it
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from nbattn.cpu import runtime, simd
 

@@ -194,6 +194,31 @@ class TestThreads:
         np.testing.assert_array_equal(attend(x, x, x), expected)
         assert runtime._team.calls.empty()
 
+    @pytest.mark.skipif(
+        sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2, reason="needs Linux and two processors"
+    )
+    def test_helpers_wake_on_other_processors(self, rng, monkeypatch):
+        cpus = os.sched_getaffinity(0)
+        here = min(cpus)
+        x = rng.standard_normal((4, 300, 64))
+        monkeypatch.setattr(runtime, "_team", runtime._Team())
+        monkeypatch.setattr(runtime, "_current_cpu", lambda: here)
+        monkeypatch.setattr(runtime, "threads", lambda: 2)
+        attend(x, x, x)
+        until(lambda: runtime._team.asleep)
+        (helper,) = runtime._team.asleep
+        runtime._team.send_away()
+        assert os.sched_getaffinity(helper) == cpus - {here}
+        attend(x, x, x)
+        until(lambda: os.sched_getaffinity(helper) == cpus)  # free again, once it is awake
+
+
+def until(condition):
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
 
 @needs_fork
 class TestForks:
