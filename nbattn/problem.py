@@ -57,6 +57,54 @@ class Problem:
         return np.float64 if self.storage == "float64" else np.float32
 
 
+CACHE_DTYPES = (*STORAGE_DTYPES, "int8", "int4")
+INT4_GROUP = 32
+"""Numbers of a 4-bit cache that share a scale."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CacheProblem:
+    """One attention call over cached keys and values, checked and resolved.
+
+    Position p of sequence b lies in slot ``p % ring`` (``p`` where `ring` is 0); slot s in row
+    ``s % page_size`` of page ``page_table[b, s // page_size]``. Query i of sequence b sees the positions j with
+    ``key_starts[b] <= j < key_lengths[b]`` and ``i + offset[b] - left <= j <= i + offset[b] + right``, where
+    the mask says so. Rows of pages that no sequence sees may hold anything.
+
+    int8 numbers times their token's and head's scale are the keys; int4 keeps `INT4_GROUP` numbers in 16
+    bytes, of which byte i holds number i in its low and number i + 16 in its high four bits, 8 more than the
+    number, to be multiplied with the group's scale. Queries of a quantised cache are float32.
+    """
+
+    query: NDArray[Any]  # (B, Hq, Sq, D), last axis contiguous
+    key_pages: NDArray[Any]  # (pages, page_size, Hkv, D), last axis contiguous; int4: uint8, D // 2 bytes
+    value_pages: NDArray[Any]  # (pages, page_size, Hkv, Dv)
+    key_scales: (
+        NDArray[np.float32] | None
+    )  # (pages, page_size, Hkv) int8, (pages, page_size, Hkv, D / 32) int4
+    value_scales: NDArray[np.float32] | None
+    storage: str  # one of CACHE_DTYPES
+    page_table: NDArray[np.int64]  # (B, pages of a sequence), C-contiguous
+    ring: int
+    key_starts: NDArray[np.int64]  # (B,)
+    key_lengths: NDArray[np.int64]  # (B,)
+    max_keys: int  # at least the longest of key_lengths - key_starts
+    scale: float
+    softcap: float  # 0 where there is none
+    left: int
+    right: int
+    offset: NDArray[np.int64]  # (B,): the position of query 0
+    mask: NDArray[Any] | None = None  # (B, Hq, Sq, positions) bool or integer, broadcast axes have stride 0
+    bias: NDArray[Any] | None = None  # (B, Hq, Sq, positions) floating, likewise
+    alibi_slopes: NDArray[Any] | None = None  # (Hq,) in the compute dtype
+    sinks: NDArray[Any] | None = None  # (Hq,) in the compute dtype
+
+    @property
+    def compute(self) -> type[np.floating[Any]]:
+        """The dtype of accumulation, softmax and lse."""
+        return np.float64 if self.storage == "float64" else np.float32
+
+
 def backend_module(stem: str, backend: str | None) -> ModuleType:
     """The module that does the work of a door: the one of the same stem in the backend's folder."""
     if backend in (None, "cpu", "reference"):
