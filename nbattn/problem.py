@@ -67,9 +67,10 @@ class CacheProblem:
     """One attention call over cached keys and values, checked and resolved.
 
     Position p of sequence b lies in slot ``p % ring`` (``p`` where `ring` is 0); slot s in row
-    ``s % page_size`` of page ``page_table[b, s // page_size]``. Query i of sequence b sees the positions j with
-    ``key_starts[b] <= j < key_lengths[b]`` and ``i + offset[b] - left <= j <= i + offset[b] + right``, where
-    the mask says so. Rows of pages that no sequence sees may hold anything.
+    ``s % page_size`` of page ``page_table[b, s // page_size]``. Query i of sequence b sees the positions j
+    with ``key_starts[b] <= j < key_lengths[b]`` and
+    ``i + offset[b] - left <= j <= i + offset[b] + right``, where the mask says so. Rows of pages that no
+    sequence sees may hold anything.
 
     int8 numbers times their token's and head's scale are the keys; int4 keeps `INT4_GROUP` numbers in 16
     bytes, of which byte i holds number i in its low and number i + 16 in its high four bits, 8 more than the
