@@ -106,6 +106,45 @@ class CacheProblem:
         return np.float64 if self.storage == "float64" else np.float32
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class AppendProblem:
+    """New keys and values to be written into a cache, checked and resolved.
+
+    Row i of sequence b, for ``i < counts[b]``, stands at position ``starts[b] + i`` and goes where
+    `CacheProblem` says that this position lies; where `ring` is set, rows ``i < counts[b] - ring`` have no
+    place left and are not written. Nothing else in the pages changes.
+
+    Where there are `frequencies`, the first 2 * R numbers of each key turn before, in the compute dtype: pair
+    n by the angle ``position * frequencies[n]``, a float64 product whose sine and cosine are rounded to the
+    compute dtype. Pair n is ``(n, n + R)``, or ``(2 * n, 2 * n + 1)`` where `interleaved` is set.
+
+    int8: the scale is the largest magnitude of the token's head / 127 and the numbers are
+    ``rint(x / scale)``, within -127 and 127. int4: the scale of a group is its number of largest magnitude
+    (the first of several) / -8, and the numbers are ``rint(x / scale)``, within -8 and 7. All that is float32
+    with true division, ties to even; where the scale is 0 or not finite, the numbers are 0. Scales that are
+    not finite are stored, so that a NaN or inf makes its token NaN.
+    """
+
+    key: NDArray[Any]  # (B, Hkv, S, D), last axis contiguous; float32 where the cache is quantised
+    value: NDArray[Any]  # (B, Hkv, S, Dv), likewise
+    key_pages: NDArray[Any]  # as in CacheProblem, like all that follow
+    value_pages: NDArray[Any]
+    key_scales: NDArray[np.float32] | None
+    value_scales: NDArray[np.float32] | None
+    storage: str
+    page_table: NDArray[np.int64]
+    ring: int
+    starts: NDArray[np.int64]  # (B,): the position of each sequence's first row
+    counts: NDArray[np.int64]  # (B,): how many of the S rows are the sequence's, 0 to S
+    frequencies: NDArray[np.float64] | None = None  # (R,), radians per position
+    interleaved: bool = False
+
+    @property
+    def compute(self) -> type[np.floating[Any]]:
+        """The dtype that keys turn in."""
+        return np.float64 if self.storage == "float64" else np.float32
+
+
 def backend_module(stem: str, backend: str | None) -> ModuleType:
     """The module that does the work of a door: the one of the same stem in the backend's folder."""
     if backend in (None, "cpu", "reference"):
