@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Sequence
-from fractions import Fraction
-from functools import cache, partial
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -142,7 +142,6 @@ def _parameters(
     plain = (
         1e-30 < p.scale < 1e30 and not p.softcap and all(x is None for x in (p.bias, p.alibi_slopes, p.sinks))
     )
-    log2_scale, log2_scale_low = _log2_scale(p.scale if plain else 1.0, p.storage == "float64")
     values |= {
         "tasks": tasks,
         "workspace_bytes": -(-(scratch + slots * slot_bytes + KEYS * value_dim * itemsize) // 64) * 64,
@@ -165,8 +164,7 @@ def _parameters(
         "plain": plain,
         "scale": _bits(p.scale),
         "softcap": _bits(p.softcap),
-        "log2_scale": _bits(log2_scale),
-        "log2_scale_low": _bits(log2_scale_low),
+        "log2_scale": _bits((p.scale if plain else 1.0) / math.log(2)),
     }
     for name in ("mask", "bias"):
         same_heads = packed_heads == 1 or values.get(f"{name}_h") == 0
@@ -175,17 +173,6 @@ def _parameters(
     for name, number in values.items():
         words[_WORDS[name]] = number
     return np.array(words, np.int64), first_task
-
-
-LOG2E = Fraction("1.4426950408889634073599246810018921374266459541529859")
-
-
-@cache
-def _log2_scale(scale: float, double: bool) -> tuple[float, float]:
-    """What takes scores to base 2, as a float32 or float64 number and the rest."""
-    exact = Fraction(scale) * LOG2E
-    high = float(exact) if double else float(np.float32(float(exact)))
-    return high, float(exact - Fraction(high))
 
 
 def _bits(x: float) -> int:

@@ -43,7 +43,7 @@ PARAMETERS = np.dtype(
         "batch", "queries", "head_dim", "value_dim", "group", "packed_heads", "units", "blocks",
         "left", "right", "plain", "slots", "slot_bytes", "key_panel_bytes", "key_tiles",
     )]
-    + [(name, np.float64) for name in ("scale", "softcap", "log2_scale", "log2_scale_low")]
+    + [(name, np.float64) for name in ("scale", "softcap", "log2_scale")]
 )  # fmt: skip
 
 SUMS, CAREFUL_SUMS, WEIGHTS = range(3)
@@ -238,21 +238,26 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
     @jit
     def soften(p, w, keys, vectors):
         """s^T -> unnormalised weights; moves the maximum and total, leaves the factor for older sums."""
-        scale, scale_low = splat(dtype(p.log2_scale)), splat(dtype(p.log2_scale_low))
+        scale = splat(dtype(p.log2_scale))
         floor = splat(dtype(lowest / p.log2_scale))
         for v in range(vectors):
             c = w.s + v * register
             before = load(w.maximum + v * register)
-            top = before
-            for j in range(keys):
+            # Two chains: one waits four cycles for each step.
+            top = other = before
+            for j in range(0, keys - 1, 2):
                 top = greater(load(c + j * ROW_BYTES), top)
+                other = greater(load(c + (j + 1) * ROW_BYTES), other)
+            if keys % 2 == 1:
+                top = greater(load(c + (keys - 1) * ROW_BYTES), top)
+            top = greater(top, other)
             zero_point = simd.finite_or_zero(top)
-            rescale = exp2_product(sub(before, zero_point), scale, scale_low, floor)
+            rescale = exp2_product(sub(before, zero_point), scale, floor)
             # Sums of their own for this run: added one by one to a large total, small weights would be lost.
             even = odd = splat(dtype(0))
             for j in range(0, keys - 1, 2):
-                x = exp2_product(sub(load(c + j * ROW_BYTES), zero_point), scale, scale_low, floor)
-                y = exp2_product(sub(load(c + (j + 1) * ROW_BYTES), zero_point), scale, scale_low, floor)
+                x = exp2_product(sub(load(c + j * ROW_BYTES), zero_point), scale, floor)
+                y = exp2_product(sub(load(c + (j + 1) * ROW_BYTES), zero_point), scale, floor)
                 even, odd = add(even, x), add(odd, y)
                 if pairs:
                     panels.pack_weights(c + j // 2 * ROW_BYTES, x, y)
@@ -260,7 +265,7 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
                     store(c + j * ROW_BYTES, as_operand(x))
                     store(c + (j + 1) * ROW_BYTES, as_operand(y))
             if keys % 2 == 1:
-                x = exp2_product(sub(load(c + (keys - 1) * ROW_BYTES), zero_point), scale, scale_low, floor)
+                x = exp2_product(sub(load(c + (keys - 1) * ROW_BYTES), zero_point), scale, floor)
                 even = add(even, x)
                 if pairs:
                     panels.pack_weights(c + keys // 2 * ROW_BYTES, x, splat(dtype(0)))
@@ -319,7 +324,7 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
 
     @jit
     def write_weights(p, w, b, unit, row0, rows, queries, key0, keys):
-        scale, scale_low = dtype(p.log2_scale), dtype(p.log2_scale_low)
+        scale = dtype(p.log2_scale)
         floor = dtype(lowest / p.log2_scale)
         for r in range(rows):
             h, i = unit * p.packed_heads + (row0 + r) // queries, (row0 + r) % queries
@@ -327,7 +332,7 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
             total = get(w.total + r * size)
             top = simd.finite_or_zero(get(w.maximum + r * size))
             for j in range(keys):
-                x = exp2_product(get(w.s + j * ROW_BYTES + r * size) - top, scale, scale_low, floor)
+                x = exp2_product(get(w.s + j * ROW_BYTES + r * size) - top, scale, floor)
                 put(a + j * size, x / total if total != 0 else dtype(0))
 
     @jit
