@@ -214,7 +214,7 @@ def largest_error(result: NDArray[Any], exact: tuple[Any, NDArray[Any]]) -> tupl
     return largest, largest / float(np.abs(truth).max())
 
 
-def share_of_limit(case: Case, inputs: Any, run: Callable[[], Any], threads: int) -> float:
+def share_of_limit(case: Any, inputs: Any, run: Callable[[], Any], threads: int) -> float:
     """The median share of the machine's limit that a call reaches."""
     shares = []
     for _ in range(7):

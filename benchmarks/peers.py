@@ -1,8 +1,9 @@
 """nbattn beside what a user would pick instead, in one process and one run: `python benchmarks/peers.py`.
 
-Every library computes the same rows (`cases.py`) on the same inputs with the same number of threads. Each
-result is held to float64 before anything is timed; a wrong one is named and not timed. Then the calls take
-turns, round after round, the machine's own limit (multiply-adds in registers, or a copy) among them.
+Every library computes the same rows (`cases.py`, `decode_cases.py`) on the same inputs with the same number
+of threads. Each result is held to float64 before anything is timed; a wrong one is named and not timed. Then
+the calls take turns, round after round, the machine's own limit (multiply-adds in registers, reading memory,
+or a copy) among them.
 Reported are ratios of times within a round: their median and half their interquartile range.
 
 Thread pools spin when a call has ended, PyTorch's for about 6 ms, so each turn ends with a pause. A turn is
@@ -30,7 +31,10 @@ if not __package__:  # run as a file: Python has looked beside it, not above it
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 if TYPE_CHECKING:
-    from benchmarks.cases import Call, Case
+    from benchmarks.cases import Attention, Call, Softmax
+    from benchmarks.decode_cases import Decode
+
+    Case = Attention | Decode | Softmax
 
 OURS, LIMIT = "nbattn", "limit"
 TURN = 0.003
@@ -338,7 +342,7 @@ def _parser() -> _Parser:
     parser.add_argument("--threads", type=_threads, default=processors(), metavar="N", help="default: all")
     dtypes = ("float32", "bfloat16", "float16", "float64")
     parser.add_argument("--dtype", choices=dtypes, help="only rows of this dtype")
-    parser.add_argument("--suite", choices=("prefill", "softmax", "all"), default="all")
+    parser.add_argument("--suite", choices=("prefill", "decode", "softmax", "all"), default="all")
     pattern = "only rows whose name holds this, with * for anything, as in 'f32 8x1024*causal'"
     parser.add_argument("--rows", default="", metavar="PATTERN", help=pattern)
     parser.add_argument("--json", type=_file, metavar="FILE", help="also write every figure there")
@@ -348,11 +352,11 @@ def _parser() -> _Parser:
 
 def chosen(options: argparse.Namespace) -> list[Case]:
     """The rows that the options ask for."""
-    from benchmarks import cases
+    from benchmarks import cases, decode_cases
 
     return [
         case
-        for case in cases.rows()
+        for case in (*cases.rows(), *decode_cases.rows())
         if (case.quick or not options.quick)
         and options.dtype in (None, case.precision)
         and options.suite in ("all", case.suite)

@@ -1,8 +1,9 @@
 """What a user would pick instead, one class per library, for `peers.py`.
 
 A class is made with the number of threads and raises ImportError where the library is missing. Its methods
-`attention` and `softmax` prepare a row and return the calls to time by the name of their column; none where
-the library lacks it. Inputs are bound without a copy and outputs allocated ahead where the library can.
+`attention`, `decode` and `softmax` prepare a row and return the calls to time by the name of their column;
+none where the library lacks it. Inputs are bound without a copy and outputs allocated ahead where the library
+can.
 
 All read (batch, heads, positions, head_dim), but JAX and ONNX Runtime's GroupQueryAttention, which get their
 own layouts, made ahead. ONNX Runtime's MultiHeadAttention gets the heads as a batch, the same bytes.
@@ -17,7 +18,9 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from . import decode_cases
 from .cases import SOFTCAP, WINDOW, Attention, Call, Inputs, Softmax
+from .decode_cases import Decode
 
 
 class PyTorch:
@@ -53,6 +56,16 @@ class PyTorch:
         run = partial(self.torch.nn.functional.scaled_dot_product_attention, q, k, v, **options)
         return {self.name: Call(run, self.array)}
 
+    def decode(self, case: Decode, inputs: decode_cases.Inputs) -> dict[str, Call]:
+        q, k, v = map(self.tensor, inputs)
+        options: dict[str, Any] = {"enable_gqa": True}
+        if case.queries > 1:
+            from torch.nn.attention.bias import causal_lower_right
+
+            options["attn_mask"] = causal_lower_right(case.queries, case.keys)
+        run = partial(self.torch.nn.functional.scaled_dot_product_attention, q, k, v, **options)
+        return {self.name: Call(run, self.array)}
+
     def softmax(self, case: Softmax, x: NDArray[Any]) -> dict[str, Call]:
         options = {"out": self.torch.zeros(x.shape)} if case.out else {}
         run = partial(self.torch.softmax, self.torch.from_numpy(x), case.axis, **options)
@@ -84,6 +97,9 @@ class FlexAttention(PyTorch):
         compiled = self.torch.compile(flex_attention, dynamic=False)
         return {self.name: Call(partial(compiled, *map(self.tensor, inputs[:3]), **options), self.array)}
 
+    def decode(self, case: Decode, inputs: decode_cases.Inputs) -> dict[str, Call]:
+        return {}
+
     def softmax(self, case: Softmax, x: NDArray[Any]) -> dict[str, Call]:
         return {}
 
@@ -107,12 +123,17 @@ class OnnxRuntime:
         self,
         operator: str,
         inputs: dict[str, Any],
-        outputs: list[NDArray[Any]],
+        outputs: list[NDArray[Any] | str],
         domain: str = "",
         **attrs: Any,
     ) -> Call:
-        """A bound call of a one-node model. Inputs by name, in order; None leaves one out."""
+        """A bound call of a one-node model. Inputs by name, in order; None leaves one out.
+
+        An output that is an input's name is written over that input.
+        """
         helper, results = self.onnx.helper, {f"out{i}": x for i, x in enumerate(outputs)}
+        shared = {name: x for name, x in results.items() if isinstance(x, str)}
+        results |= {name: inputs[x] for name, x in shared.items()}
 
         def info(name: str, x: NDArray[Any]) -> Any:
             return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(x.dtype), x.shape)
@@ -130,7 +151,8 @@ class OnnxRuntime:
         )
         binding, values = session.io_binding(), {}
         for name, x in (given | results).items():
-            values[name] = self.ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(x))
+            same = values.get(shared.get(name))
+            values[name] = same or self.ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(x))
             bind = binding.bind_ortvalue_input if name in given else binding.bind_ortvalue_output
             bind(name, values[name])
         return Call(partial(session.run_with_iobinding, binding), lambda _: values["out0"].numpy())
@@ -167,6 +189,30 @@ class OnnxRuntime:
             local_window_size=WINDOW if case.feature == "window" else -1,
         )  # fmt: skip
         return call._replace(read=lambda result: call.read(result).reshape(shape).transpose(0, 2, 1, 3))
+
+    def decode(self, case: Decode, inputs: decode_cases.Inputs) -> dict[str, Call]:
+        """The last tokens' keys and values come beside the cache, which the operator appends them to."""
+        if case.dtype not in ("float32", "float16"):
+            return {}
+        flat, n = {}, case.queries
+        for name, x in zip(("query", "key", "value"), inputs, strict=True):
+            flat[name] = x[:, :, -n:].transpose(0, 2, 1, 3).reshape(case.batch, n, -1)
+        total = {
+            "last": np.full(case.batch, case.keys - 1, np.int32),
+            "total": np.array([case.keys], np.int32),
+        }
+        call = self.call(
+            "GroupQueryAttention",
+            flat | {"past_key": inputs.key, "past_value": inputs.value} | total,
+            [np.zeros_like(flat["query"]), "past_key", "past_value"],
+            "com.microsoft", num_heads=case.heads, kv_num_heads=case.kv_heads,
+        )  # fmt: skip
+        shape = (case.batch, n, case.heads, case.head_dim)
+        return {
+            "ORT GQA": call._replace(
+                read=lambda result: call.read(result).reshape(shape).transpose(0, 2, 1, 3)
+            )
+        }
 
     def softmax(self, case: Softmax, x: NDArray[Any]) -> dict[str, Call]:
         return {"ORT Softmax": self.call("Softmax", {"x": x}, [np.zeros_like(x)], axis=case.axis)}
@@ -207,6 +253,16 @@ class OpenVINO:
         operator = self.operators.scaled_dot_product_attention
         return {self.name: self.call(operator, arrays, hint, causal=case.causal)}
 
+    def decode(self, case: Decode, inputs: decode_cases.Inputs) -> dict[str, Call]:
+        """The heads of a group are given as more queries of one head, which it computes fastest."""
+        if case.queries > 1 or case.dtype == "float64":
+            return {}
+        shape = (case.batch, case.kv_heads, -1, case.head_dim)
+        hint = "bf16" if case.dtype == "bfloat16" else "f32"
+        operator = self.operators.scaled_dot_product_attention
+        call = self.call(operator, [inputs.query.reshape(shape), *inputs[1:]], hint, causal=False)
+        return {self.name: call._replace(read=lambda result: call.read(result).reshape(inputs.query.shape))}
+
     def softmax(self, case: Softmax, x: NDArray[Any]) -> dict[str, Call]:
         return {self.name: self.call(self.operators.softmax, [x], "f32", axis=case.axis % x.ndim)}
 
@@ -242,6 +298,9 @@ class JAX:
             )
         }
 
+    def decode(self, case: Decode, inputs: decode_cases.Inputs) -> dict[str, Call]:
+        return {}  # 4 to 13 times PyTorch's time, most of a quick run's
+
     def softmax(self, case: Softmax, x: NDArray[Any]) -> dict[str, Call]:
         if case.out:
             return {}
@@ -276,6 +335,22 @@ class NumPy:
             return (weights @ v / weights.sum(axis=-1, keepdims=True)).astype(inputs.query.dtype, copy=False)
 
         # OpenBLAS's threads spin for a tenth of a second.
+        return {self.name: Call(attend, np.asarray, settle=0.12)}
+
+    def decode(self, case: Decode, inputs: decode_cases.Inputs) -> dict[str, Call]:
+        if case.precision in ("float16", "bfloat16"):  # nobody would convert a whole cache in each step
+            return {}
+        q, k, v = inputs
+        grouped = q.reshape(case.batch, case.kv_heads, -1, case.head_dim)
+        hidden = ~np.tri(case.queries, case.keys, case.keys - case.queries, bool)
+
+        def attend() -> NDArray[Any]:
+            scores = grouped * q.dtype.type(case.head_dim**-0.5) @ k.swapaxes(-1, -2)
+            if case.queries > 1:
+                scores.reshape(case.batch, case.heads, case.queries, -1)[..., hidden] = -np.inf
+            weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+            return (weights @ v / weights.sum(axis=-1, keepdims=True)).reshape(q.shape)
+
         return {self.name: Call(attend, np.asarray, settle=0.12)}
 
     def softmax(self, case: Softmax, x: NDArray[Any]) -> dict[str, Call]:

@@ -107,9 +107,14 @@ def fma_peak(kind: str, threads: int, repeats: int = 7) -> float | None:
     return operations / _best(lambda _: loop(steps), threads, repeats)
 
 
+@cache
+def _numbers(megabytes: int) -> Any:
+    return np.ones(megabytes << 18, np.float32)
+
+
 def read_rate(threads: int, megabytes: int = 512, repeats: int = 7) -> float:
     """Bytes per second of a parallel sum over an array far larger than the last cache."""
-    x = np.ones(megabytes << 18, np.float32)
+    x = _numbers(megabytes)
     parts = np.array_split(x, threads)
     _sum(parts[0][:16])
     return x.nbytes / _best(lambda i: _sum(parts[i]), threads, repeats)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import nbattn
-from benchmarks import attention, cases, peers, rivals, softmax
+from benchmarks import attention, cases, decode_cases, peers, rivals, softmax
 
 SMALL = cases.Attention(2, 300, 16)
 VARIANTS = [
@@ -24,6 +24,10 @@ VARIANTS = [
     dataclasses.replace(SMALL, dtype="float16"),
     dataclasses.replace(SMALL, dtype="bfloat16", causal=True),
     dataclasses.replace(SMALL, products="bfloat16"),
+    *(decode_cases.Decode(h, 2, 300, head_dim=16, batch=2) for h in (2, 8)),
+    *(decode_cases.Decode(4, 2, 300, d, n, head_dim=16) for d, n in (("float32", 5), ("bfloat16", 1))),
+    decode_cases.Decode(4, 2, 300, "float16", head_dim=16),
+    decode_cases.Decode(4, 2, 300, "float64", head_dim=16),
     cases.Softmax(40),
     cases.Softmax(40, axis=0),
     cases.Softmax(40, out=True),
@@ -72,7 +76,7 @@ def run(monkeypatch, capsys):
         (["--threads", "0"], "argument --threads: got '0'; expected 1 to "),
         (["--threads", "many"], "argument --threads: got 'many'; expected 1 to "),
         (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
-        (["--suite", "decode"], "argument --suite: invalid choice: 'decode'"),
+        (["--suite", "backward"], "argument --suite: invalid choice: 'backward'"),
         (["--json", "no/such/folder/x.json"], "argument --json: no/such/folder/x.json cannot be written: "),
         (["--rows", "no such row"], "no row is left by --quick, --dtype, --suite and --rows together"),
         (["--fast"], "unrecognized arguments: --fast"),
@@ -171,19 +175,20 @@ class TestCommand:
 
 class TestCases:
     def test_rows(self):
-        names = [case.name for case in cases.rows()]
+        rows = [*cases.rows(), *decode_cases.rows()]
+        names = [(case.suite, case.name) for case in rows]
         assert len(set(names)) == len(names)
-        quick = [case for case in cases.rows() if case.quick]
-        assert {case.group for case in quick} == {"float32", "bfloat16", "float16", "float64", "softmax"}
+        groups = {"float32", "bfloat16", "float16", "float64", "softmax", "decode f32", "decode bf16"}
+        assert {case.group for case in rows if case.quick} == groups
 
     @pytest.mark.parametrize("case", VARIANTS, ids=lambda case: case.name)
     def test_exact_and_ours(self, case):
         """The row's own exact result is the reference's, and the call of this library computes the same."""
         inputs = case.inputs()
         exact = rows, truth = case.exact(inputs)
-        if isinstance(case, cases.Attention):
+        if not isinstance(case, cases.Softmax):
             wide = inputs._replace(**{k: getattr(inputs, k).astype(float) for k in ("query", "key", "value")})
-            plain = dataclasses.replace(case, products=None)
+            plain = dataclasses.replace(case, **{"products": None} if hasattr(case, "products") else {})
             reference = plain.ours(wide, backend="reference").run()
         else:
             reference = nbattn.softmax(inputs.astype(float), case.axis, backend="reference")
