@@ -185,7 +185,7 @@ def _is_single(t: Any) -> bool:
 
 
 def exp2_floor(dtype: Any) -> float:
-    """The exponent from which on `exp2_product` gives 0: its field is 0."""
+    """The exponent from which down 2**x is 0: its field is 0."""
     return -127.0 if dtype is np.float32 else -1023.0
 
 
@@ -208,22 +208,13 @@ def _whole(b: ir.IRBuilder, x: Any) -> Any:
 
 
 def _times_power(b: ir.IRBuilder, p: Any, n: Any) -> Any:
-    """p * 2**n for a whole number n; 0 where that is below the normal numbers."""
+    """p * 2**n for a whole number n from `exp2_floor`, which gives 0, to the power that is inf."""
     t = p.type
-    single = _is_single(t)
-    if isinstance(t, ir.VectorType) and REGISTER_BYTES == 64:
-        kind, mask = ("ps", ir.IntType(16)) if single else ("pd", I8)
-        fn = cgutils.get_or_insert_function(
-            b.module, ir.FunctionType(t, [t, t, t, mask, I32]), f"llvm.x86.avx512.mask.scalef.{kind}.512"
-        )
-        return b.call(fn, [p, n, const(t, 0.0), mask(-1), I32(4)])
-    bias, bits = (127, 23) if single else (1023, 52)
-    it = _int_type(t)
-    low = const(t, -float(bias))
-    n = b.select(b.fcmp_ordered("<", n, low), low, n)
-    # The sum has the exponent's field in its lowest bits. (AVX2 cannot convert float64 to integers.)
-    field = b.bitcast(b.fadd(n, const(t, 1.5 * 2.0**bits + bias)), it)
-    return b.fmul(p, b.bitcast(b.shl(field, const(it, bits)), t))
+    bits, bias = (23, 127) if _is_single(t) else (52, 1023)
+    # The sum has the exponent's field in its lowest bits. (AVX2 cannot convert float64 to integers, and
+    # AVX-512's vscalefps takes some 150 cycles where its result is below the normal numbers.)
+    field = b.bitcast(b.fadd(n, const(t, 1.5 * 2.0**bits + bias)), _int_type(t))
+    return b.fmul(p, b.bitcast(b.shl(field, const(field.type, bits)), t))
 
 
 def exp2_product_value(b: ir.IRBuilder, x: Any, c: Any, floor: Any) -> Any:
@@ -236,7 +227,6 @@ def exp2_product_value(b: ir.IRBuilder, x: Any, c: Any, floor: Any) -> Any:
     bits, bias = (23, 127) if _is_single(t) else (52, 1023)
     x = b.select(b.fcmp_ordered("<", x, floor), floor, x)
     # Added to this, a product is rounded to a whole number and has the exponent's field in its lowest bits.
-    # (vscalefps takes some 150 cycles where its result is below the normal numbers: behind each mask.)
     magic = const(t, 1.5 * 2.0**bits + bias)
     shifted = fma_value(b, x, c, magic)
     f = fma_value(b, x, c, b.fneg(b.fsub(shifted, magic)))
@@ -247,9 +237,8 @@ def exp2_product_value(b: ir.IRBuilder, x: Any, c: Any, floor: Any) -> Any:
 def exp_value(b: ir.IRBuilder, x: Any) -> Any:
     """e**x for x <= 0 and inf, to one unit in the last place; NaN stays NaN."""
     t = x.type
-    single = suffix(t).endswith("f32")
-    dtype, low, high = (np.float32, -200.0, 128.25) if single else (np.float64, -1100.0, 1024.25)
-    for sign, limit in (("<", low), (">", high)):
+    dtype, high = (np.float32, 128.25) if _is_single(t) else (np.float64, 1024.25)
+    for sign, limit in (("<", exp2_floor(dtype)), (">", high)):
         limit = const(t, limit * np.log(2))
         x = b.select(b.fcmp_ordered(sign, x, limit), limit, x)
     n = _whole(b, b.fmul(x, const(t, 1 / np.log(2))))
