@@ -443,7 +443,7 @@ def compile_kernel(name: str) -> str:
 
 
 def _stems() -> list[Any]:
-    return [importlib.import_module(f"nbattn.cpu.{stem}") for stem in ("attention", "softmax")]
+    return [importlib.import_module(f"nbattn.cpu.{stem}") for stem in ("append", "attention", "softmax")]
 
 
 def describe() -> dict[str, str]:

@@ -88,13 +88,13 @@ def quantise_int8(x: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.
 
 def quantise_int4(x: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     """`x` (..., D) as bytes (..., D / 2) of two numbers each and scales (..., D / 32)."""
-    groups = x.reshape(*x.shape[:-1], -1, INT4_GROUP)
+    groups = x.reshape(*x.shape[:-1], x.shape[-1] // INT4_GROUP, INT4_GROUP)
     largest = np.abs(groups).argmax(axis=-1)[..., None]  # a NaN counts as the largest
     scales = np.take_along_axis(groups, largest, axis=-1) / np.float32(-8)
     nibbles = (_divided(groups, scales, -8, 7) + 8).astype(np.uint8)
     low, high = nibbles[..., : INT4_GROUP // 2], nibbles[..., INT4_GROUP // 2 :]
     packed = (low | high << 4).astype(np.uint8)
-    return packed.reshape(*x.shape[:-1], -1), scales[..., 0]
+    return packed.reshape(*x.shape[:-1], x.shape[-1] // 2), scales[..., 0]
 
 
 def _divided(

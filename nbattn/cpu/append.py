@@ -1,0 +1,505 @@
+"""Writing new tokens into key/value caches: turned by position, quantised, each to its page.
+
+A token's row is read once and written once. Its sines and cosines are taken in float64, a vector of them at a
+time, and serve all heads. Rows that are kept as they come are copied; the others pass through vectors in the
+compute dtype, by the same roundings as in the reference: true division, no fused products.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+from ..problem import INT4_GROUP, AppendProblem, storage_name
+from . import runtime, simd
+
+BLOCK = 16
+"""Tokens of a sequence worth taking from the counter."""
+SERIAL = 1 << 19
+"""Numbers below which a call is not worth a second thread."""
+AS_IT_IS, INT8, INT4 = range(3)
+"""What is done to a number on its way into the cache."""
+
+# What changes from call to call comes first.
+_CALL = ("key", "key_b", "key_h", "key_s", "value", "value_b", "value_h", "value_s",
+         "starts", "positions", "counts", "blocks", "workspace")  # fmt: skip
+PARAMETERS = np.dtype(
+    runtime.WORK
+    + [(name, np.int64) for name in (
+        *_CALL, "workers", "workspace_bytes",
+        # addresses, and strides in bytes along pages, rows of a page and heads
+        "key_pages", "key_pages_p", "key_pages_r", "key_pages_h",
+        "value_pages", "value_pages_p", "value_pages_r", "value_pages_h",
+        "key_scales", "key_scales_p", "key_scales_r", "key_scales_h",
+        "value_scales", "value_scales_p", "value_scales_r", "value_scales_h",
+        "page_table", "page_table_b", "page_size", "ring", "heads", "head_dim", "value_dim", "kind",
+        "frequencies", "pairs", "interleaved", "table_bytes",
+    )]
+)  # fmt: skip
+_WORDS = {name: PARAMETERS.fields[name][1] // 8 for name in PARAMETERS.names}  # type: ignore[index, union-attr]
+TASKS = _WORDS["tasks"]
+NEXT_TASK, TASKS_DONE, WORKERS = (8 * _WORDS[name] for name in ("next_task", "tasks_done", "workers"))
+_put_call = struct.Struct(f"{len(_CALL)}q").pack_into
+
+parameters_at = simd.record(PARAMETERS)
+get_int, _ = simd.scalars(types.int64)
+
+
+def append(problem: AppendProblem) -> None:
+    """Write the new keys and values into the pages."""
+    Plan(problem).append(problem.key, problem.value, problem.starts, problem.counts)
+
+
+def rotate(
+    query: NDArray[Any],
+    out: NDArray[Any],
+    offset: NDArray[np.int64],
+    frequencies: NDArray[np.float64],
+    interleaved: bool,
+) -> None:
+    """Write `query` (B, Hq, Sq, D) to `out`, turned as keys are: query i of sequence b by offset[b] + i."""
+    # Each sequence's rows are a page.
+    batch, _, rows, _ = query.shape
+    pages = out.transpose(0, 2, 1, 3)
+    counts = np.full(batch, rows)
+    problem = AppendProblem(
+        key=query,
+        value=query[..., :0],
+        key_pages=pages,
+        value_pages=pages[..., :0],
+        key_scales=None,
+        value_scales=None,
+        storage=str(storage_name(query.dtype)),
+        page_table=np.arange(batch)[:, None],
+        ring=0,
+        starts=offset,
+        counts=counts,
+        frequencies=frequencies,
+        interleaved=interleaved,
+    )
+    Plan(problem).append(query, problem.value, np.zeros(batch, np.int64), counts, offset)
+
+
+class Plan:
+    """Appends to one cache again and again: only the new tokens' addresses and places change."""
+
+    def __init__(self, problem: AppendProblem) -> None:
+        p = problem
+        storage = "float32" if p.storage in ("int8", "int4") else p.storage
+        self.kernel = kernel(f"append-{storage}")
+        self.words = np.zeros(PARAMETERS.itemsize // 8, np.int64)
+        values: dict[str, int] = {}
+        for name in ("key_pages", "value_pages", "key_scales", "value_scales"):
+            if (x := getattr(p, name)) is not None:
+                values[name] = runtime.address(x)
+                values[f"{name}_p"], values[f"{name}_r"], values[f"{name}_h"] = x.strides[:3]
+        heads, head_dim, value_dim = p.key.shape[1], p.key.shape[3], p.value.shape[3]
+        frequencies = None
+        if p.frequencies is not None and len(p.frequencies):
+            lanes = simd.lanes(np.float64)
+            frequencies = np.zeros(-(-len(p.frequencies) // lanes) * lanes)  # the kernel takes whole vectors
+            frequencies[: len(p.frequencies)] = p.frequencies
+            values["frequencies"] = runtime.address(frequencies)
+            values["pairs"] = len(p.frequencies)
+            values["table_bytes"] = -(-2 * len(frequencies) * np.dtype(p.compute).itemsize // 64) * 64
+        row_bytes = -(-head_dim * 4 // 64) * 64
+        self.workspace_bytes = 2 * values.get("table_bytes", 0) + row_bytes if frequencies is not None else 0
+        values |= {
+            "workspace_bytes": self.workspace_bytes,
+            "page_table": runtime.address(p.page_table),
+            "page_table_b": p.page_table.strides[0],
+            "page_size": p.key_pages.shape[1],
+            "ring": p.ring,
+            "heads": heads,
+            "head_dim": head_dim,
+            "value_dim": value_dim,
+            "kind": {"int8": INT8, "int4": INT4}.get(p.storage, AS_IT_IS),
+            "interleaved": p.interleaved,
+        }
+        for name, number in values.items():
+            self.words[_WORDS[name]] = number
+        self.numbers = heads * (head_dim + value_dim)
+        self.keep_alive = (
+            p.key_pages,
+            p.value_pages,
+            p.key_scales,
+            p.value_scales,
+            p.page_table,
+            frequencies,
+        )
+
+    def append(
+        self,
+        key: NDArray[Any],
+        value: NDArray[Any],
+        starts: NDArray[np.int64],
+        counts: NDArray[np.int64],
+        positions: NDArray[np.int64] | None = None,
+    ) -> None:
+        """Write keys and values (B, Hkv, S, D) to the slots from `starts` on, turned by `positions`."""
+        batch, _, tokens, _ = key.shape
+        blocks = -(-tokens // BLOCK)
+        tasks = batch * blocks
+        if tasks == 0:
+            return
+        is_small = tasks == 1 or batch * tokens * self.numbers < SERIAL
+        helpers = 0 if is_small else min(runtime.threads(), tasks) - 1
+        memory, workspace = runtime.scratch((helpers + 1) * self.workspace_bytes)
+        words = self.words.copy()
+        words[TASKS] = tasks
+        _put_call(
+            words.data, 8 * _WORDS["key"],
+            runtime.address(key), *key.strides[:3], runtime.address(value), *value.strides[:3],
+            runtime.address(starts), runtime.address(starts if positions is None else positions),
+            runtime.address(counts), blocks, workspace,
+        )  # fmt: skip
+        runtime.run(self.kernel, words, helpers, (key, value, starts, counts, positions, self, memory))
+        runtime.keep(memory)
+
+
+def kernel_names(dtypes: Sequence[str]) -> list[str]:
+    """The kernels that calls with these dtypes need."""
+    return [f"append-{dtype}" for dtype in dtypes]
+
+
+def kernel(name: str) -> Any:
+    """The compiled kernel of this name."""
+    return runtime.compiled(name, partial(_build, name.partition("-")[2]))
+
+
+# --- vectors ------------------------------------------------------------------------------------------------
+
+# pi / 2 in three parts: the product of the first two with whole numbers up to 2**20 is exact, also where
+# there is no fused multiply-add.
+HALF_PI = (1.57079632673412561417, 6.07710050630396597660e-11, 2.02226624879595063154e-21)
+# sin(r) = r + r z (...), cos(r) = 1 - z / 2 + z z (...) with z = r r, |r| <= pi / 4: 2**-58 (fdlibm's).
+SIN = (-1.66666666666666324348e-01, 8.33333333332248946124e-03, -1.98412698298579493134e-04,
+       2.75573137070700676789e-06, -2.50507602534068634195e-08, 1.58969099521155010221e-10)  # fmt: skip
+COS = (4.16666666666666019037e-02, -1.38888888888741095749e-03, 2.48015872894767294178e-05,
+       -2.75573143513906633035e-07, 2.08757232129817482790e-09, -1.13596475577881948265e-11)  # fmt: skip
+
+
+def _sine_and_cosine(b: ir.IRBuilder, x: Any) -> tuple[Any, Any]:
+    """sin(x) and cos(x) of float64, to one unit in the last place while |x| < 2**30."""
+    t, it = x.type, simd._int_type(x.type)
+    one, magic = simd.const(t, 1.0), simd.const(t, 1.5 * 2.0**52)
+    # The nearest whole number of quarter turns; its last bits are those of the sum.
+    shifted = b.fadd(b.fmul(x, simd.const(t, 2 / np.pi)), magic)
+    n, bits = b.fsub(shifted, magic), b.bitcast(shifted, it)
+    r = x
+    for part in HALF_PI:
+        r = simd.fma_value(b, n, simd.const(t, -part), r)
+    z = b.fmul(r, r)
+    sine = simd.fma_value(b, b.fmul(r, z), simd._horner(b, z, SIN), r)
+    half = b.fmul(z, simd.const(t, 0.5))
+    rest = b.fsub(one, half)
+    lost = b.fsub(b.fsub(one, rest), half)
+    cosine = b.fadd(rest, simd.fma_value(b, b.fmul(z, z), simd._horner(b, z, COS), lost))
+    odd = b.icmp_unsigned("!=", b.and_(bits, simd.const(it, 1)), simd.const(it, 0))
+    results = []
+    for first, second, turned in ((sine, cosine, bits), (cosine, sine, b.add(bits, simd.const(it, 1)))):
+        sign = b.shl(b.and_(b.lshr(turned, simd.const(it, 1)), simd.const(it, 1)), simd.const(it, 63))
+        chosen = b.bitcast(b.select(odd, second, first), it)
+        results.append(b.bitcast(b.xor(chosen, sign), t))
+    return results[0], results[1]
+
+
+def _turns(double: bool) -> Any:
+    """``turns(position, frequencies, cosines, sines, interleaved)``: one vector of pairs' turns, stored.
+
+    Interleaved, a cosine stands twice, and a sine once more before it with the other sign: what both numbers
+    of a pair are multiplied with lies where they do.
+    """
+    lanes = simd.lanes(np.float64)
+    wide = ir.VectorType(ir.DoubleType(), lanes)
+
+    def interleave(b: ir.IRBuilder, x: Any, y: Any) -> Any:
+        order = [i // 2 + lanes * (i % 2) for i in range(2 * lanes)]
+        return b.shuffle_vector(x, y, ir.Constant(ir.VectorType(simd.I32, 2 * lanes), order))
+
+    def put(b: ir.IRBuilder, x: Any, address: Any) -> None:
+        if not double:
+            x = b.fptrunc(x, ir.VectorType(ir.FloatType(), x.type.count))
+        simd.store_value(b, x, simd.pointer(b, address, x.type))
+
+    @intrinsic
+    def turns(
+        typingctx: Any, position: Any, frequencies: Any, cosines: Any, sines: Any, interleaved: Any
+    ) -> Any:
+        def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+            position, frequencies, cosines, sines, interleaved = args
+            frequency = simd.load_value(b, simd.pointer(b, frequencies, wide))
+            where = simd.splat_value(b, wide, b.sitofp(position, ir.DoubleType()))
+            sine, cosine = _sine_and_cosine(b, b.fmul(where, frequency))
+            with b.if_else(b.icmp_signed("!=", interleaved, simd.I64(0))) as (paired, apart):
+                with paired:
+                    put(b, interleave(b, cosine, cosine), cosines)
+                    put(b, interleave(b, b.fneg(sine), sine), sines)
+                with apart:
+                    put(b, cosine, cosines)
+                    put(b, sine, sines)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 5), codegen
+
+    return turns
+
+
+@intrinsic
+def neighbours(typingctx: Any, x: Any) -> Any:
+    """The vector with the numbers of each pair exchanged."""
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        order = [i ^ 1 for i in range(args[0].type.count)]
+        return b.shuffle_vector(args[0], args[0], ir.Constant(ir.VectorType(simd.I32, len(order)), order))
+
+    return x(x), codegen
+
+
+@intrinsic
+def first_lane(typingctx: Any, x: Any) -> Any:
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        return b.extract_element(args[0], simd.I32(0))
+
+    return x.dtype(x), codegen
+
+
+@intrinsic
+def put_bytes(typingctx: Any, address: Any, x: Any) -> Any:
+    """Store whole numbers from -128 to 255, a byte each."""
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        address, x = args
+        numbers = b.fptosi(x, simd._like(x.type, simd.I32))
+        numbers = b.trunc(numbers, simd._like(x.type, simd.I8))
+        simd.store_value(b, numbers, simd.pointer(b, address, numbers.type))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, x), codegen
+
+
+@intrinsic
+def copy(typingctx: Any, target: Any, source: Any, count: Any) -> Any:
+    """Copy so many bytes."""
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        target, source, count = args
+        places = (simd.pointer(b, x, simd.I8) for x in (target, source))
+        cgutils.raw_memcpy(b, *places, count, 1)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 3), codegen
+
+
+def _larger(b: ir.IRBuilder, x: Any, y: Any) -> Any:
+    it = simd._int_type(x.type)
+    return b.select(b.icmp_unsigned(">", b.bitcast(x, it), b.bitcast(y, it)), x, y)
+
+
+size = simd._elementwise(lambda b, x: simd.call(b, "fabs", x), 1)
+larger = simd._elementwise(_larger, 2)
+"""The larger of two sizes, a NaN if there is one: it has the largest bits."""
+across_larger = simd._across(_larger)
+nearest = simd._elementwise(simd._whole, 1)
+
+
+# --- the kernel ---------------------------------------------------------------------------------------------
+
+
+def _build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
+    """The kernel for tokens of one dtype."""
+    dtype: Any = np.float64 if storage == "float64" else np.float32
+    number = np.dtype(dtype).itemsize
+    stored = 2 if storage in ("float16", "bfloat16") else number
+    lanes = simd.lanes(dtype)
+    pairs = simd.lanes(np.float64)
+    register = simd.REGISTER_BYTES
+    load, _, get, _ = simd.loads("float64" if dtype is np.float64 else "float32")
+    load_stored, store_stored, get_stored, put_stored = simd.loads(storage)
+    turns = _turns(dtype is np.float64)
+    mul, sub, add = simd.mul, simd.sub, simd.add
+
+    @jit
+    def turn(p, cosines, sines, source, target):
+        """A key's row (D,) -> the same, its pairs turned."""
+        n = p.pairs
+        if p.interleaved:
+            i, n = 0, 2 * n
+            while i < n and n >= lanes:
+                c = min(i, n - lanes)  # the last one overlaps
+                x = load_stored(source + c * stored)
+                y = mul(neighbours(x), load(sines + c * number))
+                store_stored(target + c * stored, add(mul(x, load(cosines + c * number)), y))
+                i += lanes
+            while i < n:
+                x, y = get_stored(source + i * stored), get_stored(source + (i ^ 1) * stored)
+                put_stored(target + i * stored, x * get(cosines + i * number) + y * get(sines + i * number))
+                i += 1
+        else:
+            i, second_source, second_target = 0, source + n * stored, target + n * stored
+            while i < n and n >= lanes:
+                c = min(i, n - lanes)
+                x, y = load_stored(source + c * stored), load_stored(second_source + c * stored)
+                cosine, sine = load(cosines + c * number), load(sines + c * number)
+                store_stored(target + c * stored, sub(mul(x, cosine), mul(y, sine)))
+                store_stored(second_target + c * stored, add(mul(y, cosine), mul(x, sine)))
+                i += lanes
+            while i < n:
+                x, y = get_stored(source + i * stored), get_stored(second_source + i * stored)
+                cosine, sine = get(cosines + i * number), get(sines + i * number)
+                put_stored(target + i * stored, x * cosine - y * sine)
+                put_stored(second_target + i * stored, y * cosine + x * sine)
+                i += 1
+        done = 2 * p.pairs * stored
+        copy(target + done, source + done, p.head_dim * stored - done)
+
+    @jit
+    def place(p, source, target, scales, count):
+        """A row -> its place in the cache."""
+        copy(target, source, count * stored)
+
+    if storage == "float32":
+        place = _quantising(jit, inline)
+
+    @jit
+    def token(p, w, b, i):
+        """Row i of sequence b, all heads."""
+        slot = get_int(p.starts + 8 * b) + i
+        if p.ring:
+            slot %= p.ring
+        page, row = get_int(p.page_table + b * p.page_table_b + slot // p.page_size * 8), slot % p.page_size
+        key, value = p.key + b * p.key_b + i * p.key_s, p.value + b * p.value_b + i * p.value_s
+        key_to = p.key_pages + page * p.key_pages_p + row * p.key_pages_r
+        value_to = p.value_pages + page * p.value_pages_p + row * p.value_pages_r
+        key_scale = p.key_scales + page * p.key_scales_p + row * p.key_scales_r
+        value_scale = p.value_scales + page * p.value_scales_p + row * p.value_scales_r
+        cosines, sines, turned = w, w + p.table_bytes, w + 2 * p.table_bytes
+        if p.pairs:
+            position = get_int(p.positions + 8 * b) + i
+            step = pairs * number * (2 if p.interleaved else 1)
+            for n in range((p.pairs + pairs - 1) // pairs):
+                at = p.frequencies + n * register
+                turns(position, at, cosines + n * step, sines + n * step, p.interleaved)
+        for h in range(p.heads):
+            a, target = key + h * p.key_h, key_to + h * p.key_pages_h
+            if p.pairs and p.kind == AS_IT_IS:
+                turn(p, cosines, sines, a, target)
+            else:
+                if p.pairs:
+                    turn(p, cosines, sines, a, turned)
+                    a = turned
+                place(p, a, target, key_scale + h * p.key_scales_h, p.head_dim)
+            if p.value_dim:
+                scale = value_scale + h * p.value_scales_h
+                place(p, value + h * p.value_h, value_to + h * p.value_pages_h, scale, p.value_dim)
+
+    def work(address):
+        p = parameters_at(address)
+        w = p.workspace + simd.fetch_add(address + WORKERS) * p.workspace_bytes
+        finished_last = 0
+        while True:
+            task = simd.fetch_add(address + NEXT_TASK)
+            if task >= p.tasks:
+                return finished_last
+            b, block = task // p.blocks, task % p.blocks
+            count = get_int(p.counts + 8 * b)
+            first = max(count - p.ring, 0) if p.ring else 0
+            for i in range(max(first, block * BLOCK), min(count, (block + 1) * BLOCK)):
+                token(p, w, b, i)
+            if simd.fetch_add(address + TASKS_DONE) + 1 == p.tasks:
+                finished_last = 1
+
+    return work
+
+
+def _quantising(jit: Any, inline: Any) -> Any:
+    """``place(p, source, target, scales, count)`` for rows of float32, which may go into quantised caches."""
+    lanes = simd.lanes(np.float32)
+    load, _, get, put = simd.loads("float32")
+    div, fma, add, greater, smaller, splat = (
+        simd.div, simd.fma, simd.add, simd.greater, simd.smaller, simd.splat,
+    )  # fmt: skip
+
+    @jit
+    def largest_size(source, count):
+        """The largest magnitude among so many float32, NaN where one is."""
+        i, most = 0, np.float32(0)
+        if count >= lanes:
+            found = splat(np.float32(0))
+            while i < count:
+                found = larger(size(load(source + min(i, count - lanes) * 4)), found)
+                i += lanes
+            most = first_lane(across_larger(found))
+        while i < count:
+            most = larger(size(get(source + i * 4)), most)
+            i += 1
+        return most
+
+    @inline
+    def divided(source, scale, lowest, highest):
+        """A vector of float32 as numbers times the scale."""
+        x = nearest(div(load(source), splat(scale)))
+        return greater(smaller(x, splat(highest)), splat(lowest))
+
+    @jit
+    def quantise_int8(source, target, scales, count):
+        scale = largest_size(source, count) / np.float32(127)
+        put(scales, scale)
+        usable = 0 < scale < np.inf
+        zero = splat(np.float32(0))
+        i = 0
+        while i < count and count >= lanes:
+            c = min(i, count - lanes)
+            put_bytes(
+                target + c,
+                divided(source + c * 4, scale, np.float32(-127), np.float32(127)) if usable else zero,
+            )
+            i += lanes
+        while i < count:
+            x = np.float32(0)
+            if usable:
+                x = max(min(nearest(get(source + i * 4) / scale), np.float32(127)), np.float32(-127))
+            put_bytes(target + i, x)
+            i += 1
+
+    @jit
+    def quantise_int4(source, target, scales, count):
+        half = INT4_GROUP // 2
+        for g in range(count // INT4_GROUP):
+            s, t = source + g * INT4_GROUP * 4, target + g * half
+            most = largest_size(s, INT4_GROUP)
+            if most == most:
+                a = s
+                while size(get(a)) != most:
+                    a += 4
+                most = get(a)
+            scale = most / np.float32(-8)
+            put(scales + g * 4, scale)
+            usable = scale != 0 and -np.inf < scale < np.inf
+            for c in range(0, half, lanes):
+                x = y = splat(np.float32(0))
+                if usable:
+                    x = divided(s + c * 4, scale, np.float32(-8), np.float32(7))
+                    y = divided(s + (c + half) * 4, scale, np.float32(-8), np.float32(7))
+                eight = splat(np.float32(8))
+                put_bytes(t + c, fma(add(y, eight), splat(np.float32(16)), add(x, eight)))
+
+    @jit
+    def place(p, source, target, scales, count):
+        if p.kind == INT8:
+            quantise_int8(source, target, scales, count)
+        elif p.kind == INT4:
+            quantise_int4(source, target, scales, count)
+        else:
+            copy(target, source, count * 4)
+
+    return place
