@@ -1,13 +1,19 @@
 """Attention inference for Python without a framework: NumPy arrays in, NumPy arrays out, Numba inside."""
 
 from .attention import AttentionOutput, merge_states, scaled_dot_product_attention, varlen_attention
+from .cache import KVCache
+from .decode import paged_attention
+from .paged import PagedKVCache
 from .softmax import log_softmax, logsumexp, softmax
 
 __all__ = [
     "AttentionOutput",
+    "KVCache",
+    "PagedKVCache",
     "log_softmax",
     "logsumexp",
     "merge_states",
+    "paged_attention",
     "scaled_dot_product_attention",
     "softmax",
     "varlen_attention",

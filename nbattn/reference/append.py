@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..problem import INT4_GROUP, AppendProblem
+from .decode import places_of
 
 
 def append(problem: AppendProblem) -> None:
@@ -20,7 +21,7 @@ def append(problem: AppendProblem) -> None:
             key, value = p.key[b, :, first:count], p.value[b, :, first:count]
             if p.frequencies is not None:
                 key = turned(key.astype(p.compute), positions, p.frequencies, p.interleaved)
-            places = slots(p, b, positions)
+            places = places_of(p, b, positions)
             _write(key, p.key_pages, p.key_scales, places, p.storage)
             _write(value, p.value_pages, p.value_scales, places, p.storage)
 
@@ -55,13 +56,6 @@ def turned(
     y[..., first] = x[..., first] * cos - x[..., second] * sin
     y[..., second] = x[..., second] * cos + x[..., first] * sin
     return y
-
-
-def slots(problem: Any, b: int, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The page of each position of sequence b, and the row in it."""
-    slot = positions % problem.ring if problem.ring else positions
-    page_size = problem.key_pages.shape[1]
-    return problem.page_table[b, slot // page_size], slot % page_size
 
 
 def _write(
@@ -103,12 +97,3 @@ def _divided(
     usable = np.isfinite(scales) & (scales != 0)
     numbers = np.where(usable, x / np.where(usable, scales, 1), 0)
     return np.clip(np.rint(numbers), lowest, highest).astype(np.int8)
-
-
-def dequantise(pages: NDArray[Any], scales: NDArray[np.float32], storage: str) -> NDArray[np.float32]:
-    """The float32 numbers (..., D) that quantised rows stand for."""
-    if storage == "int8":
-        return pages.astype(np.float32) * scales[..., None]
-    groups = pages.reshape(*pages.shape[:-1], -1, INT4_GROUP // 2)
-    numbers = np.concatenate((groups & 15, groups >> 4), axis=-1).astype(np.float32) - 8
-    return (numbers * scales[..., None]).reshape(*pages.shape[:-1], -1)

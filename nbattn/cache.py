@@ -1,0 +1,233 @@
+"""The key/value cache of a batch, contiguous or as a ring. Its memory is in `store.py`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from . import problem as check
+from .attention import AttentionOutput
+from .decode import Options
+from .store import Places, Store, check_size, refuse
+
+
+class KVCache:
+    """Keys and values of the positions so far, in memory that is taken once.
+
+    Sequence b holds the positions 0 to ``lengths[b] - 1``; `append` adds to its end, and the queries of
+    `attend` are its last ones. Nothing is moved: an append writes the new tokens alone, and attention reads
+    the keys where they lie. Memory that no position uses is never read.
+
+    Any number of threads may call `attend` at once. Nobody may call a method that changes the cache
+    meanwhile.
+
+    Parameters
+    ----------
+    batch, kv_heads, capacity, head_dim : int
+        The cache takes ``batch * kv_heads * capacity`` keys of `head_dim` numbers, and as many values.
+    dtype : {"float32", "float64", "float16", "bfloat16", "int8", "int4"} or dtype
+        What the cache stores. "int8" keeps 8 bits of each number and one float32 factor for each token and
+        head; a number is off by at most 1/254 of the token's largest in its head. "int4" keeps 4 bits and a
+        factor for each 32 numbers, and is off by at most 1/8, mostly under 1/16, of the largest of the 32; it
+        needs a head_dim that is a multiple of 32.
+    value_dim : int, optional
+        Dv, where the values have another head_dim than the keys.
+    window : int, optional
+        Makes the cache a ring: each query sees the last `window` positions, its own included, of a stream
+        that may have any length. Older ones are overwritten; `capacity`, at least `window`, is how many
+        remain, so that ``capacity - window + 1`` tokens may be appended before they are attended.
+    rotary_base : float, optional
+        Turns keys by their position when they are appended, and queries by theirs in `attend`, with
+        frequencies ``rotary_base ** (-2 * n / rotary_dim)``. Do not turn them yourself, then.
+    rotary_interleaved : bool
+        Whether the pairs that turn are ``(2 * n, 2 * n + 1)``, as in GPT-J and the RoFormer paper; else
+        ``(n, n + rotary_dim / 2)``, as in GPT-NeoX and Llama.
+    rotary_dim : int, optional
+        How many of the first numbers turn; all unless given.
+    backend : {None, "cpu", "reference", "cuda"}
+        Who writes, and attends unless `attend` is told otherwise.
+
+    Attributes
+    ----------
+    lengths : ndarray of int64, shape (B,)
+
+    Raises
+    ------
+    TypeError, ValueError
+        For sizes that make no cache. A call that raises leaves any cache as it was.
+
+    References
+    ----------
+    Rotary positions: Su et al., 2021, https://arxiv.org/abs/2104.09864.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from nbattn import KVCache
+    >>> rng = np.random.default_rng(0)
+    >>> cache = KVCache(batch=2, kv_heads=2, capacity=100, head_dim=16, backend="reference")
+    >>> prompt = rng.standard_normal((2, 2, 7, 16), np.float32)
+    >>> cache.append(prompt, prompt)
+    >>> token = rng.standard_normal((2, 2, 1, 16), np.float32)
+    >>> cache.append(token, token)
+    >>> query = rng.standard_normal((2, 8, 1, 16), np.float32)
+    >>> cache.attend(query).shape, cache.lengths
+    ((2, 8, 1, 16), array([8, 8]))
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        kv_heads: int,
+        capacity: int,
+        head_dim: int,
+        dtype: DTypeLike = "float32",
+        *,
+        value_dim: int | None = None,
+        window: int | None = None,
+        rotary_base: float | None = None,
+        rotary_interleaved: bool = False,
+        rotary_dim: int | None = None,
+        backend: str | None = None,
+    ) -> None:
+        batch, capacity = check_size(batch, "batch", least=0), check_size(capacity, "capacity")
+        self._capacity, self._window = capacity, window
+        if window is not None:
+            self._window = check_size(window, "window")
+            if self._window > capacity:
+                msg = f"window is {window} but capacity {capacity}; a ring must hold the window"
+                raise ValueError(msg)
+        sizes = (batch, capacity, kv_heads, head_dim, value_dim)
+        rotary = (rotary_base, rotary_interleaved, rotary_dim)
+        self._store = Store(sizes, dtype, rotary, self._window, backend)
+        self._places = Places(np.arange(batch)[:, None], capacity if window is not None else 0)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """How many positions each sequence has, (B,); in a ring, also those that are overwritten."""
+        return self._places.lengths.copy()
+
+    def append(self, key: ArrayLike, value: ArrayLike, lengths: ArrayLike | None = None) -> None:
+        """Add new positions to the end of each sequence.
+
+        Parameters
+        ----------
+        key, value : array_like, shapes (B, Hkv, S, D) and (B, Hkv, S, Dv)
+            In the cache's dtype; for "int8" and "int4" float32, float16 or bfloat16.
+        lengths : int array_like (B,), optional
+            How many of the S each sequence gets, the first ones; all unless given.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For arrays that do not fit; ValueError also where they do not fit into the capacity. The cache is
+            then as it was.
+        """
+        places = self._places
+        k, v, counts = self._store.check_new(key, value, lengths, len(places.lengths))
+        if not places.ring:
+            self._check_room(counts)
+        places.make_room(counts)
+        self._store.write(places, k, v, counts)
+        places.set_lengths(places.lengths + counts)
+
+    def attend(
+        self,
+        query: ArrayLike,
+        mask: ArrayLike | None = None,
+        *,
+        bias: ArrayLike | None = None,
+        is_causal: bool = True,
+        window_size: tuple[int | None, int | None] | None = None,
+        lengths: ArrayLike | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+        alibi_slopes: ArrayLike | None = None,
+        sinks: ArrayLike | None = None,
+        return_lse: bool = False,
+        out: NDArray[Any] | None = None,
+        backend: str | None = None,
+    ) -> NDArray[Any] | AttentionOutput:
+        """Attention of the last positions' queries over the cached keys and values.
+
+        Parameters
+        ----------
+        query : array_like, shape (B, Hq, Sq, D)
+            Query i of sequence b stands at position ``lengths[b] - Sq + i`` of the cache. In the cache's
+            dtype; for "int8" and "int4" float32, float16 or bfloat16.
+        mask, bias : array_like, optional
+            As in `scaled_dot_product_attention`, broadcastable to (B, Hq, Sq, longest length), by position.
+        is_causal : bool
+            True unless given.
+        lengths : int array_like (B,), optional
+            How many of the Sq queries each sequence has, the first ones, after an append with the same
+            `lengths`: query i then stands at position ``cache.lengths[b] - lengths[b] + i``. Rows beyond give
+            output 0 and log-sum-exp -inf.
+        window_size, scale, softcap, alibi_slopes, sinks
+            As in `scaled_dot_product_attention`.
+        return_lse : bool
+            Also return the log-sum-exp ``(B, Hq, Sq)``.
+        out : ndarray, optional
+            Where to write the output: right shape and dtype, writable, no memory shared with an input.
+        backend : {None, "cpu", "reference", "cuda"}
+            The cache's own unless given.
+
+        Returns
+        -------
+        ndarray or AttentionOutput
+            The output ``(B, Hq, Sq, Dv)`` in the query's dtype, with `return_lse` in the named tuple
+            ``(output, None, lse)``.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `scaled_dot_product_attention`; ValueError also where a ring no longer holds what a query sees.
+        """
+        options = Options(mask, bias, is_causal, window_size, scale, softcap, alibi_slopes, sinks)
+        return self._store.attend(self._places, query, options, lengths, return_lse, out, backend)
+
+    def truncate(self, lengths: ArrayLike) -> None:
+        """Forget the positions from ``lengths[b]`` on, or from one length on in every sequence.
+
+        A ring can go back only where it still holds the window before the next position: by at most
+        ``capacity - window`` tokens once it is full, or to 0. ValueError, and nothing is forgotten, where it
+        cannot, and for lengths that a sequence does not have.
+        """
+        places = self._places
+        new = np.asarray(check.as_array(lengths, "lengths"))
+        if new.ndim == 0:
+            new = np.full(len(places.lengths), check.check_int(new[()], "lengths"))
+        new = check.check_int_vector(new, "lengths", len(places.lengths))
+        refuse((new < 0) | (new > places.lengths), new, "lengths", "expected 0 to {}", places.lengths)
+        if self._window is not None:
+            first = new - self._window + 1  # what the query at the next position sees
+            lost = (new > 0) & (new < places.lengths) & (np.maximum(first, 0) < places.starts)
+            refuse(lost, new, "lengths", "but the ring holds positions from {} on", places.starts)
+            places.starts[new == 0] = 0
+        places.set_lengths(new)
+
+    def reset(self, sequence: int | None = None) -> None:
+        """Forget every position, or those of one sequence."""
+        lengths = self._places.lengths.copy()
+        if sequence is None:
+            lengths[:] = 0
+        else:
+            b = check.check_int(sequence, "sequence")
+            if not 0 <= b < len(lengths):
+                msg = f"sequence is {b}; expected 0 to {len(lengths) - 1}"
+                raise ValueError(msg)
+            lengths[b] = 0
+        self.truncate(lengths)
+
+    def _check_room(self, counts: NDArray[np.int64]) -> None:
+        lengths = self._places.lengths
+        full = lengths + counts > self._capacity
+        if full.any():
+            b = int(np.flatnonzero(full)[0])
+            msg = (
+                f"sequence {b} holds {lengths[b]} of {self._capacity} positions; {counts[b]} more do not fit "
+                f"(truncate or reset, or make the cache with a larger capacity or a window)"
+            )
+            raise ValueError(msg)

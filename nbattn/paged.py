@@ -1,0 +1,296 @@
+"""The key/value cache of many sequences, in pages that they share. Its memory is in `store.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from . import problem as check
+from .attention import AttentionOutput
+from .decode import Options
+from .store import Places, Store, check_size
+
+
+class PagedKVCache:
+    """Keys and values of many sequences in pages from one pool.
+
+    A sequence is a handle, a whole number that `add` or `fork` gives and no other sequence ever gets. It
+    takes a page when it grows into one. A fork shares the pages of what it continues, and copies the last one
+    once either of them adds to it.
+
+    Any number of threads may call `attend` at once. Nobody may call a method that changes the cache
+    meanwhile.
+
+    Parameters
+    ----------
+    pages, page_size : int
+        The pool: `pages` pages of `page_size` positions each.
+    kv_heads, head_dim : int
+    dtype, value_dim, rotary_base, rotary_interleaved, rotary_dim, backend
+        As in `KVCache`.
+
+    Attributes
+    ----------
+    lengths : dict of int to int
+        How many positions each sequence has.
+    free_pages : int
+
+    Raises
+    ------
+    TypeError, ValueError
+        For sizes that make no cache, arrays that do not fit, and sequences that are not there, because they
+        never were or are freed already. ValueError where an append needs more pages than are free. A call
+        that raises leaves any cache as it was.
+
+    References
+    ----------
+    Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention", 2023,
+    https://arxiv.org/abs/2309.06180.
+
+    Examples
+    --------
+    Two continuations of one prompt:
+
+    >>> import numpy as np
+    >>> from nbattn import PagedKVCache
+    >>> cache = PagedKVCache(pages=10, page_size=4, kv_heads=2, head_dim=16, backend="reference")
+    >>> prompt = np.ones((1, 2, 6, 16), np.float32)
+    >>> first = cache.add()
+    >>> cache.append([first], prompt, prompt)
+    >>> second = cache.fork(first)
+    >>> cache.free_pages
+    8
+    >>> token = np.ones((2, 2, 1, 16), np.float32)
+    >>> cache.append([first, second], token, token)
+    >>> cache.lengths, cache.free_pages
+    ({0: 7, 1: 7}, 7)
+    >>> cache.attend([first, second], np.ones((2, 8, 1, 16), np.float32)).shape
+    (2, 8, 1, 16)
+    """
+
+    def __init__(
+        self,
+        pages: int,
+        page_size: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: DTypeLike = "float32",
+        *,
+        value_dim: int | None = None,
+        rotary_base: float | None = None,
+        rotary_interleaved: bool = False,
+        rotary_dim: int | None = None,
+        backend: str | None = None,
+    ) -> None:
+        pages, self._page_size = check_size(pages, "pages"), check_size(page_size, "page_size")
+        sizes = (pages, self._page_size, kv_heads, head_dim, value_dim)
+        self._store = Store(sizes, dtype, (rotary_base, rotary_interleaved, rotary_dim), None, backend)
+        self._uses = np.zeros(pages, np.int64)  # how many sequences hold each page
+        self._free = list(range(pages))[::-1]
+        self._next = 0
+        self._rows: dict[int, int] = {}  # of each handle in what follows
+        self._table = np.zeros((0, 0), np.int64)
+        self._lengths = np.zeros(0, np.int64)
+        self._held = np.zeros(0, np.int64)  # pages
+
+    @property
+    def lengths(self) -> dict[int, int]:
+        """How many positions each sequence has."""
+        return {handle: int(self._lengths[row]) for handle, row in self._rows.items()}
+
+    @property
+    def free_pages(self) -> int:
+        """How many pages no sequence holds."""
+        return len(self._free)
+
+    def add(self) -> int:
+        """A new, empty sequence."""
+        used = set(self._rows.values())
+        row = next(i for i in range(len(used) + 1) if i not in used)
+        self._widen(row + 1, 0)
+        handle, self._next = self._next, self._next + 1
+        self._rows[handle] = row
+        self._lengths[row] = self._held[row] = 0
+        return handle
+
+    def fork(self, sequence: int) -> int:
+        """A new sequence that has the positions of this one, in the same memory."""
+        source = self._row(sequence)
+        handle = self.add()
+        row = self._rows[handle]
+        held = -(-self._lengths[source] // self._page_size)
+        self._uses[self._table[source, :held]] += 1
+        self._table[row, :held] = self._table[source, :held]
+        self._lengths[row], self._held[row] = self._lengths[source], held
+        return handle
+
+    def free(self, sequence: int) -> None:
+        """End a sequence; pages that no other one holds are free again."""
+        self._drop(self._row(sequence), 0)
+        del self._rows[sequence]
+
+    def reset(self) -> None:
+        """End all sequences."""
+        for sequence in list(self._rows):
+            self.free(sequence)
+
+    def truncate(self, sequence: int, length: int) -> None:
+        """Forget a sequence's positions from `length` on; pages that no sequence needs are free again."""
+        row, new = self._row(sequence), check.check_int(length, "length")
+        if not 0 <= new <= self._lengths[row]:
+            msg = f"length is {new}; expected 0 to {self._lengths[row]}, what sequence {sequence} has"
+            raise ValueError(msg)
+        self._drop(row, -(-new // self._page_size))
+        self._lengths[row] = new
+
+    def append(
+        self,
+        sequences: int | Sequence[int],
+        key: ArrayLike,
+        value: ArrayLike,
+        lengths: ArrayLike | None = None,
+    ) -> None:
+        """Add new positions to the end of sequences.
+
+        Parameters
+        ----------
+        sequences : int or sequence of int
+            n handles, all different.
+        key, value : array_like, shapes (n, Hkv, S, D) and (n, Hkv, S, Dv)
+        lengths : int array_like (n,), optional
+            How many of the S each sequence gets, the first ones; all unless given.
+        """
+        rows = self._rows_of(sequences)
+        if len(set(rows)) < len(rows):
+            msg = f"sequences are {list(sequences)}; an append can name each one only once"  # type: ignore[arg-type]
+            raise ValueError(msg)
+        k, v, counts = self._store.check_new(key, value, lengths, len(rows))
+        self._take_pages(rows, counts)
+        places = self._places(rows)
+        self._store.write(places, k, v, counts)
+        self._lengths[rows] += counts
+
+    def attend(
+        self,
+        sequences: int | Sequence[int],
+        query: ArrayLike,
+        mask: ArrayLike | None = None,
+        *,
+        bias: ArrayLike | None = None,
+        is_causal: bool = True,
+        window_size: tuple[int | None, int | None] | None = None,
+        lengths: ArrayLike | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+        alibi_slopes: ArrayLike | None = None,
+        sinks: ArrayLike | None = None,
+        return_lse: bool = False,
+        out: NDArray[Any] | None = None,
+        backend: str | None = None,
+    ) -> NDArray[Any] | AttentionOutput:
+        """Attention of the last positions' queries over the keys and values of sequences.
+
+        Parameters
+        ----------
+        sequences : int or sequence of int
+            n handles; a sequence may come up more than once.
+        query : array_like, shape (n, Hq, Sq, D)
+        mask, bias, is_causal, window_size, lengths, scale, softcap, alibi_slopes, sinks
+            As in `KVCache.attend`, with n for B.
+        return_lse, out, backend
+            Likewise.
+
+        Returns
+        -------
+        ndarray or AttentionOutput
+            As `KVCache.attend`.
+        """
+        options = Options(mask, bias, is_causal, window_size, scale, softcap, alibi_slopes, sinks)
+        places = self._places(self._rows_of(sequences))
+        return self._store.attend(places, query, options, lengths, return_lse, out, backend)
+
+    # --- pages ----------------------------------------------------------------------------------------------
+
+    def _row(self, sequence: Any) -> int:
+        handle = check.check_int(sequence, "sequence")
+        try:
+            return self._rows[handle]
+        except KeyError:
+            msg = f"sequence {handle} is not in the cache: it never was, or is freed already"
+            raise ValueError(msg) from None
+
+    def _rows_of(self, sequences: int | Sequence[int]) -> list[int]:
+        if isinstance(sequences, (Sequence, np.ndarray)) and np.ndim(sequences) == 1:
+            return [self._row(sequence) for sequence in sequences]
+        return [self._row(sequences)]
+
+    def _places(self, rows: list[int]) -> Places:
+        places = Places(self._table[rows])
+        places.set_lengths(self._lengths[rows])
+        return places
+
+    def _widen(self, rows: int, width: int) -> None:
+        """Have room for that many sequences and pages of each, twice as much as before where it grows."""
+        old = self._table.shape
+        if rows <= old[0] and width <= old[1]:
+            return
+        shape = tuple(
+            n if n <= have else max(n, 2 * have) for n, have in zip((rows, width), old, strict=True)
+        )
+        new = max(shape[0], old[0]), max(shape[1], old[1])
+        self._table, table = np.zeros(new, np.int64), self._table
+        self._table[: old[0], : old[1]] = table
+        self._lengths, self._held = (
+            np.concatenate((x, np.zeros(new[0] - old[0], np.int64))) for x in (self._lengths, self._held)
+        )
+
+    def _take_pages(self, rows: list[int], counts: NDArray[np.int64]) -> None:
+        """Give sequences pages of their own for that many more positions, or raise before any changes."""
+        size = self._page_size
+        ends = self._lengths[rows] + counts
+        wanted = np.maximum(-(-ends // size) - self._held[rows], 0)
+        # The last page, where it is begun and others hold it too: copied, but for the last that holds it.
+        copies = []
+        holders: dict[int, int] = {}
+        for row, count in zip(rows, counts.tolist(), strict=True):
+            filled = int(self._lengths[row]) % size
+            if count and filled:
+                index = int(self._lengths[row]) // size
+                page = int(self._table[row, index])
+                left = holders.setdefault(page, int(self._uses[page]))
+                if left > 1:
+                    holders[page] = left - 1
+                    copies.append((row, index, page, filled))
+        needed = int(wanted.sum()) + len(copies)
+        if needed > len(self._free):
+            msg = (
+                f"{counts.sum()} more positions need {needed} pages and {len(self._free)} are free "
+                f"(free or truncate sequences, or make the cache with more pages)"
+            )
+            raise ValueError(msg)
+        self._widen(0, int((self._held[rows] + wanted).max(initial=0)))
+        for row, index, page, filled in copies:
+            self._table[row, index] = own = self._take()
+            for array in self._store.pages[:4]:
+                if array is not None:
+                    array[own, :filled] = array[page, :filled]
+            self._uses[page] -= 1
+        for row, pages in zip(rows, wanted.tolist(), strict=True):
+            for _ in range(pages):
+                self._table[row, self._held[row]] = self._take()
+                self._held[row] += 1
+
+    def _take(self) -> int:
+        page = self._free.pop()
+        self._uses[page] = 1
+        return page
+
+    def _drop(self, row: int, keep: int) -> None:
+        """Let go of a sequence's pages but the first ones."""
+        pages = self._table[row, keep : self._held[row]]
+        self._uses[pages] -= 1
+        self._free += pages[self._uses[pages] == 0].tolist()
+        self._held[row] = min(keep, self._held[row])

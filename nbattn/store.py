@@ -1,0 +1,255 @@
+"""The memory of a key/value cache: how it is made, written, read, and which calls it remembers.
+
+A `Store` is the memory, in pages; `Places` say where the sequences of a call lie in it. A contiguous cache is
+a store of one page for each sequence.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from . import problem as check
+from .attention import AttentionOutput
+from .decode import Options, Pages, cache_problem, check_query, run
+from .problem import CACHE_DTYPES, INT4_GROUP, UNBOUNDED, AppendProblem
+
+
+class Places:
+    """Where the sequences of a call lie, in arrays that change in place: kernels keep their addresses."""
+
+    def __init__(self, table: NDArray[np.int64], ring: int = 0) -> None:
+        self.table = table  # (B, pages of a sequence)
+        self.ring = ring
+        self.starts = np.zeros(len(table), np.int64)  # (B,): the first position that a ring still holds
+        self.lengths = np.zeros(len(table), np.int64)  # (B,)
+        self.longest = 0
+
+    def make_room(self, counts: NDArray[np.int64]) -> None:
+        """Give up the positions that a ring is about to overwrite: they are gone even if the write fails."""
+        if self.ring:
+            np.maximum(self.starts, self.lengths + counts - self.ring, out=self.starts)
+
+    def set_lengths(self, lengths: NDArray[np.int64]) -> None:
+        self.lengths[:] = lengths
+        self.longest = int(self.lengths.max(initial=0))
+
+
+class Store:
+    """The memory of a cache, and how it is written and read."""
+
+    def __init__(
+        self,
+        sizes: tuple[int, int, Any, Any, Any],
+        dtype: DTypeLike,
+        rotary: tuple[Any, Any, Any],
+        window: int | None,
+        backend: str | None,
+    ) -> None:
+        pages, page_size, kv_heads, head_dim, value_dim = sizes
+        heads, key_dim = check_size(kv_heads, "kv_heads"), check_size(head_dim, "head_dim")
+        value_dim = key_dim if value_dim is None else check_size(value_dim, "value_dim")
+        self.backend, self.window = backend, window
+        check.backend_module("decode", backend)
+        self.frequencies, self.interleaved = _check_rotary(key_dim, *rotary)
+        storage, stored = _check_dtype(dtype)
+        arrays: list[Any] = []
+        for width, name in ((key_dim, "head_dim"), (value_dim, "value_dim")):
+            if storage == "int4" and width % INT4_GROUP:
+                msg = f"{name} is {width}; an int4 cache needs a multiple of {INT4_GROUP}"
+                raise ValueError(msg)
+            # A head's rows lie together, as (pages, heads, page_size, ...).
+            shape = (pages, heads, page_size)
+            bytes_or_numbers = width // 2 if storage == "int4" else width
+            arrays.append(np.empty((*shape, bytes_or_numbers), stored).swapaxes(1, 2))
+            scales = {"int8": shape, "int4": (*shape, width // INT4_GROUP)}.get(storage)
+            arrays.append(None if scales is None else np.empty(scales, np.float32).swapaxes(1, 2))
+        key, key_scales, value, value_scales = arrays
+        self.pages = Pages(key, value, key_scales, value_scales, storage)
+
+    # --- writing --------------------------------------------------------------------------------------------
+
+    def check_new(
+        self, key: ArrayLike, value: ArrayLike, lengths: ArrayLike | None, batch: int
+    ) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.int64]]:
+        """New keys and values that fit the cache, and how many of them each sequence gets."""
+        k, v = self._check_rows(key, "key", batch, 0), self._check_rows(value, "value", batch, 1)
+        if k.shape[2] != v.shape[2]:
+            msg = f"key has {k.shape[2]} positions but value has {v.shape[2]}; both must match"
+            raise ValueError(msg)
+        return k, v, check_counts(lengths, batch, k.shape[2])
+
+    def _check_rows(self, x: ArrayLike, name: str, batch: int, which: int) -> NDArray[Any]:
+        array, pages = check.floating(x, name), self.pages
+        quantised = pages.key_scales is not None
+        if quantised and array.dtype == np.float64:
+            msg = f"{name} has dtype float64; a cache of {pages.storage} takes float32, float16 or bfloat16"
+            raise TypeError(msg)
+        if not quantised and check.storage_name(array.dtype) != pages.storage:
+            msg = f"{name} has dtype {array.dtype} but the cache {pages.storage}; both must match"
+            raise TypeError(msg)
+        heads, width = pages.key.shape[2], pages.head_dims[which]
+        if array.ndim != 4 or (*array.shape[:2], array.shape[3]) != (batch, heads, width):
+            msg = f"{name} has shape {array.shape}; expected ({batch}, {heads}, new positions, {width})"
+            raise ValueError(msg)
+        return check.kernel_view(array.astype(np.float32, copy=False) if quantised else array)
+
+    def write(
+        self,
+        places: Places,
+        key: NDArray[Any],
+        value: NDArray[Any],
+        counts: NDArray[np.int64],
+    ) -> None:
+        """Write what `check_new` returned behind each sequence's end."""
+        pages, module = self.pages, check.backend_module("append", self.backend)
+        problem = AppendProblem(
+            key=key,
+            value=value,
+            key_pages=pages.key,
+            value_pages=pages.value,
+            key_scales=pages.key_scales,
+            value_scales=pages.value_scales,
+            storage=pages.storage,
+            page_table=places.table,
+            ring=places.ring,
+            starts=places.lengths,
+            counts=counts,
+            frequencies=self.frequencies,
+            interleaved=self.interleaved,
+        )
+        module.append(problem)
+
+    # --- reading --------------------------------------------------------------------------------------------
+
+    def attend(
+        self,
+        places: Places,
+        query: ArrayLike,
+        options: Options,
+        lengths: ArrayLike | None,
+        return_lse: bool,
+        out: NDArray[Any] | None,
+        backend: str | None,
+    ) -> NDArray[Any] | AttentionOutput:
+        batch = len(places.lengths)
+        module = check.backend_module("decode", backend or self.backend)
+        q = check_query(query, self.pages, batch)
+        counts = check_counts(lengths, batch, q.shape[2])
+        options = options._replace(window_size=self.within_window(options.window_size))
+        offset = places.lengths - counts
+        problem = cache_problem(
+            self.turned(q, offset, backend),
+            self.pages,
+            page_table=places.table,
+            ring=places.ring,
+            starts=places.starts,
+            lengths=places.lengths,
+            longest=places.longest,
+            offset=offset,
+            options=options,
+        )
+        if places.ring:
+            self._check_held(places, offset, problem.left)
+        own = (query if isinstance(query, np.ndarray) else None,)
+        result, lse = run(module, problem, q.dtype, check.check_flag(return_lse, "return_lse"), out, own)
+        for b in np.flatnonzero(counts < q.shape[2]) if lengths is not None else ():
+            result[b, :, counts[b] :] = 0
+            if lse is not None:
+                lse[b, :, counts[b] :] = -np.inf
+        return result if lse is None else AttentionOutput(result, None, lse)
+
+    def turned(self, query: NDArray[Any], offset: NDArray[np.int64], backend: str | None) -> NDArray[Any]:
+        """Queries of a rotary cache, turned by their positions."""
+        if self.frequencies is None:
+            return query
+        module = check.backend_module("append", backend or self.backend)
+        source = check.kernel_view(query)
+        result = np.empty(source.shape, source.dtype)
+        module.rotate(source, result, offset, self.frequencies, self.interleaved)
+        return result
+
+    def within_window(self, window_size: Any) -> Any:
+        """The `window_size` of a call, narrowed by the ring's window."""
+        if self.window is None:
+            return window_size
+        left, right = check.check_window(window_size, is_causal=False)
+        return min(left, self.window - 1), -1 if right == UNBOUNDED else right
+
+    def _check_held(self, places: Places, offset: NDArray[np.int64], left: int) -> None:
+        first = np.maximum(offset - left, 0)
+        lost = places.starts > first
+        if lost.any():
+            b = int(np.flatnonzero(lost)[0])
+            msg = (
+                f"a query of sequence {b} sees from position {first[b]} on, but the ring holds them from "
+                f"{places.starts[b]} on; attend after every capacity - window + 1 new tokens or fewer"
+            )
+            raise ValueError(msg)
+
+
+def check_counts(lengths: ArrayLike | None, batch: int, most: int) -> NDArray[np.int64]:
+    """How many of the new rows belong to each sequence, (B,)."""
+    if lengths is None:
+        return np.full(batch, most, np.int64)
+    counts = check.check_int_vector(lengths, "lengths", batch)
+    refuse((counts < 0) | (counts > most), counts, "lengths", "expected 0 to {}", np.full(batch, most))
+    return counts
+
+
+def refuse(
+    wrong: NDArray[np.bool_], values: NDArray[np.int64], name: str, text: str, limits: NDArray[np.int64]
+) -> None:
+    if wrong.any():
+        b = int(np.flatnonzero(wrong)[0])
+        msg = f"{name}[{b}] is {values[b]}; {text.format(limits[b])}"
+        raise ValueError(msg)
+
+
+def check_size(x: Any, name: str, least: int = 1) -> int:
+    size = check.check_int(x, name)
+    if size < least:
+        msg = f"{name} is {size}; expected at least {least}"
+        raise ValueError(msg)
+    return size
+
+
+def _check_dtype(dtype: DTypeLike) -> tuple[str, np.dtype[Any]]:
+    """What a cache of this dtype is called, and the dtype of its arrays."""
+    name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
+    if name not in CACHE_DTYPES:
+        msg = f"dtype is {name}; expected {', '.join(CACHE_DTYPES)}"
+        raise ValueError(msg)
+    if name == "bfloat16" and isinstance(dtype, str):
+        try:
+            return name, np.dtype(importlib.import_module("ml_dtypes").bfloat16)
+        except ImportError as error:
+            msg = "dtype 'bfloat16' needs the package ml_dtypes; install it"
+            raise ValueError(msg) from error
+    if name == "int4":
+        return name, np.dtype(np.uint8)
+    return name, np.dtype(dtype).newbyteorder("=")
+
+
+def _check_rotary(
+    head_dim: int, base: Any, interleaved: Any, rotary_dim: Any
+) -> tuple[NDArray[np.float64] | None, bool]:
+    """Radians per position of each pair, or None; and whether the pairs lie interleaved."""
+    interleaved = check.check_flag(interleaved, "rotary_interleaved")
+    if base is None:
+        if rotary_dim is not None or interleaved:
+            msg = "rotary_dim and rotary_interleaved need a rotary_base"
+            raise ValueError(msg)
+        return None, False
+    number = check.check_number(base, "rotary_base")
+    width = head_dim if rotary_dim is None else check.check_int(rotary_dim, "rotary_dim")
+    if number <= 0:
+        msg = f"rotary_base must be positive, got {number}"
+        raise ValueError(msg)
+    if width % 2 or not 2 <= width <= head_dim:
+        msg = f"rotary_dim is {width}; expected an even number from 2 to head_dim {head_dim}"
+        raise ValueError(msg)
+    return number ** (-np.arange(0, width, 2) / width), interleaved
