@@ -70,7 +70,7 @@ def dequantised(numbers: NDArray[Any], scales: NDArray[np.float32], storage: str
     """The float32 numbers (..., D) that quantised rows stand for."""
     if storage == "int8":
         return numbers.astype(np.float32) * scales[..., None]
-    groups = numbers.reshape(*numbers.shape[:-1], -1, INT4_GROUP // 2)
+    groups = numbers.reshape(*scales.shape, INT4_GROUP // 2)
     nibbles = np.concatenate((groups & 15, groups >> 4), axis=-1)
     rows = (nibbles.astype(np.float32) - 8) * scales[..., None]
-    return rows.reshape(*numbers.shape[:-1], -1)
+    return rows.reshape(*numbers.shape[:-1], 2 * numbers.shape[-1])
