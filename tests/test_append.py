@@ -13,6 +13,7 @@ from oracle import normal
 from nbattn.cpu import append as cpu
 from nbattn.problem import CACHE_DTYPES, INT4_GROUP, AppendProblem
 from nbattn.reference import append as reference
+from nbattn.reference import decode as reading
 
 QUANTISED = {"int8": np.int8, "int4": np.uint8}
 PAGES = ("key_pages", "value_pages", "key_scales", "value_scales")
@@ -145,9 +146,9 @@ def test_extreme_tokens(rng, storage, dim):
     x[0, 7] = rng.choice(np.array([-3, 3, 0.5], np.float32), x[0, 7].shape)
     x[0, 8, :, 0], x[0, 8, :, -1] = -np.inf, np.nan
     got = check(dataclasses.replace(p, key=x))
-    places = reference.slots(p, 0, p.starts[0] + np.arange(30))
+    places = reading.places_of(p, 0, p.starts[0] + np.arange(30))
     with np.errstate(invalid="ignore"):
-        back = reference.dequantise(got.key_pages[places], got.key_scales[places], storage).transpose(1, 0, 2)
+        back = reading.dequantised(got.key_pages[places], got.key_scales[places], storage).transpose(1, 0, 2)
     for head in (3, 4, 8):
         broken = back[head] if storage == "int8" else back[head, :, -INT4_GROUP // 2 :]
         assert np.isnan(broken).all() or head == 3
