@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
@@ -162,9 +161,9 @@ def _parameters(
         "mask_bytes": 0 if p.mask is None else p.mask.itemsize,
         "bias_kind": 0 if p.bias is None else STORAGE_DTYPES.index(cast(str, storage_name(p.bias.dtype))),
         "plain": plain,
-        "scale": _bits(p.scale),
-        "softcap": _bits(p.softcap),
-        "log2_scale": _bits((p.scale if plain else 1.0) / math.log(2)),
+        "scale": runtime.bits(p.scale),
+        "softcap": runtime.bits(p.softcap),
+        "log2_scale": runtime.bits((p.scale if plain else 1.0) / math.log(2)),
     }
     for name in ("mask", "bias"):
         same_heads = packed_heads == 1 or values.get(f"{name}_h") == 0
@@ -173,8 +172,3 @@ def _parameters(
     for name, number in values.items():
         words[_WORDS[name]] = number
     return np.array(words, np.int64), first_task
-
-
-def _bits(x: float) -> int:
-    """A float64 as the word that holds it."""
-    return struct.unpack("q", struct.pack("d", x))[0]

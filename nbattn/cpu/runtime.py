@@ -14,6 +14,7 @@ import importlib
 import os
 import pickle
 import platform
+import struct
 import sys
 import tempfile
 import threading
@@ -213,6 +214,11 @@ def compiled(name: str, build: Callable[..., Callable[[Any], Any]]) -> Any:
             kernel.disable_compile()
             _kernels[name] = kernel
         return _kernels[name]
+
+
+def bits(x: float) -> int:
+    """A float64 as the word that holds it in a kernel's parameters."""
+    return struct.unpack("q", struct.pack("d", x))[0]
 
 
 # --- memory -------------------------------------------------------------------------------------------------
@@ -443,7 +449,9 @@ def compile_kernel(name: str) -> str:
 
 
 def _stems() -> list[Any]:
-    return [importlib.import_module(f"nbattn.cpu.{stem}") for stem in ("append", "attention", "softmax")]
+    return [
+        importlib.import_module(f"nbattn.cpu.{stem}") for stem in ("append", "attention", "decode", "softmax")
+    ]
 
 
 def describe() -> dict[str, str]:
