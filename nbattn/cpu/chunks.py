@@ -79,15 +79,15 @@ class Scratch(NamedTuple):
     back: int  # the query's position less the lane's place in a run
     q: int  # the queries, a group after the other
     s: int  # scores, then weights: KEYS * rows of a vector, a group after the other
-    k: int  # widened keys
-    v: int  # and values
+    k: int  # widened keys (or values that are not finite)
+    v: int  # widened values
 
 
 def scratch_bytes(dtype: Any, head_dim: int, value_dim: int) -> int:
     """What `Scratch` takes; head dimensions are padded to whole vectors."""
     size = np.dtype(dtype).itemsize
     vectors = VECTORS * ROWS * simd.REGISTER_BYTES
-    rows = ROWS * (head_dim + KEYS) * size + KEYS * (head_dim + value_dim) * size
+    rows = ROWS * (head_dim + KEYS) * size + KEYS * (max(head_dim, value_dim) + value_dim) * size
     return TABLES * KEYS * 8 + ROW_TABLES * ROWS * 8 + vectors + rows
 
 
@@ -149,7 +149,7 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
         q = vectors + VECTORS * vector
         s = q + ROWS * padded(p.head_dim) * size
         k = s + ROWS * KEYS * size
-        v = k + KEYS * padded(p.head_dim) * size
+        v = k + KEYS * padded(max(p.head_dim, p.value_dim)) * size
         w_keys, w_values = w + 2 * table, w + 3 * table
         for j in range(KEYS):
             put_int(w_keys + 8 * j, k + j * padded(p.head_dim) * size)
@@ -463,21 +463,42 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
             g += 2 if pair else 1
 
     @jit
-    def weigh_visible(p, w, state, table, k0, keys, groups, together):
-        """`weigh`, where a value reaches only the rows that see it: 0 times NaN is NaN."""
-        o_row = padded(p.value_dim) * size
-        o = state + 2 * groups * register
-        run = lanes // together
-        for r in range(groups * together):
-            factor = get(w.factor + r // together * register + r % together * run * size)
-            t = o + r * o_row
-            for c in range(0, o_row, size):
-                put(t + c, get(t + c) * factor)
+    def set_aside(p, w, keys):
+        """Copy a tile's values without what is not finite; the stored ones are widened to where keys were."""
+        width = padded(p.value_dim) * size
+        if not as_stored or p.value_dim % lanes != 0:
+            widen(w.values, w.value_scales, keys, p.value_dim, w.k)
             for j in range(keys):
-                if visible(p, w, r, k0 + j):
-                    x, a = get(place(w.s, r, j, together)), get_int(table + 8 * j)
-                    for c in range(0, p.value_dim * size, size):
-                        put(t + c, get(t + c) + x * get(a + c))
+                put_int(w.values + 8 * j, w.k + j * width)
+        for j in range(keys):
+            a, t = get_int(w.values + 8 * j), w.v + j * width
+            if int8 and not finite(get(w.value_scales + j * size)):
+                for c in range(0, width, size):
+                    put(a + c, get(a + c) * get(w.value_scales + j * size))
+                put(w.value_scales + j * size, dtype(1))
+            for c in range(0, width, size):
+                y = get(a + c)
+                put(t + c, y if finite(y) else dtype(0))
+
+    @jit
+    def finite(x):
+        return x - x == 0
+
+    @jit
+    def add_visible(p, w, state, k0, keys, groups, together):
+        """Add what was set aside to the rows that see it."""
+        width = padded(p.value_dim) * size
+        o = state + 2 * groups * register
+        for j in range(keys):
+            a = get_int(w.values + 8 * j)
+            for c in range(0, p.value_dim * size, size):
+                y = get(a + c)
+                if finite(y):
+                    continue
+                for r in range(groups * together):
+                    if visible(p, w, r, k0 + j):
+                        t = o + r * width + c
+                        put(t, get(t) + get(place(w.s, r, j, together)) * y)
 
     @jit
     def all_finite(p, state, groups, together):
@@ -522,15 +543,17 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
                 scale_by(w.key_scales, w.s, padding, groups, together)
             adjust(p, w, k0, keys, groups, together, all_first, all_last)
             soften(p, w, state, padding, groups, together)
-            if int8:
-                scale_by(w.value_scales, w.s, padding, groups, together)
-            if not as_stored or p.value_dim % lanes != 0:
+            if careful:
+                set_aside(p, w, padding)
+                values_at = w.wide_values
+            elif not as_stored or p.value_dim % lanes != 0:
                 widen(w.values, w.value_scales, padding, p.value_dim, w.v)
                 values_at = w.wide_values
+            if int8:
+                scale_by(w.value_scales, w.s, padding, groups, together)
+            weigh(p, w, state, values_at, padding, groups, together)
             if careful:
-                weigh_visible(p, w, state, values_at, k0, keys, groups, together)
-            else:
-                weigh(p, w, state, values_at, padding, groups, together)
+                add_visible(p, w, state, k0, keys, groups, together)
             k0 += keys
 
     @jit
