@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -68,8 +69,7 @@ def softmax(
     array([[0.5, 0.5, 0. ],
            [0.5, 0.5, 0. ]])
     """
-    call = _call(x, axis, where, scale, backend)
-    return _elementwise(call, "softmax", out)
+    return _elementwise("softmax", x, axis, where, scale, out, backend)
 
 
 def log_softmax(
@@ -88,20 +88,8 @@ def log_softmax(
 
     Parameters
     ----------
-    x : array_like
-        Any shape; float32, float64, float16 or bfloat16. Integers and bools are read as float64. float16 and
-        bfloat16 are computed in float32.
-    axis : int, tuple of int or None
-        What to sum over; None for everything.
-    where : array_like of bool or int, optional
-        Broadcastable to x. Entries where it is 0 do not exist: they add nothing, whatever x holds there, and
-        their result is -inf.
-    scale : float
-        Multiplies x first (an inverse temperature).
-    out : ndarray, optional
-        Where to write the result: right shape and dtype, writable, no memory shared with x.
-    backend : {None, "cpu", "reference", "cuda"}
-        None chooses by where x lives.
+    x, axis, where, scale, out, backend
+        As in `softmax`; where `where` is 0, the result is -inf.
 
     Returns
     -------
@@ -124,8 +112,7 @@ def log_softmax(
     >>> log_softmax([1000.0, 1.0])
     array([   0., -999.])
     """
-    call = _call(x, axis, where, scale, backend)
-    return _elementwise(call, "log_softmax", out)
+    return _elementwise("log_softmax", x, axis, where, scale, out, backend)
 
 
 def logsumexp(
@@ -144,21 +131,10 @@ def logsumexp(
 
     Parameters
     ----------
-    x : array_like
-        Any shape; float32, float64, float16 or bfloat16. Integers and bools are read as float64. float16 and
-        bfloat16 are computed in float32.
-    axis : int, tuple of int or None
-        What to sum over; None for everything.
-    where : array_like of bool or int, optional
-        Broadcastable to x. Entries where it is 0 do not exist: they add nothing, whatever x holds there.
-    scale : float
-        Multiplies x first (an inverse temperature).
+    x, axis, where, scale, out, backend
+        As in `softmax`; out has the shape without the summed axes.
     keepdims : bool
         Keep the summed axes with length 1.
-    out : ndarray, optional
-        Where to write the result: right shape and dtype, writable, no memory shared with x.
-    backend : {None, "cpu", "reference", "cuda"}
-        None chooses by where x lives.
 
     Returns
     -------
@@ -184,17 +160,26 @@ def logsumexp(
     >>> logsumexp(np.zeros((2, 3)), axis=0, where=[[True, True, False], [True, False, False]])
     array([0.69314718, 0.        ,       -inf])
     """
+    layout = None
+    if where is out is backend is None:
+        layout = _layout("logsumexp", x, axis, scale, keepdims)
+        repeat = _repeats.get(layout)
+        if repeat is not None:
+            return repeat(x)[()]
     call = _call(x, axis, where, scale, backend)
     keep = check.check_flag(keepdims, "keepdims")
     shape = tuple(
         1 if i in call.axes else n for i, n in enumerate(call.x.shape) if keep or i not in call.axes
     )
-    result = check.check_out(out, shape, call.x.dtype, (call.x, call.where))
+    dtype = call.x.dtype
+    result = check.check_out(out, shape, dtype, (call.x, call.where))
     outer, _, inner = call.rows
     target = check.addressable(result.reshape(outer, inner))
     call.module.logsumexp(call.in_rows(call.x), call.in_rows(call.where), call.scale, target)
     if not np.may_share_memory(target, result):
         result[...] = target.reshape(shape)
+    if layout is not None:
+        _remember(layout, call, x, target, lambda _: np.empty(shape, dtype))
     return result[()] if out is None else result
 
 
@@ -268,15 +253,71 @@ def _present(where: Any, shape: tuple[int, ...]) -> NDArray[np.bool_] | None:
         raise ValueError(msg) from None
 
 
-def _elementwise(call: _Call, name: str, out: NDArray[Any] | None) -> NDArray[Any]:
+def _elementwise(
+    name: str,
+    x: ArrayLike,
+    axis: Any,
+    where: Any,
+    scale: float,
+    out: NDArray[Any] | None,
+    backend: str | None,
+) -> NDArray[Any]:
     """Run the function `name`, whose result is shaped as x."""
+    layout = None
+    if where is out is backend is None:
+        layout = _layout(name, x, axis, scale)
+        repeat = _repeats.get(layout)
+        if repeat is not None:
+            return repeat(x)
+    call = _call(x, axis, where, scale, backend)
     if out is None:
         result = np.empty_like(call.x)  # in the order of x's axes in memory: read and written alike
     else:
         result = check.check_out(out, call.x.shape, call.x.dtype, (call.x, call.where))
     target = check.addressable(call.in_rows(result))
-    getattr(call.module, name)(call.in_rows(call.x), call.in_rows(call.where), call.scale, target)
+    run = getattr(call.module, name)
+    run(call.in_rows(call.x), call.in_rows(call.where), call.scale, target, fresh=out is None)
     if not np.may_share_memory(target, result):
         ordered = result.transpose(call.order)
         ordered[...] = target.reshape(ordered.shape)
+    elif layout is not None:
+        _remember(layout, call, x, target, np.empty_like)
     return result
+
+
+# --- calls that repeat an earlier one -----------------------------------------------------------------------
+
+_repeats: dict[Any, Any] = {}
+"""By layout: calls whose checks have been done. A small call is then little more than its kernel."""
+REPEATS = 256
+_PLAIN = frozenset((bool, int, float, type(None)))
+
+
+def _layout(name: str, x: Any, *options: Any) -> Any:
+    """Everything that decides how a call goes, as a key; None where it cannot be one."""
+    types = tuple(map(type, options))  # True is no 1
+    if type(x) is not np.ndarray or not _PLAIN.issuperset(types):
+        return None
+    return name, x.shape, x.strides, x.dtype, x.flags.aligned, options, types
+
+
+def _remember(layout: Any, call: _Call, x: Any, target: NDArray[Any], new: Callable[[Any], Any]) -> None:
+    """Make calls of this layout short from the third on."""
+    if len(_repeats) >= REPEATS:
+        _repeats.clear()
+    if layout not in _repeats:
+        _repeats[layout] = None
+        return
+    rows = call.in_rows(call.x)
+    if not np.may_share_memory(rows, x):
+        return  # each such call copies x
+    run = call.module.repeat(layout[0], rows, call.scale, target)
+    if run is None:
+        return
+
+    def repeat(x: NDArray[Any]) -> NDArray[Any]:
+        out = new(x)
+        run(x, out)
+        return out
+
+    _repeats[layout] = repeat

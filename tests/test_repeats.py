@@ -1,18 +1,23 @@
 """Calls that repeat an earlier one's layout take a short way through the door: same results, same errors."""
 
 import gc
+import importlib
 import weakref
 
 import numpy as np
 import pytest
 
+import nbattn
 from nbattn import attention
 from nbattn import scaled_dot_product_attention as sdpa
+
+softmax = importlib.import_module("nbattn.softmax")  # not the function of this name
 
 
 @pytest.fixture(autouse=True)
 def fresh():
     attention._repeats.clear()
+    softmax._repeats.clear()
 
 
 def arrays(rng, dtype=np.float32):
@@ -100,3 +105,60 @@ def test_memory_of_layouts_is_bounded(rng):
         x = np.ones((n, 2), np.float32)
         sdpa(x[:1], x, x), sdpa(x[:1], x, x)
     assert len(attention._repeats) <= attention.REPEATS
+
+
+class TestSoftmax:
+    names = pytest.mark.parametrize("name", ["softmax", "log_softmax", "logsumexp"])
+
+    @names
+    @pytest.mark.parametrize("options", [{}, {"axis": 0}, {"axis": None}, {"axis": 1, "scale": -0.5}])
+    def test_same_as_the_long_way(self, rng, name, options):
+        function = getattr(nbattn, name)
+        for _ in range(4):
+            x = rng.standard_normal((5, 300, 7)).astype(np.float32)
+            for view in (x, x[::-1], x.transpose(1, 2, 0), np.asfortranarray(x)[:, ::2]):
+                got, expected = function(view, **options), function(view, backend="cpu", **options)
+                np.testing.assert_array_equal(got, expected, strict=True)
+                assert got.strides == expected.strides
+        assert any(softmax._repeats.values())
+
+    @names
+    def test_options_stay_apart(self, rng, name):
+        x = rng.standard_normal((4, 4))
+        function = getattr(nbattn, name)
+        plain, first, scaled = (function(x, backend="cpu", **o) for o in ({}, {"axis": 0}, {"scale": 2}))
+        for _ in range(4):
+            np.testing.assert_array_equal(function(x), plain)
+            np.testing.assert_array_equal(function(x, 0), first)
+            np.testing.assert_array_equal(function(x, scale=2), scaled)
+            np.testing.assert_array_equal(function(x.astype(int)), function(x.astype(int), backend="cpu"))
+            with pytest.raises(TypeError, match="axis"):
+                function(x, True)
+            with pytest.raises(ValueError, match="axis"):
+                function(x, 2)
+        assert sum(map(bool, softmax._repeats.values())) == 3
+
+    def test_kept_dimensions(self, rng):
+        x = rng.standard_normal((4, 6))
+        for _ in range(4):
+            assert nbattn.logsumexp(x).shape == (4,)
+            assert nbattn.logsumexp(x, keepdims=True).shape == (4, 1)
+            assert isinstance(nbattn.logsumexp(x, None), np.float64)
+            with pytest.raises(TypeError, match="keepdims"):
+                nbattn.logsumexp(x, keepdims=1)
+
+    @names
+    def test_arrays_are_let_go(self, rng, name):
+        x = rng.standard_normal((4, 6))
+        held, results = weakref.ref(x), []
+        for _ in range(4):
+            results.append(weakref.ref(getattr(nbattn, name)(x)))
+        del x
+        gc.collect()
+        assert [r() for r in (held, *results)] == [None] * 5
+
+    def test_long_calls_are_not_remembered(self, rng):
+        x = rng.standard_normal((3, 50_000))
+        for _ in range(3):
+            nbattn.softmax(x)
+        assert not any(softmax._repeats.values())

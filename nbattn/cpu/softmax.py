@@ -40,7 +40,8 @@ TASK = 1 << 15
 SERIAL = 1 << 17
 """Elements below which a call is not worth a second thread: 40 us."""
 STREAM = 1 << 25
-"""Bytes of an output that no cache would keep. It is written past them, which saves a sixth of the time."""
+"""Bytes of an output that no cache would keep. It is written past them, which saves a sixth of the time, but
+for long rows of a fresh one, whose pages the system has just cleared in the cache: there it costs a third."""
 SOFTMAX, LOG_SOFTMAX, LOGSUMEXP = range(3)
 ONCE, REDUCE, WRITE = range(3)
 """Sweeps over memory: the only one, the first and the second of two."""
@@ -64,17 +65,22 @@ ZERO, TOTAL, A, B, C, STATES = range(6)
 parameters_at = simd.record(PARAMETERS)
 get_byte, _ = simd.scalars(types.int8)
 _WORDS = {name: PARAMETERS.fields[name][1] // 8 for name in PARAMETERS.names}  # type: ignore[index, union-attr]
+X, OUT, WORKSPACE = (_WORDS[name] for name in ("x", "out", "workspace"))
 NEXT_TASK, TASKS_DONE, WORKERS = (8 * _WORDS[name] for name in ("next_task", "tasks_done", "workers"))
 
 
-def softmax(x: NDArray[Any], where: NDArray[np.bool_] | None, scale: float, out: NDArray[Any]) -> None:
+def softmax(
+    x: NDArray[Any], where: NDArray[np.bool_] | None, scale: float, out: NDArray[Any], *, fresh: bool
+) -> None:
     """Write exp(scale * x) / sum(exp(scale * x)) to `out` (outer, n, inner), 0 where `where` is False."""
-    _run(SOFTMAX, x, where, scale, out)
+    _run(SOFTMAX, x, where, scale, out, fresh)
 
 
-def log_softmax(x: NDArray[Any], where: NDArray[np.bool_] | None, scale: float, out: NDArray[Any]) -> None:
+def log_softmax(
+    x: NDArray[Any], where: NDArray[np.bool_] | None, scale: float, out: NDArray[Any], *, fresh: bool
+) -> None:
     """Write scale * x - log(sum(exp(scale * x))) to `out` (outer, n, inner), -inf where `where` is False."""
-    _run(LOG_SOFTMAX, x, where, scale, out)
+    _run(LOG_SOFTMAX, x, where, scale, out, fresh)
 
 
 def logsumexp(x: NDArray[Any], where: NDArray[np.bool_] | None, scale: float, out: NDArray[Any]) -> None:
@@ -83,6 +89,30 @@ def logsumexp(x: NDArray[Any], where: NDArray[np.bool_] | None, scale: float, ou
         _run(LOGSUMEXP, x, where, scale, out[:, None])
     else:
         out[...] = -np.inf
+
+
+def repeat(
+    name: str, x: NDArray[Any], scale: float, out: NDArray[Any]
+) -> Callable[[NDArray[Any], NDArray[Any]], None] | None:
+    """A function of other `x` and `out` that lie as these do, for short calls; None where none is short."""
+    result = ("softmax", "log_softmax", "logsumexp").index(name)
+    laid, _, target = _lanes_last(x, None, out[:, None] if result == LOGSUMEXP else out)
+    if out.size == 0 or x.size >= SERIAL or not np.may_share_memory(x, laid):
+        return None
+    values = _parameters(result, laid, None, scale, target)
+    if values["segments"] > 1:
+        return None
+    call, words = kernel(f"softmax-{storage_name(x.dtype)}"), _words(values)
+    workspace_bytes = values["workspace_bytes"]
+
+    def run(x: NDArray[Any], out: NDArray[Any]) -> None:
+        own = words.copy()
+        own[X], own[OUT] = runtime.address(x), runtime.address(out)
+        memory, own[WORKSPACE] = runtime.scratch(workspace_bytes)
+        runtime.run(call, own, 0, (x, out, memory))
+        runtime.keep(memory)
+
+    return run
 
 
 def kernel_names(dtypes: Sequence[str]) -> list[str]:
@@ -96,29 +126,30 @@ def kernel(name: str) -> Any:
 
 
 def _run(
-    result: int, x: NDArray[Any], where: NDArray[np.bool_] | None, scale: float, out: NDArray[Any]
+    result: int,
+    x: NDArray[Any],
+    where: NDArray[np.bool_] | None,
+    scale: float,
+    out: NDArray[Any],
+    fresh: bool = False,
 ) -> None:
-    """Write the `result` of x to `out`: both (outer, n, inner), n being 1 in `out` for logsumexp."""
+    """Write the `result` of x to `out`: both (outer, n, inner), n being 1 in `out` for logsumexp.
+
+    `fresh` says that `out` is new memory.
+    """
     if out.size == 0:
         return
     x, where, out = _lanes_last(x, where, out)
-    values = _cut(x, out)
+    values = _parameters(result, x, where, scale, out, fresh)
     storage = storage_name(x.dtype)
     helpers = 0 if x.size < SERIAL else min(runtime.threads(), values["tasks"]) - 1
     memory, values["workspace"] = runtime.scratch((helpers + 1) * values["workspace_bytes"])
-    values |= {"result": result, "scale": struct.unpack("q", struct.pack("d", scale))[0]}
-    for name, array in (("x", x), ("where", where), ("out", out)):
-        if array is not None:
-            values[name] = runtime.address(array)
-            values[f"{name}_o"], values[f"{name}_n"], values[f"{name}_i"] = array.strides
 
     def sweep(number: int, *keep_alive: Any) -> None:
         # A record of its own for each sweep: a helper may come late and still read the first.
-        words = [0] * (PARAMETERS.itemsize // 8)
-        for name, value in (values | {"sweep": number}).items():
-            words[_WORDS[name]] = value
+        words = _words(values | {"sweep": number})
         keep_alive += (x, where, out, memory)
-        runtime.run(kernel(f"softmax-{storage}"), np.array(words, np.int64), helpers, keep_alive)
+        runtime.run(kernel(f"softmax-{storage}"), words, helpers, keep_alive)
 
     if values["segments"] == 1:
         sweep(ONCE)
@@ -130,6 +161,32 @@ def _run(
         _merge(stats[..., 0, :], stats[..., 1, :])
         sweep(WRITE, stats)
     runtime.keep(memory)
+
+
+def _parameters(
+    result: int,
+    x: NDArray[Any],
+    where: NDArray[np.bool_] | None,
+    scale: float,
+    out: NDArray[Any],
+    fresh: bool = False,
+) -> dict[str, int]:
+    """The kernel's parameters by name, but workspace, sweep and stats."""
+    values = _cut(x, out, fresh)
+    values |= {"result": result, "scale": struct.unpack("q", struct.pack("d", scale))[0]}
+    for name, array in (("x", x), ("where", where), ("out", out)):
+        if array is not None:
+            values[name] = runtime.address(array)
+            values[f"{name}_o"], values[f"{name}_n"], values[f"{name}_i"] = array.strides
+    return values
+
+
+def _words(values: dict[str, int]) -> NDArray[np.int64]:
+    """The kernel's record as words of 8 bytes."""
+    words = [0] * (PARAMETERS.itemsize // 8)
+    for name, value in values.items():
+        words[_WORDS[name]] = value
+    return np.array(words, np.int64)
 
 
 def _lanes_last(
@@ -164,19 +221,21 @@ def _lies_along(x: NDArray[Any]) -> bool:
     return x.shape[1] >= SHORT and x.strides[1] == x.itemsize
 
 
-def _cut(x: NDArray[Any], out: NDArray[Any]) -> dict[str, int]:
+def _cut(x: NDArray[Any], out: NDArray[Any], fresh: bool) -> dict[str, int]:
     """How the work is cut: panels of columns, segments of rows, chunks of both; units of work into tasks."""
     lanes, stored = _lanes(x), x.itemsize
     outer, n, inner = x.shape
     line = 64 // stored
+    is_large = out.nbytes >= STREAM
     along = _lies_along(x)
     if along:
         columns, shift, chunk, segment = 1, 0, CHUNK, SEGMENT
-        streams = n * stored >= 4096
+        streams = is_large and n * stored >= 4096 and not fresh
         ahead = x.strides[2] if inner > 1 else x.strides[0]
     else:
         # All columns of a panel begin at a cache line of the output where its rows allow.
-        streams = inner >= 2 * line and out.strides[1] % 64 == 0 and (outer == 1 or out.strides[0] % 64 == 0)
+        whole_lines = out.strides[1] % 64 == 0 and (outer == 1 or out.strides[0] % 64 == 0)
+        streams = is_large and inner >= 2 * line and whole_lines
         shift = runtime.address(out) % 64 // stored if streams else 0
         columns = min(max(PANEL // n // line, 2), PANEL_LINES) * line
         chunk, segment = CHUNK_ROWS, max(PANEL // (2 * line), 1)
@@ -203,7 +262,7 @@ def _cut(x: NDArray[Any], out: NDArray[Any]) -> dict[str, int]:
         "segments": segments,
         "segment": segment,
         "chunk": chunk,
-        "streams": streams and out.nbytes >= STREAM,
+        "streams": streams,
         "ahead": ahead,
         "state_bytes": state,
         "scratch": scratch,

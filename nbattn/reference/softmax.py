@@ -1,7 +1,7 @@
 """Softmax and its relatives as their formulas.
 
 All take `x` (outer, n, inner) and reduce over n, write `out`, and leave out what `where` (the same shape, or
-None) says is not there. float16 and bfloat16 compute in float32.
+None) says is not there. float16 and bfloat16 compute in float32. `fresh` says that `out` is new memory.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def softmax(x: NDArray[Any], where: NDArray[np.bool_] | None, scale: float, out: NDArray[Any]) -> None:
+def softmax(
+    x: NDArray[Any], where: NDArray[np.bool_] | None, scale: float, out: NDArray[Any], *, fresh: bool
+) -> None:
     """Write exp(scale * x) / sum(exp(scale * x)) to `out` (outer, n, inner), 0 where `where` is False."""
     with np.errstate(all="ignore"):
         scores, kept = _scores(x, where, scale)
@@ -21,7 +23,9 @@ def softmax(x: NDArray[Any], where: NDArray[np.bool_] | None, scale: float, out:
         out[...] = np.where(kept, exponentials / exponentials.sum(axis=1, keepdims=True), 0)
 
 
-def log_softmax(x: NDArray[Any], where: NDArray[np.bool_] | None, scale: float, out: NDArray[Any]) -> None:
+def log_softmax(
+    x: NDArray[Any], where: NDArray[np.bool_] | None, scale: float, out: NDArray[Any], *, fresh: bool
+) -> None:
     """Write scale * x - log(sum(exp(scale * x))) to `out` (outer, n, inner), -inf where `where` is False."""
     with np.errstate(all="ignore"):
         scores, kept = _scores(x, where, scale)
