@@ -125,25 +125,30 @@ def _parameters(
         array("first_task", first_task)
         per_unit, tasks = 0, int(first_task[-1])
     multiplies = blocks.multiplies(p.storage, p.bfloat16_products)
-    # A panel holds KEYS rows of numbers, or half as many of words; keys that are stored as pairs need none.
-    per_panel = KEYS // 2 if multiplies == "pairs" else KEYS
+    # Panels hold KEYS rows of numbers, or of half as many words; keys that are stored as pairs need none.
+    words = multiplies in ("pairs", "amx")
+    query_rows, value_rows = -(-head_dim // 2) if words else head_dim, value_dim
+    if multiplies == "amx":
+        query_rows, value_rows = (-(-x // 16) * 16 for x in (query_rows, value_rows))
     as_stored = multiplies == p.storage and not p.bfloat16_products
-    as_words = multiplies == "pairs" and p.storage == "bfloat16"
-    keys_lie_as_words = as_words and head_dim % 2 == 0 and values["key_s"] % 2 == 0
-    depth = -(-head_dim // 2) if multiplies == "pairs" else head_dim
-    key_panel = 0 if as_stored or keys_lie_as_words else KEYS * depth
-    value_panel = 0 if as_stored else per_panel * value_dim
+    keys_lie_as_words = (
+        multiplies == "pairs" and p.storage == "bfloat16" and head_dim % 2 == 0 and values["key_s"] % 2 == 0
+    )
+    key_panel = 0 if as_stored or keys_lie_as_words else KEYS * query_rows
+    value_panel = 0 if as_stored else (KEYS // 2 if words else KEYS) * value_rows
     slot_bytes = -(-(key_panel + value_panel) * itemsize // 64) * 64
     kept = PANEL_BYTES // runtime.threads()
     slots = min(-(-p.max_keys // KEYS), max(1, kept // slot_bytes)) if slot_bytes else 0
-    scratch = ROW_BYTES * (head_dim + value_dim + KEYS + STATE_ROWS) + rows * 8 * TABLES + 64 * -(-slots // 8)
+    scratch = (
+        ROW_BYTES * (query_rows + value_rows + KEYS + STATE_ROWS) + rows * 8 * TABLES + 64 * -(-slots // 8)
+    )
     # With an ordinary scale the softmax takes the raw products, and the scale goes into its exponent.
     plain = (
         1e-30 < p.scale < 1e30 and not p.softcap and all(x is None for x in (p.bias, p.alibi_slopes, p.sinks))
     )
     values |= {
         "tasks": tasks,
-        "workspace_bytes": -(-(scratch + slots * slot_bytes + KEYS * value_dim * itemsize) // 64) * 64,
+        "workspace_bytes": -(-(scratch + slots * slot_bytes + KEYS * value_rows * itemsize) // 64) * 64,
         "slots": slots,
         "slot_bytes": slot_bytes,
         "key_panel_bytes": key_panel * itemsize,
@@ -152,6 +157,8 @@ def _parameters(
         "queries": p.max_queries,
         "head_dim": head_dim,
         "value_dim": value_dim,
+        "query_rows": query_rows,
+        "value_rows": value_rows,
         "group": group,
         "packed_heads": packed_heads,
         "units": units,

@@ -2,9 +2,10 @@
 
 A task is one block of up to `ROW_BYTES / itemsize` queries that share their keys. Scores are kept
 transposed, S^T[key, query], so the softmax runs down the lanes without a horizontal step, and both products
-are the same register tile: S^T = K Q^T and O^T = V^T P^T, where K and V are read one number at a time. Beside
-a block's Q^T and O^T only one S^T of `KEYS` keys exists. K and V are read as they lie where memory holds what
-the tile multiplies; else `KEYS` rows at a time are converted into panels, which serve all blocks of a head.
+are the same register tile: S^T = K Q^T and O^T = V^T P^T, where K and V are read one number at a time (AMX
+takes tiles of them). Beside a block's Q^T and O^T only one S^T of `KEYS` keys exists. K and V are read as
+they lie where memory holds what the tile multiplies; else `KEYS` rows at a time are converted into panels,
+which serve all blocks of a head.
 
 Short queries of one group of heads (grouped-query attention) are packed into one block, so that each key is
 read once for all of them.
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import types
 
-from . import panels, runtime, scores, simd
+from . import amx, panels, runtime, scores, simd
 from .panels import KEYS
 from .tiles import ROW_BYTES, product
 
@@ -40,7 +41,8 @@ PARAMETERS = np.dtype(
         "mask", "mask_b", "mask_h", "mask_q", "mask_k", "mask_bytes", "mask_same_rows",
         "bias", "bias_b", "bias_h", "bias_q", "bias_k", "bias_kind", "bias_same_rows",
         "alibi_slopes", "sinks", "offset", "key_lengths", "query_starts", "key_starts", "first_task",
-        "batch", "queries", "head_dim", "value_dim", "group", "packed_heads", "units", "blocks",
+        "batch", "queries", "head_dim", "value_dim", "query_rows", "value_rows",
+        "group", "packed_heads", "units", "blocks",
         "left", "right", "plain", "slots", "slot_bytes", "key_panel_bytes", "key_tiles",
     )]
     + [(name, np.float64) for name in ("scale", "softcap", "log2_scale")]
@@ -53,8 +55,8 @@ SUMS, CAREFUL_SUMS, WEIGHTS = range(3)
 class Scratch(NamedTuple):
     """Addresses of what one block works in. Rows have `ROW_BYTES`; tables 8 bytes a query."""
 
-    q: int  # q^T, head_dim rows
-    o: int  # o^T, value_dim rows
+    q: int  # q^T, query_rows rows
+    o: int  # o^T, value_rows rows
     s: int  # s^T, then its weights: KEYS rows
     maximum: int  # one row each of a number a query: the softmax's running maximum,
     total: int  # its running total,
@@ -80,17 +82,19 @@ WORKERS = PARAMETERS.fields["workers"][1]  # type: ignore[index]
 
 
 def multiplies(storage: str, bfloat16_products: bool) -> str:
-    """What the register tiles multiply: "float32", "float64", or "pairs" of bfloat16."""
-    if simd.PAIRS and (storage == "bfloat16" or bfloat16_products):
-        return "pairs"
+    """What is multiplied: "float32", "float64", "pairs" of bfloat16, or such pairs on the tiles of "amx"."""
+    if (simd.AMX or simd.PAIRS) and (storage == "bfloat16" or bfloat16_products):
+        return "amx" if simd.AMX else "pairs"
     return "float64" if storage == "float64" else "float32"
 
 
 def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Callable[[Any], Any]:
     """The kernel for arrays of one storage dtype, as a function of its parameters' address."""
     operands = multiplies(storage, bfloat16_products)
-    pairs = operands == "pairs"
+    tiled = operands == "amx"
+    pairs = tiled or operands == "pairs"
     per_operand = 2 if pairs else 1
+    whole_run = 32 if tiled else 16  # keys that are multiplied together
     rounds = bfloat16_products and not pairs  # operands rounded to bfloat16, multiplied as float32
     converts = operands != storage or rounds
     dtype: Any = np.float64 if storage == "float64" else np.float32
@@ -107,22 +111,32 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
     get_int, put_int = simd.scalars(types.int64)
     put_index = simd.scalars(types.int64 if size == 8 else types.int32)[1]
     index = np.int64 if size == 8 else np.int32
-    fresh = product(jit, number, rescale=False, pairs=pairs)
-    accumulate = product(jit, number, rescale=True, pairs=pairs)
+    if tiled:
+        fresh, accumulate = amx.product(jit, add=False), amx.product(jit, add=True)
+    else:
+        fresh = product(jit, number, rescale=False, pairs=pairs)
+        accumulate = product(jit, number, rescale=True, pairs=pairs)
     as_operand = simd.round_bfloat16 if rounds else simd.same
-    panel = panels.build(jit, storage, pairs, as_operand)
+    panel = panels.build(jit, storage, operands, as_operand)
     adjust, visible = scores.build(jit, inline, dtype, storage)
     read_square, read_words = panels.rows_in(lanes, storage), panels.words_in(lanes)
     write_square = panels.rows_out(lanes, storage)
     pack = panels.pair_words(vector=False)
-    _, _, get_bfloat16, put_bfloat16 = simd.loads("bfloat16")
-    sub, add, exp2_product, greater, splat = simd.sub, simd.add, simd.exp2_product, simd.greater, simd.splat
+    get_operand, put_operand = simd.loads("bfloat16")[2:] if pairs else (get, put)
+    sub, add, mul, exp2_product, greater, splat = (
+        simd.sub,
+        simd.add,
+        simd.mul,
+        simd.exp2_product,
+        simd.greater,
+        simd.splat,
+    )
     lowest = simd.exp2_floor(dtype)
 
     @jit
     def scratch_at(p, q):
-        o = q + p.head_dim * ROW_BYTES
-        s = o + p.value_dim * ROW_BYTES
+        o = q + p.query_rows * ROW_BYTES
+        s = o + p.value_rows * ROW_BYTES
         row = s + KEYS * ROW_BYTES
         table, step = row + STATE_ROWS * ROW_BYTES, block_rows * 8
         tags = table + TABLES * step
@@ -192,8 +206,8 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
                 i += 1
                 if i == queries:
                     h, i = h + 1, 0
-        # A start at a multiple of 16 keeps pairs of keys together.
-        return any_first // 16 * 16, any_last, all_first, all_last
+        # A start at a multiple of it keeps pairs of keys together, and tiles of them.
+        return any_first // whole_run * whole_run, any_last, all_first, all_last
 
     @jit
     def transpose_queries(p, w, vectors):
@@ -210,6 +224,9 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
                 for c in range(whole, (p.head_dim + 1) // 2):
                     high = get_stored(a + (2 * c + 1) * stored) if 2 * c + 1 < p.head_dim else dtype(0)
                     pack(w.q + c * ROW_BYTES + r * size, get_stored(a + 2 * c * stored), high)
+            for c in range((p.head_dim + 1) // 2, p.query_rows):
+                for v in range(vectors):
+                    store(w.q + c * ROW_BYTES + v * register, splat(dtype(0)))
             return
         whole = p.head_dim // lanes * lanes
         for v in range(vectors):
@@ -228,7 +245,12 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
     @jit
     def score(p, w, key, converted, key0, keys, vectors):
         """The raw products of one run of keys."""
-        depth = (p.head_dim + 1) // 2 if pairs else p.head_dim
+        if tiled:
+            row = p.query_rows * size
+            a = converted + key0 % KEYS * row
+            fresh(a, row, (keys + 15) // 16 * 16, w.q, w.s, vectors, p.query_rows)
+            return
+        depth = p.query_rows
         if converts and p.key_panel_bytes > 0:
             a, stride = converted + key0 % KEYS * depth * size, depth
         else:
@@ -271,6 +293,9 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
                     panels.pack_weights(c + keys // 2 * ROW_BYTES, x, splat(dtype(0)))
                 else:
                     store(c + (keys - 1) * ROW_BYTES, as_operand(x))
+            if tiled:
+                for j in range((keys + 1) // 2, (keys + 31) // 32 * 16):
+                    store(c + j * ROW_BYTES, splat(dtype(0)))
             total = simd.fma(load(w.total + v * register), rescale, add(even, odd))
             store(w.maximum + v * register, top)
             store(w.total + v * register, total)
@@ -278,7 +303,12 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
 
     @jit
     def operand_of(p, value, converted, key0):
-        """Where the values from key0 on lie as the tiles multiply them, and their stride."""
+        """Where the values from key0 on lie as the tiles multiply them, and the stride of their rows.
+
+        The rows of a panel for AMX are those of v^T.
+        """
+        if tiled:
+            return converted + p.key_panel_bytes + key0 % KEYS // 2 * size, KEYS // 2
         if converts:
             first = key0 % KEYS // per_operand * p.value_dim * size
             return converted + p.key_panel_bytes + first, p.value_dim
@@ -287,25 +317,38 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
     @jit
     def add_values(p, w, a, stride, keys, vectors):
         """o^T = o^T * rescale + v^T p^T"""
+        if tiled:
+            for v in range(vectors):
+                rescale = load(w.rescale + v * register)
+                if not simd.all_ones(rescale):
+                    for d in range(p.value_dim):
+                        t = w.o + d * ROW_BYTES + v * register
+                        store(t, mul(load(t), rescale))
+            accumulate(a, stride * size, p.value_rows, w.s, w.o, vectors, (keys + 31) // 32 * 16)
+            return
         depth = (keys + per_operand - 1) // per_operand
         accumulate(a, 1, stride, p.value_dim, w.s, w.o, vectors, depth, w.rescale)
 
     @jit
+    def number_at(a, stride, j, d):
+        """Where the operand's number of key j and column d lies."""
+        if tiled:
+            return a + (d * stride + j // 2) * size + j % 2 * 2
+        if pairs:
+            return a + (j // 2 * stride + d) * size + j % 2 * 2
+        return a + (j * stride + d) * size
+
+    @jit
     def add_visible_values(p, w, value, a, stride, key0, keys, rows, vectors):
         """`add_values`, where what is not finite reaches only the rows that see it."""
-        for j in range(keys):
+        own_stride = KEYS // 2 if tiled else p.value_dim
+        whole = (keys + whole_run - 1) // whole_run * whole_run if tiled else keys + keys % per_operand
+        for j in range(whole):
             for d in range(p.value_dim):
-                if pairs:
-                    half = 4 * d + 2 * (j % 2)
-                    y = get_bfloat16(a + j // 2 * stride * size + half)
-                    put_bfloat16(w.finite + j // 2 * p.value_dim * size + half, y if y - y == 0 else dtype(0))
-                else:
-                    y = get(a + (j * stride + d) * size)
-                    put(w.finite + (j * p.value_dim + d) * size, y if y - y == 0 else dtype(0))
-        if pairs and keys % 2 == 1:
-            for d in range(p.value_dim):
-                put_bfloat16(w.finite + keys // 2 * p.value_dim * size + 4 * d + 2, dtype(0))
-        add_values(p, w, w.finite, p.value_dim, keys, vectors)
+                t = number_at(w.finite, own_stride, j, d)
+                y = get_operand(number_at(a, stride, j, d)) if j < keys else dtype(0)
+                put_operand(t, y if y - y == 0 else dtype(0))
+        add_values(p, w, w.finite, own_stride, keys, vectors)
         for j in range(keys):
             for d in range(p.value_dim):
                 y = get_stored(value + ((key0 + j) * p.value_s + d) * stored)
@@ -315,10 +358,7 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
                     continue
                 for r in range(rows):
                     if visible(p, w, r, key0 + j):
-                        if pairs:
-                            x = get_bfloat16(w.s + j // 2 * ROW_BYTES + r * size + j % 2 * 2)
-                        else:
-                            x = get(w.s + j * ROW_BYTES + r * size)
+                        x = get_operand(w.s + j // per_operand * ROW_BYTES + r * size + j % per_operand * 2)
                         t = w.o + d * ROW_BYTES + r * size
                         put(t, get(t) + x * y)
 
@@ -432,8 +472,12 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
         while True:
             t = simd.fetch_add(address + NEXT_TASK)
             if t >= p.tasks:
+                if tiled and started:
+                    amx.release()
                 return finished_last
             if not started:
+                if tiled:
+                    amx.configure()
                 for slot in range(p.slots):
                     put_int(w.tags + 8 * slot, 0)
                 started = True

@@ -180,18 +180,68 @@ def interleave(typingctx: Any, address: Any, low: Any, high: Any) -> Any:
     return types.void(*[types.int64] * 3), codegen
 
 
-def build(jit: Any, storage: str, pairs: bool, as_operand: Any) -> Any:
+@intrinsic
+def pack_columns(typingctx: Any, address: Any, low: Any, high: Any) -> Any:
+    """Store two float32 vectors of columns that follow each other as words of two bfloat16."""
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        x = simd.narrow_halves_value(b, *args[1:])
+        store_value(b, x, pointer(b, args[0], x.type))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, low, high), codegen
+
+
+def square_of_pairs(storage: str) -> Any:
+    """``turn(source, stride, target)``: 32 rows x 16 columns -> v^T, 16 rows of words of two of the rows.
+
+    Rows of the source lie `stride` bytes apart, those of the target `KEYS` / 2 words.
+    """
+    n = simd.REGISTER_BYTES // 4
+
+    @intrinsic
+    def turn(typingctx: Any, source: Any, stride: Any, target: Any) -> Any:
+        def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+            source, stride, target = args
+            t = ir.VectorType(simd.stored(storage), n)
+            order = ir.Constant(ir.VectorType(I32, 2 * n), [c // 2 + n * (c % 2) for c in range(2 * n)])
+            words = []
+            for r in range(0, 2 * n, 2):
+                x, y = (
+                    load_value(b, pointer(b, b.add(source, b.mul(stride, const(I64, r + i))), t))
+                    for i in (0, 1)
+                )
+                if storage == "bfloat16":
+                    pairs = b.shuffle_vector(x, y, order)
+                else:
+                    both = simd.narrow_halves_value(b, x, y)
+                    pairs = b.shuffle_vector(both, ir.Constant(both.type, ir.Undefined), order)
+                words.append(b.bitcast(pairs, ir.VectorType(I32, n)))
+            for c, x in enumerate(simd.transpose_values(b, words)):
+                store_value(b, x, pointer(b, b.add(target, const(I64, c * KEYS * 2)), x.type))
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 3), codegen
+
+    return turn
+
+
+def build(jit: Any, storage: str, operands: str, as_operand: Any) -> Any:
     """The compiled function ``panel(p, w, head, tile, key, value, length)``.
 
     It returns the address of a tile's converted keys, whose values follow `key_panel_bytes` later; a tile
     that its slot still holds from another block of the same head is not converted again. `as_operand` is what
-    each number goes through; with `pairs` the panels hold words of two bfloat16.
+    each number goes through; for "pairs" and "amx" the panels hold words of two bfloat16, for "amx" those of
+    the keys row by row and those of the values as v^T, with 0 in what fills its tiles up.
     """
+    tiled = operands == "amx"
+    pairs = tiled or operands == "pairs"
     size = 8 if storage == "float64" else 4
     stored = 2 if storage in ("float16", "bfloat16") else size
     lanes = simd.REGISTER_BYTES // size
     load_stored, _, get_stored, _ = simd.loads(storage)
-    _, store, _, put = simd.loads("float64" if size == 8 else "float32")
+    load, store, _, put = simd.loads("float64" if size == 8 else "float32")
+    turn_pairs = square_of_pairs(storage) if tiled else None
     get_int, put_int = simd.scalars(types.int64)
     pack, pack_vectors = pair_words(vector=False), pair_words(vector=True)
 
@@ -207,6 +257,11 @@ def build(jit: Any, storage: str, pairs: bool, as_operand: Any) -> Any:
                 put(t + c * size, as_operand(get_stored(a + c * stored)))
 
     @jit
+    def clear(target, words):
+        for i in range(0, words, lanes):
+            store(target + i * size, simd.splat(np.float32(0)))
+
+    @jit
     def pair_columns(source, stride, rows, columns, target):
         """rows x columns -> words of two columns that lie side by side."""
         for r in range(rows):
@@ -214,6 +269,39 @@ def build(jit: Any, storage: str, pairs: bool, as_operand: Any) -> Any:
             for c in range(0, columns, 2):
                 high = get_stored(a + (c + 1) * stored) if c + 1 < columns else np.float32(0)
                 pack(t + c // 2 * size, get_stored(a + c * stored), high)
+
+    @jit
+    def tile_columns(source, stride, rows, columns, words, target):
+        """`pair_columns` into rows of so many words, up to 16 more rows and words 0."""
+        clear(target, (rows + 15) // 16 * 16 * words)
+        whole = columns // (2 * lanes) * (2 * lanes)
+        for r in range(rows):
+            a, t = source + r * stride * stored, target + r * words * size
+            for c in range(0, whole, 2 * lanes):
+                if storage == "bfloat16":
+                    store(t + c // 2 * size, load(a + c * stored))
+                else:
+                    pack_columns(t + c // 2 * size, load_stored(a + c * stored),
+                                 load_stored(a + (c + lanes) * stored))  # fmt: skip
+            for c in range(whole, columns, 2):
+                high = get_stored(a + (c + 1) * stored) if c + 1 < columns else np.float32(0)
+                pack(t + c // 2 * size, get_stored(a + c * stored), high)
+
+    @jit
+    def tile_rows(source, stride, rows, columns, target):
+        """rows x columns -> v^T: for each column words of two rows that follow each other."""
+        whole_rows, whole_columns = rows // 32 * 32, columns // 16 * 16
+        if rows < KEYS or whole_columns < columns:
+            clear(target, (columns + 15) // 16 * 16 * (KEYS // 2))
+        for c in range(0, whole_columns, 16):
+            for r in range(0, whole_rows, 32):
+                turn_pairs(source + (r * stride + c) * stored, stride * stored,
+                           target + (c * (KEYS // 2) + r // 2) * size)  # fmt: skip
+        for c in range(columns):
+            for r in range(whole_rows if c < whole_columns else 0, rows, 2):
+                a = source + (r * stride + c) * stored
+                high = get_stored(a + stride * stored) if r + 1 < rows else np.float32(0)
+                pack(target + (c * (KEYS // 2) + r // 2) * size, get_stored(a), high)
 
     @jit
     def pair_rows(source, stride, rows, columns, target):
@@ -246,7 +334,10 @@ def build(jit: Any, storage: str, pairs: bool, as_operand: Any) -> Any:
             rows = min(KEYS, length - tile * KEYS)
             key += tile * KEYS * p.key_s * stored
             value += tile * KEYS * p.value_s * stored
-            if pairs:
+            if tiled:
+                tile_columns(key, p.key_s, rows, p.head_dim, p.query_rows, a)
+                tile_rows(value, p.value_s, rows, p.value_dim, a + p.key_panel_bytes)
+            elif pairs:
                 if p.key_panel_bytes > 0:
                     pair_columns(key, p.key_s, rows, p.head_dim, a)
                 pair_rows(value, p.value_s, rows, p.value_dim, a + p.key_panel_bytes)

@@ -91,19 +91,29 @@ def cpu_name() -> str:
 
 @cache
 def cpu_features() -> frozenset[str]:
-    """The vector extensions that kernels may use: avx512f, avx512bf16, avx2, fma, f16c, neon.
+    """The extensions that kernels may use: avx512f, avx512bf16, amx-bf16, avx2, fma, f16c, neon; and sse4a,
+    which tells AMD's processors from Intel's.
 
     `NUMBA_CPU_FEATURES` decides where it is set; else a processor named by `NUMBA_CPU_NAME` is taken at the
     level that its name stands for; else the host is asked.
     """
-    known = {"avx512f", "avx512bf16", "avx2", "fma", "f16c", "neon"}
+    known = {"avx512f", "avx512bf16", "amx-bf16", "avx2", "fma", "f16c", "neon", "sse4a"}
     if config.CPU_FEATURES is not None:
         return frozenset(f[1:] for f in config.CPU_FEATURES.split(",") if f[:1] == "+") & known
     if config.CPU_NAME is not None and platform.machine().lower() in ("x86_64", "amd64"):
         if config.CPU_NAME.startswith(AVX512_NAMES):
             return frozenset({"avx512f", "avx2", "fma", "f16c"})
         return frozenset() if config.CPU_NAME in BASELINE_NAMES else frozenset({"avx2", "fma", "f16c"})
-    return frozenset(name for name, on in llvm.get_host_cpu_features().items() if on) & known
+    features = frozenset(name for name, on in llvm.get_host_cpu_features().items() if on) & known
+    return features if "amx-bf16" not in features or _may_use_tiles() else features - {"amx-bf16"}
+
+
+def _may_use_tiles() -> bool:
+    """Ask Linux to let this process use AMX's tile registers, which it otherwise answers with SIGILL."""
+    if sys.platform != "linux":
+        return False
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
 
 
 # --- the kernel cache ---------------------------------------------------------------------------------------
@@ -122,7 +132,8 @@ def cache_folder() -> Path | None:
     for source in sorted((*here.parent.glob("problem.py*"), *here.glob("*.py*"))):
         digest.update(source.read_bytes())
     digest.update(repr((sys.version, numba.__version__, llvmlite.__version__, platform.machine())).encode())
-    digest.update(repr((cpu_name(), config.CPU_FEATURES or llvm.get_host_cpu_features().flatten())).encode())
+    host = config.CPU_FEATURES or llvm.get_host_cpu_features().flatten()
+    digest.update(repr((cpu_name(), host, sorted(cpu_features()))).encode())
     try:
         folder = _user_cache() / digest.hexdigest()[:20]
         folder.mkdir(parents=True, exist_ok=True)

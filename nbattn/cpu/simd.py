@@ -23,9 +23,11 @@ _features = runtime.cpu_features()
 REGISTER_BYTES = 64 if "avx512f" in _features else 32 if "avx2" in _features else 16
 """Bytes of one vector register."""
 REGISTERS = 32 if "avx512f" in _features or "neon" in _features else 16
-PAIRS = "avx512bf16" in _features and REGISTER_BYTES == 64
-"""Whether `dot_pairs_value` exists."""
-DESCRIPTION = f"{REGISTER_BYTES * 8}-bit vectors, {REGISTERS} registers"
+AMX = "amx-bf16" in _features and REGISTER_BYTES == 64
+"""Whether pairs of bfloat16 are multiplied on tile registers."""
+PAIRS = {"avx512bf16", "sse4a"} <= _features and REGISTER_BYTES == 64
+"""Whether `dot_pairs_value` pays: Intel's takes two cycles, half the rate of float32 multiply-adds."""
+DESCRIPTION = f"{REGISTER_BYTES * 8}-bit vectors, {REGISTERS} registers" + ", AMX" * AMX
 
 I8, I16, I32, I64 = (ir.IntType(n) for n in (8, 16, 32, 64))
 
@@ -166,6 +168,15 @@ def dot_pairs_value(b: ir.IRBuilder, total: Any, x: Any, y: Any) -> Any:
         b.module, ir.FunctionType(total.type, [total.type, pairs, pairs]), "llvm.x86.avx512bf16.dpbf16ps.512"
     )
     return b.call(fn, [total, b.bitcast(x, pairs), b.bitcast(y, pairs)])
+
+
+def narrow_halves_value(b: ir.IRBuilder, low: Any, high: Any) -> Any:
+    """The bits of bfloat16 numbers, those of low before those of high (AVX512-BF16); denormals become 0."""
+    t = ir.VectorType(_Bfloat(), 32)
+    fn = cgutils.get_or_insert_function(
+        b.module, ir.FunctionType(t, [low.type, low.type]), "llvm.x86.avx512bf16.cvtne2ps2bf16.512"
+    )
+    return b.bitcast(b.call(fn, [high, low]), ir.VectorType(I16, 32))
 
 
 def greater_value(b: ir.IRBuilder, x: Any, y: Any) -> Any:
@@ -497,6 +508,18 @@ finite_or_zero = _elementwise(
     lambda b, x: b.select(b.fcmp_ordered("==", x, const(x.type, float("-inf"))), const(x.type, 0.0), x), 1
 )
 """0 in place of -inf: the maximum that a row without any key subtracts."""
+
+
+@intrinsic
+def all_ones(typingctx: Any, x: Any) -> Any:
+    """Whether every lane is 1."""
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        other = b.fcmp_unordered("!=", args[0], const(args[0].type, 1.0))
+        bits = ir.IntType(args[0].type.count)
+        return b.icmp_unsigned("==", b.bitcast(other, bits), bits(0))
+
+    return types.boolean(x), codegen
 
 
 @intrinsic
