@@ -18,6 +18,8 @@ from .tiles import ROW_BYTES
 
 PANEL_BYTES = 8 << 20
 """Converted keys and values that all threads of a call keep."""
+PANEL_BLOCKS = 2
+"""Blocks of a head for each thread from which on values are turned that need no conversion."""
 _WORDS = {name: PARAMETERS.fields[name][1] // 8 for name in PARAMETERS.names}  # type: ignore[index, union-attr]
 QUERY, KEY, VALUE, OUT = (_WORDS[name] for name in ("query", "key", "value", "out"))
 TASKS, WORKSPACE, WORKSPACE_BYTES = (_WORDS[name] for name in ("tasks", "workspace", "workspace_bytes"))
@@ -135,7 +137,10 @@ def _parameters(
         multiplies == "pairs" and p.storage == "bfloat16" and head_dim % 2 == 0 and values["key_s"] % 2 == 0
     )
     key_panel = 0 if as_stored or keys_lie_as_words else KEYS * query_rows
-    value_panel = 0 if as_stored else (KEYS // 2 if words else KEYS) * value_rows
+    per_word = 8 // itemsize
+    value_panel = KEYS // 2 * value_rows if words else KEYS * per_word * -(-value_dim // per_word)
+    if as_stored and packed_heads * p.max_queries < PANEL_BLOCKS * rows * runtime.threads():
+        value_panel = 0
     slot_bytes = -(-(key_panel + value_panel) * itemsize // 64) * 64
     kept = PANEL_BYTES // runtime.threads()
     slots = min(-(-p.max_keys // KEYS), max(1, kept // slot_bytes)) if slot_bytes else 0
@@ -148,7 +153,7 @@ def _parameters(
     )
     values |= {
         "tasks": tasks,
-        "workspace_bytes": -(-(scratch + slots * slot_bytes + KEYS * value_rows * itemsize) // 64) * 64,
+        "workspace_bytes": -(-(scratch + slots * slot_bytes + KEYS * (value_rows + 1) * itemsize) // 64) * 64,
         "slots": slots,
         "slot_bytes": slot_bytes,
         "key_panel_bytes": key_panel * itemsize,

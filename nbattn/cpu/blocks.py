@@ -4,8 +4,8 @@ A task is one block of up to `ROW_BYTES / itemsize` queries that share their key
 transposed, S^T[key, query], so the softmax runs down the lanes without a horizontal step, and both products
 are the same register tile: S^T = K Q^T and O^T = V^T P^T, where K and V are read one number at a time (AMX
 takes tiles of them). Beside a block's Q^T and O^T only one S^T of `KEYS` keys exists. K and V are read as
-they lie where memory holds what the tile multiplies; else `KEYS` rows at a time are converted into panels,
-which serve all blocks of a head.
+they lie where memory holds what the tile multiplies; else, and V where several blocks share it, `KEYS` rows
+at a time are converted into panels, which serve all blocks of a head.
 
 Short queries of one group of heads (grouped-query attention) are packed into one block, so that each key is
 read once for all of them.
@@ -50,6 +50,15 @@ PARAMETERS = np.dtype(
 
 SUMS, CAREFUL_SUMS, WEIGHTS = range(3)
 """What a pass over the keys is for."""
+
+
+class Operand(NamedTuple):
+    """Values as the tiles multiply them, with strides in words of `pairs`, or numbers."""
+
+    address: int
+    two: int  # from one two of columns to the next
+    column: int  # between the two
+    key: int  # to the next key, or pair of keys
 
 
 class Scratch(NamedTuple):
@@ -117,20 +126,14 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
         fresh = product(jit, number, rescale=False, pairs=pairs)
         accumulate = product(jit, number, rescale=True, pairs=pairs)
     as_operand = simd.round_bfloat16 if rounds else simd.same
-    panel = panels.build(jit, storage, operands, as_operand)
+    panel = panels.build(jit, storage, operands, converts, as_operand)
     adjust, visible = scores.build(jit, inline, dtype, storage)
     read_square, read_words = panels.rows_in(lanes, storage), panels.words_in(lanes)
     write_square = panels.rows_out(lanes, storage)
     pack = panels.pair_words(vector=False)
     get_operand, put_operand = simd.loads("bfloat16")[2:] if pairs else (get, put)
-    sub, add, mul, exp2_product, greater, splat = (
-        simd.sub,
-        simd.add,
-        simd.mul,
-        simd.exp2_product,
-        simd.greater,
-        simd.splat,
-    )
+    sub, add, mul, greater, splat = simd.sub, simd.add, simd.mul, simd.greater, simd.splat
+    exp2_product = simd.exp2_product_rough if pairs else simd.exp2_product
     lowest = simd.exp2_floor(dtype)
 
     @jit
@@ -255,7 +258,7 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
             a, stride = converted + key0 % KEYS * depth * size, depth
         else:
             a, stride = key + key0 * p.key_s * stored, p.key_s // 2 if pairs else p.key_s
-        fresh(a, stride, 1, keys, w.q, w.s, vectors, depth, 0)
+        fresh(a, 2 * stride, stride, 1, keys, w.q, w.s, vectors, depth, 0)
 
     @jit
     def soften(p, w, keys, vectors):
@@ -303,19 +306,20 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
 
     @jit
     def operand_of(p, value, converted, key0):
-        """Where the values from key0 on lie as the tiles multiply them, and the stride of their rows.
-
-        The rows of a panel for AMX are those of v^T.
-        """
+        """The values from key0 on."""
+        a, first = converted + p.key_panel_bytes, key0 % KEYS
         if tiled:
-            return converted + p.key_panel_bytes + key0 % KEYS // 2 * size, KEYS // 2
-        if converts:
-            first = key0 % KEYS // per_operand * p.value_dim * size
-            return converted + p.key_panel_bytes + first, p.value_dim
-        return value + key0 * p.value_s * stored, p.value_s
+            return Operand(a + first // 2 * size, KEYS, KEYS // 2, 1)
+        if pairs:
+            return Operand(a + first // 2 * p.value_dim * size, 2, 1, p.value_dim)
+        if p.slots == 0:
+            return Operand(value + key0 * p.value_s * stored, 2, 1, p.value_s)
+        if size == 8:
+            return Operand(a + first * 8, 2 * KEYS, KEYS, 1)
+        return Operand(a + first * 8, 2 * KEYS, 1, 2)
 
     @jit
-    def add_values(p, w, a, stride, keys, vectors):
+    def add_values(p, w, x, keys, vectors):
         """o^T = o^T * rescale + v^T p^T"""
         if tiled:
             for v in range(vectors):
@@ -324,31 +328,28 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
                     for d in range(p.value_dim):
                         t = w.o + d * ROW_BYTES + v * register
                         store(t, mul(load(t), rescale))
-            accumulate(a, stride * size, p.value_rows, w.s, w.o, vectors, (keys + 31) // 32 * 16)
+            depth = (keys + 31) // 32 * 16
+            accumulate(x.address, x.column * size, p.value_rows, w.s, w.o, vectors, depth)
             return
         depth = (keys + per_operand - 1) // per_operand
-        accumulate(a, 1, stride, p.value_dim, w.s, w.o, vectors, depth, w.rescale)
+        accumulate(x.address, x.two, x.column, x.key, p.value_dim, w.s, w.o, vectors, depth, w.rescale)
 
     @jit
-    def number_at(a, stride, j, d):
-        """Where the operand's number of key j and column d lies."""
-        if tiled:
-            return a + (d * stride + j // 2) * size + j % 2 * 2
-        if pairs:
-            return a + (j // 2 * stride + d) * size + j % 2 * 2
-        return a + (j * stride + d) * size
+    def number_at(x, j, d):
+        """Where the number of key j and column d lies."""
+        words = d // 2 * x.two + d % 2 * x.column + j // per_operand * x.key
+        return x.address + words * size + j % per_operand * 2
 
     @jit
-    def add_visible_values(p, w, value, a, stride, key0, keys, rows, vectors):
+    def add_visible_values(p, w, value, operand, key0, keys, rows, vectors):
         """`add_values`, where what is not finite reaches only the rows that see it."""
-        own_stride = KEYS // 2 if tiled else p.value_dim
-        whole = (keys + whole_run - 1) // whole_run * whole_run if tiled else keys + keys % per_operand
-        for j in range(whole):
+        finite = Operand(w.finite, KEYS, KEYS // 2, 1) if tiled else Operand(w.finite, 2, 1, p.value_dim)
+        multiplied = (keys + 31) // 32 * 32 if tiled else keys + keys % per_operand
+        for j in range(multiplied):
             for d in range(p.value_dim):
-                t = number_at(w.finite, own_stride, j, d)
-                y = get_operand(number_at(a, stride, j, d)) if j < keys else dtype(0)
-                put_operand(t, y if y - y == 0 else dtype(0))
-        add_values(p, w, w.finite, own_stride, keys, vectors)
+                y = get_operand(number_at(operand, j, d)) if j < keys else dtype(0)
+                put_operand(number_at(finite, j, d), y if y - y == 0 else dtype(0))
+        add_values(p, w, finite, keys, vectors)
         for j in range(keys):
             for d in range(p.value_dim):
                 y = get_stored(value + ((key0 + j) * p.value_s + d) * stored)
@@ -439,18 +440,18 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
             key0 = any_first
             while key0 < any_last:
                 keys = min(KEYS - key0 % KEYS, any_last - key0)
-                converted = panel(p, w, head, key0 // KEYS, key, value, length) if converts else 0
+                converted = panel(p, w, head, key0 // KEYS, key, value, length) if p.slots > 0 else 0
                 score(p, w, key, converted, key0, keys, vectors)
                 adjust(p, w, key0, keys, rows, vectors, all_first, all_last)
                 if stage == WEIGHTS:
                     write_weights(p, w, b, unit, row0, rows, queries, key0, keys)
                 else:
                     soften(p, w, keys, vectors)
-                    a, stride = operand_of(p, value, converted, key0)
+                    operand = operand_of(p, value, converted, key0)
                     if stage == SUMS:
-                        add_values(p, w, a, stride, keys, vectors)
+                        add_values(p, w, operand, keys, vectors)
                     else:
-                        add_visible_values(p, w, value, a, stride, key0, keys, rows, vectors)
+                        add_visible_values(p, w, value, operand, key0, keys, rows, vectors)
                 key0 += keys
             # A non-finite value meets a weight of 0 where it is masked, and 0 * inf is NaN. It shows in the
             # sums: only then the block is done again, with every masked value left out.

@@ -180,6 +180,30 @@ def interleave(typingctx: Any, address: Any, low: Any, high: Any) -> Any:
     return types.void(*[types.int64] * 3), codegen
 
 
+def square_of_words() -> Any:
+    """``turn(source, stride, target)``: transpose a square of words of 8 bytes, one register each row.
+
+    Rows of the source lie `stride` bytes apart, those of the target `KEYS` words.
+    """
+    n = simd.REGISTER_BYTES // 8
+    t = ir.VectorType(I64, n)
+
+    @intrinsic
+    def turn(typingctx: Any, source: Any, stride: Any, target: Any) -> Any:
+        def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+            source, stride, target = args
+            rows = [
+                load_value(b, pointer(b, b.add(source, b.mul(stride, const(I64, r))), t)) for r in range(n)
+            ]
+            for c, x in enumerate(simd.transpose_values(b, rows)):
+                store_value(b, x, pointer(b, b.add(target, const(I64, c * KEYS * 8)), t))
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 3), codegen
+
+    return turn
+
+
 @intrinsic
 def pack_columns(typingctx: Any, address: Any, low: Any, high: Any) -> Any:
     """Store two float32 vectors of columns that follow each other as words of two bfloat16."""
@@ -226,13 +250,14 @@ def square_of_pairs(storage: str) -> Any:
     return turn
 
 
-def build(jit: Any, storage: str, operands: str, as_operand: Any) -> Any:
+def build(jit: Any, storage: str, operands: str, converts: bool, as_operand: Any) -> Any:
     """The compiled function ``panel(p, w, head, tile, key, value, length)``.
 
     It returns the address of a tile's converted keys, whose values follow `key_panel_bytes` later; a tile
     that its slot still holds from another block of the same head is not converted again. `as_operand` is what
-    each number goes through; for "pairs" and "amx" the panels hold words of two bfloat16, for "amx" those of
-    the keys row by row and those of the values as v^T, with 0 in what fills its tiles up.
+    each number goes through. Keys lie row by row; values as v^T in words of 8 bytes, which hold two columns
+    of float32 or one of float64. For "pairs" and "amx" the panels hold words of two bfloat16: of two columns
+    of the keys and two rows of the values, for "amx" those as v^T, with 0 in what fills its tiles up.
     """
     tiled = operands == "amx"
     pairs = tiled or operands == "pairs"
@@ -240,7 +265,8 @@ def build(jit: Any, storage: str, operands: str, as_operand: Any) -> Any:
     stored = 2 if storage in ("float16", "bfloat16") else size
     lanes = simd.REGISTER_BYTES // size
     load_stored, _, get_stored, _ = simd.loads(storage)
-    load, store, _, put = simd.loads("float64" if size == 8 else "float32")
+    load, store, get, put = simd.loads("float64" if size == 8 else "float32")
+    turn_square, square, per_word = square_of_words(), simd.REGISTER_BYTES // 8, 8 // size
     turn_pairs = square_of_pairs(storage) if tiled else None
     get_int, put_int = simd.scalars(types.int64)
     pack, pack_vectors = pair_words(vector=False), pair_words(vector=True)
@@ -255,6 +281,19 @@ def build(jit: Any, storage: str, operands: str, as_operand: Any) -> Any:
                 store(t + c * size, as_operand(load_stored(a + c * stored)))
             for c in range(whole, columns):
                 put(t + c * size, as_operand(get_stored(a + c * stored)))
+
+    @jit
+    def turn_rows(source, stride, rows, columns, target):
+        """rows x columns -> v^T in words of 8 bytes."""
+        words = columns // per_word
+        whole_rows, whole_words = rows // square * square, words // square * square
+        for c in range(0, whole_words, square):
+            for r in range(0, whole_rows, square):
+                turn_square(source + r * stride * size + c * 8, stride * size, target + (c * KEYS + r) * 8)
+        for c in range(columns):
+            for r in range(whole_rows if c < whole_words * per_word else 0, rows):
+                x = get(source + (r * stride + c) * size)
+                put(target + (c // per_word * KEYS + r) * 8 + c % per_word * size, x)
 
     @jit
     def clear(target, words):
@@ -341,9 +380,13 @@ def build(jit: Any, storage: str, operands: str, as_operand: Any) -> Any:
                 if p.key_panel_bytes > 0:
                     pair_columns(key, p.key_s, rows, p.head_dim, a)
                 pair_rows(value, p.value_s, rows, p.value_dim, a + p.key_panel_bytes)
-            else:
+            elif converts:
                 convert(key, p.key_s, rows, p.head_dim, a)
-                convert(value, p.value_s, rows, p.value_dim, a + p.key_panel_bytes)
+                # Where the careful sums of a block lie, which come later.
+                convert(value, p.value_s, rows, p.value_dim, w.finite)
+                turn_rows(w.finite, p.value_dim, rows, p.value_dim, a + p.key_panel_bytes)
+            else:
+                turn_rows(value, p.value_s, rows, p.value_dim, a)
         return a
 
     return panel

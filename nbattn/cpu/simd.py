@@ -40,6 +40,15 @@ EXP2 = {
                  1.0180647659234139e-07, 7.072570412814423e-09, 4.078071929588337e-10),
 }  # fmt: skip
 
+# The same to 2.6e-6, for numbers that are rounded to bfloat16.
+EXP2_ROUGH = (
+    0.9999992847442627,
+    0.6931217908859253,
+    0.240247443318367,
+    0.05591785907745361,
+    0.009570102207362652,
+)
+
 # ln(2) in two parts: a few times the first is exact.
 LN2 = {np.float32: (0.693138122558594, 9.0580006145e-06),
        np.float64: (6.93147180369123816490e-01, 1.90821492927058770002e-10)}  # fmt: skip
@@ -179,6 +188,14 @@ def narrow_halves_value(b: ir.IRBuilder, low: Any, high: Any) -> Any:
     return b.bitcast(b.call(fn, [high, low]), ir.VectorType(I16, 32))
 
 
+def prefetch_value(b: ir.IRBuilder, address: Any) -> None:
+    """Ask for the cache line of an address, which may lie anywhere."""
+    p = pointer(b, address, I8)
+    hint = ir.FunctionType(ir.VoidType(), [p.type, I32, I32, I32])
+    fn = cgutils.get_or_insert_function(b.module, hint, "llvm.prefetch.p0")
+    b.call(fn, [p, *(ir.Constant(I32, n) for n in (0, 3, 1))])  # for reading, into all caches, data
+
+
 def greater_value(b: ir.IRBuilder, x: Any, y: Any) -> Any:
     """max(x, y), and y where x is NaN: one instruction on x86."""
     return b.select(b.fcmp_ordered(">", x, y), x, y)
@@ -200,15 +217,6 @@ def exp2_floor(dtype: Any) -> float:
     return -127.0 if dtype is np.float32 else -1023.0
 
 
-def _exp2_fraction(b: ir.IRBuilder, f: Any, lowest: int = 0) -> Any:
-    """The polynomial of 2**f for f in [-1/2, 1/2]; with lowest = 1, (2**f - 1) / f."""
-    coefficients = EXP2[np.float32 if _is_single(f.type) else np.float64]
-    p = const(f.type, coefficients[-1])
-    for c in coefficients[-2 : lowest - 1 if lowest else None : -1]:
-        p = fma_value(b, p, f, const(f.type, c))
-    return p
-
-
 def _whole(b: ir.IRBuilder, x: Any) -> Any:
     """The whole number nearest to x, which is small."""
     if "avx2" in _features or "neon" in _features:
@@ -228,7 +236,7 @@ def _times_power(b: ir.IRBuilder, p: Any, n: Any) -> Any:
     return b.fmul(p, b.bitcast(b.shl(field, const(field.type, bits)), t))
 
 
-def exp2_product_value(b: ir.IRBuilder, x: Any, c: Any, floor: Any) -> Any:
+def exp2_product_value(b: ir.IRBuilder, x: Any, c: Any, floor: Any, polynomial: Any = None) -> Any:
     """2**(x * c) for x <= 0 and c > 0; 0 from `floor` down, NaN stays NaN.
 
     The product is never rounded as a whole: only its distance from a whole number is, which is small.
@@ -242,7 +250,7 @@ def exp2_product_value(b: ir.IRBuilder, x: Any, c: Any, floor: Any) -> Any:
     shifted = fma_value(b, x, c, magic)
     f = fma_value(b, x, c, b.fneg(b.fsub(shifted, magic)))
     power = b.bitcast(b.shl(b.bitcast(shifted, it), const(it, bits)), t)
-    return b.fmul(_exp2_fraction(b, f), power)
+    return b.fmul(_horner(b, f, polynomial or EXP2[np.float32 if _is_single(t) else np.float64]), power)
 
 
 def exp_value(b: ir.IRBuilder, x: Any) -> Any:
@@ -299,7 +307,8 @@ def tanh_value(b: ir.IRBuilder, x: Any) -> Any:
     f = b.fsub(exponent, n)
     power = _times_power(b, const(t, 1.0), n)
     # e**(2|x|) - 1 = power * (f * p) + (power - 1)
-    e = fma_value(b, power, b.fmul(f, _exp2_fraction(b, f, lowest=1)), b.fsub(power, const(t, 1.0)))
+    fraction = _horner(b, f, EXP2[np.float32 if _is_single(t) else np.float64][1:])
+    e = fma_value(b, power, b.fmul(f, fraction), b.fsub(power, const(t, 1.0)))
     return call(b, "copysign", b.fdiv(e, b.fadd(e, const(t, 2.0))), x)
 
 
@@ -497,6 +506,7 @@ div = _elementwise(lambda b, x, y: b.fdiv(x, y), 2)
 fma = _elementwise(fma_value, 3)
 greater = _elementwise(greater_value, 2)
 exp2_product = _elementwise(exp2_product_value, 3)
+exp2_product_rough = _elementwise(lambda *args: exp2_product_value(*args, EXP2_ROUGH), 3)
 smaller = _elementwise(lambda b, x, y: b.select(b.fcmp_ordered("<", x, y), x, y), 2)
 exp = _elementwise(exp_value, 1)
 log = _elementwise(log_value, 1)
@@ -611,10 +621,7 @@ def prefetch(typingctx: Any, address: Any) -> Any:
     """Ask for the cache line of an address, which may lie anywhere."""
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        p = pointer(b, args[0], I8)
-        hint = ir.FunctionType(ir.VoidType(), [p.type, I32, I32, I32])
-        fn = cgutils.get_or_insert_function(b.module, hint, "llvm.prefetch.p0")
-        b.call(fn, [p, *(ir.Constant(I32, n) for n in (0, 3, 1))])  # for reading, into all caches, data
+        prefetch_value(b, args[0])
         return context.get_dummy_value()
 
     return types.void(types.int64), codegen
