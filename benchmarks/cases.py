@@ -151,9 +151,7 @@ class Attention:
         """Seconds that the multiply-adds would take at the processor's rate, measured now."""
         from . import roofline
 
-        rate = roofline.fma_peak(self.precision, threads, repeats=3)
-        # Half precisions without instructions of their own are computed in float32.
-        return self.work / (rate or roofline.fma_peak("float32", threads, repeats=3))
+        return self.work / roofline.product_peak(self.precision, threads, repeats=3)
 
 
 @dataclass(frozen=True)

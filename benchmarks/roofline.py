@@ -1,7 +1,8 @@
 """The two limits of this machine, measured by kernels of this library's own making.
 
-Prefill is bounded by the rate of fused multiply-adds (float32, float64, and bfloat16 pairs where the
-processor has `vdpbf16ps`), decode by the rate at which memory is read. Run alone it prints them:
+Prefill is bounded by the rate of fused multiply-adds (float32, float64, bfloat16 pairs where the processor
+has `vdpbf16ps`, and tiles of them where it has AMX), decode by the rate at which memory is read. Run alone it
+prints them:
 
     python benchmarks/roofline.py --threads 2
 """
@@ -28,7 +29,7 @@ from numba.extending import intrinsic
 if not __package__:  # run as a file: Python has looked beside it, not above it
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from nbattn.cpu import runtime, simd
+from nbattn.cpu import amx, runtime, simd
 
 SUMS = 24
 """Independent sums: more than latency times throughput of any FMA unit, and they fit 32 registers."""
@@ -70,6 +71,28 @@ def _fma_loop(kind: str) -> Callable[[int], None]:
     return numba.njit(nogil=True)(lambda steps: loop(steps))
 
 
+def _tile_loop() -> Callable[[int], None]:
+    """A compiled loop of four products of tile registers per step."""
+
+    @intrinsic
+    def products(typingctx: Any) -> Any:
+        def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+            for i in range(4):
+                amx.emit(b, "tdpbf16ps", simd.I8(i), simd.I8(4 + i % 2), simd.I8(6 + i // 2))
+            return context.get_dummy_value()
+
+        return types.void(), codegen
+
+    @numba.njit(nogil=True)
+    def loop(steps: Any) -> None:
+        amx.configure()
+        for _ in range(steps):
+            products()
+        amx.release()
+
+    return loop
+
+
 @numba.njit(nogil=True, fastmath=True)
 def _sum(x: Any) -> Any:
     total = np.float32(0)
@@ -91,16 +114,22 @@ def _best(work: Callable[[int], Any], threads: int, repeats: int) -> float:
 
 @cache
 def _compiled(kind: str) -> Callable[[int], None]:
-    loop = _fma_loop(kind)
+    loop = _tile_loop() if kind == "tiles" else _fma_loop(kind)
     loop(10)
     return loop
 
 
 def fma_peak(kind: str, threads: int, repeats: int = 7) -> float | None:
-    """Operations per second (a multiply-add counts two) for float32, float64 or bfloat16; None if lacking."""
-    if kind == "bfloat16" and "avx512bf16" not in runtime.cpu_features():
+    """Operations per second (a multiply-add counts two) for float32, float64, bfloat16 (in vectors) or its
+    tiles; None if the processor lacks it.
+    """
+    lacking = {"bfloat16": "avx512bf16" not in runtime.cpu_features(), "tiles": not simd.AMX}
+    if lacking.get(kind):
         return None
     loop, steps = _compiled(kind), 1_000_000
+    if kind == "tiles":
+        steps //= 4  # of 64 cycles
+        return threads * steps * 4 * 16 * 16 * 64 / _best(lambda _: loop(steps), threads, repeats)
     lanes = simd.REGISTER_BYTES // (8 if kind == "float64" else 4)
     sums = SUMS if simd.REGISTERS == 32 else 12
     operations = threads * steps * sums * lanes * (4 if kind == "bfloat16" else 2)
@@ -110,6 +139,14 @@ def fma_peak(kind: str, threads: int, repeats: int = 7) -> float | None:
 @cache
 def _numbers(megabytes: int) -> Any:
     return np.ones(megabytes << 18, np.float32)
+
+
+def product_peak(precision: str, threads: int, repeats: int = 7) -> float:
+    """Operations per second of the fastest way to multiply numbers of this dtype."""
+    kinds = {"float64": ("float64",), "bfloat16": ("tiles", "bfloat16", "float32")}.get(
+        precision, ("float32",)
+    )
+    return max(filter(None, (fma_peak(kind, threads, repeats) for kind in kinds)))
 
 
 def read_rate(threads: int, megabytes: int = 512, repeats: int = 7) -> float:
@@ -123,7 +160,7 @@ def read_rate(threads: int, megabytes: int = 512, repeats: int = 7) -> float:
 def measure(threads: int) -> dict[str, float | None]:
     """All limits: operations per second by dtype, bytes per second read."""
     limits: dict[str, float | None] = {
-        kind: fma_peak(kind, threads) for kind in ("float32", "float64", "bfloat16")
+        kind: fma_peak(kind, threads) for kind in ("float32", "float64", "bfloat16", "tiles")
     }
     return limits | {"read": read_rate(threads)}
 

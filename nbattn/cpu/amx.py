@@ -24,7 +24,8 @@ ROW = 64
 """Bytes of a tile's row."""
 
 
-def _emit(b: Any, name: str, *args: Any) -> None:
+def emit(b: Any, name: str, *args: Any) -> None:
+    """Call the intrinsic of this name; numbers of tiles are constants."""
     t = ir.FunctionType(ir.VoidType(), [a.type for a in args])
     b.call(cgutils.get_or_insert_function(b.module, t, f"llvm.x86.{name}"), args)
 
@@ -43,7 +44,7 @@ def configure(typingctx: Any) -> Any:
             content[i] = ROWS
         t = ir.ArrayType(I8, 64)
         place = cgutils.alloca_once_value(b, ir.Constant(t, content))
-        _emit(b, "ldtilecfg", b.bitcast(place, I8.as_pointer()))
+        emit(b, "ldtilecfg", b.bitcast(place, I8.as_pointer()))
         return context.get_dummy_value()
 
     return types.void(), codegen
@@ -54,7 +55,7 @@ def release(typingctx: Any) -> Any:
     """Empty the tiles, so that the system need not save them any more."""
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        _emit(b, "tilerelease")
+        emit(b, "tilerelease")
         return context.get_dummy_value()
 
     return types.void(), codegen
@@ -80,9 +81,9 @@ def _tile(rows: int, columns: int, add: bool) -> Any:
                         do(sums[r][j], at(c, const(I64, r * ROWS * ROW_BYTES + j * ROW)))
 
             if add:
-                each(lambda total, place: _emit(builder, "tileloadd64", total, place, step))
+                each(lambda total, place: emit(builder, "tileloadd64", total, place, step))
             else:
-                each(lambda total, place: _emit(builder, "tilezero", total))
+                each(lambda total, place: emit(builder, "tilezero", total))
             before, head = builder.block, builder.append_basic_block("reduce")
             after = builder.append_basic_block("reduced")
             builder.branch(head)
@@ -93,18 +94,18 @@ def _tile(rows: int, columns: int, add: bool) -> Any:
             along_b = builder.mul(k, step)
             for r in range(rows):
                 below = builder.mul(a_row, const(I64, r * ROWS))
-                _emit(builder, "tileloadd64", lefts[r], at(a, builder.add(along_a, below)), a_row)
+                emit(builder, "tileloadd64", lefts[r], at(a, builder.add(along_a, below)), a_row)
             for j in range(columns):
                 place = at(b, builder.add(along_b, const(I64, j * ROW)))
-                _emit(builder, "tileloadd64", rights[j], place, step)
+                emit(builder, "tileloadd64", rights[j], place, step)
             for r in range(rows):
                 for j in range(columns):
-                    _emit(builder, "tdpbf16ps", sums[r][j], lefts[r], rights[j])
+                    emit(builder, "tdpbf16ps", sums[r][j], lefts[r], rights[j])
             following = builder.add(k, const(I64, ROWS))
             k.add_incoming(following, head)
             builder.cbranch(builder.icmp_signed("<", following, depth), head, after)
             builder.position_at_end(after)
-            each(lambda total, place: _emit(builder, "tilestored64", total, place, step))
+            each(lambda total, place: emit(builder, "tilestored64", total, place, step))
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 5), codegen

@@ -128,8 +128,8 @@ def _parameters(
         per_unit, tasks = 0, int(first_task[-1])
     multiplies = blocks.multiplies(p.storage, p.bfloat16_products)
     # Panels hold KEYS rows of numbers, or of half as many words; keys that are stored as pairs need none.
-    words = multiplies in ("pairs", "amx")
-    query_rows, value_rows = -(-head_dim // 2) if words else head_dim, value_dim
+    as_words = multiplies in ("pairs", "amx")
+    query_rows, value_rows = -(-head_dim // 2) if as_words else head_dim, value_dim
     if multiplies == "amx":
         query_rows, value_rows = (-(-x // 16) * 16 for x in (query_rows, value_rows))
     as_stored = multiplies == p.storage and not p.bfloat16_products
@@ -138,7 +138,7 @@ def _parameters(
     )
     key_panel = 0 if as_stored or keys_lie_as_words else KEYS * query_rows
     per_word = 8 // itemsize
-    value_panel = KEYS // 2 * value_rows if words else KEYS * per_word * -(-value_dim // per_word)
+    value_panel = KEYS // 2 * value_rows if as_words else KEYS * per_word * -(-value_dim // per_word)
     if as_stored and packed_heads * p.max_queries < PANEL_BLOCKS * rows * runtime.threads():
         value_panel = 0
     slot_bytes = -(-(key_panel + value_panel) * itemsize // 64) * 64

@@ -128,12 +128,13 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
     as_operand = simd.round_bfloat16 if rounds else simd.same
     panel = panels.build(jit, storage, operands, converts, as_operand)
     adjust, visible = scores.build(jit, inline, dtype, storage)
-    read_square, read_words = panels.rows_in(lanes, storage), panels.words_in(lanes)
+    read_square = panels.rows_in(lanes, storage)
+    read_words: Any = panels.words_in(lanes, storage) if pairs else None
     write_square = panels.rows_out(lanes, storage)
     pack = panels.pair_words(vector=False)
     get_operand, put_operand = simd.loads("bfloat16")[2:] if pairs else (get, put)
     sub, add, mul, greater, splat = simd.sub, simd.add, simd.mul, simd.greater, simd.splat
-    exp2_product = simd.exp2_product_rough if pairs else simd.exp2_product
+    exp2_product = simd.exp2_product_short if pairs else simd.exp2_product
     lowest = simd.exp2_floor(dtype)
 
     @jit
@@ -217,11 +218,10 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
         """q^T: numbers, or words of two numbers that lie side by side."""
         queries = w.queries
         if pairs:
-            as_words = p.head_dim // 2 if storage == "bfloat16" else 0
-            whole = as_words // lanes * lanes
+            whole = p.head_dim // (2 * lanes) * lanes
             for v in range(vectors):
                 for c in range(0, whole, lanes):
-                    read_words(queries + v * lanes * 8, c * 4, w.q + c * ROW_BYTES + v * register)
+                    read_words(queries + v * lanes * 8, 2 * c * stored, w.q + c * ROW_BYTES + v * register)
             for r in range(vectors * lanes):
                 a = get_int(queries + 8 * r)
                 for c in range(whole, (p.head_dim + 1) // 2):

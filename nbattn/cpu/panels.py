@@ -23,10 +23,16 @@ KEYS = 128
 """Keys of one S^T, 32 KB. Fewer move the sums through registers too often, more leave the cache."""
 
 
-def _from_rows(lanes: int, element: Any, emit: Callable[[Any, Any, Any], None]) -> Any:
+def _from_rows(
+    lanes: int,
+    element: Any,
+    emit: Callable[[Any, Any, Any], None],
+    join: Callable[[Any, Any, Any], Any] | None = None,
+) -> Any:
     """``read(table, offset, target)``: `emit(builder, column, address)` for each column of a square.
 
-    Row r's vector lies at ``table[r] + offset``, and column c's address is ``target + c * ROW_BYTES``.
+    Row r's vector lies at ``table[r] + offset``, and column c's address is ``target + c * ROW_BYTES``. With
+    `join`, row r is what `join(builder, vector, following)` makes of it and the vector that follows.
     """
     t = ir.VectorType(element, lanes)
 
@@ -37,7 +43,9 @@ def _from_rows(lanes: int, element: Any, emit: Callable[[Any, Any, Any], None]) 
             rows = []
             for r in range(lanes):
                 start = load_value(b, pointer(b, b.add(table, const(I64, 8 * r)), I64))
-                rows.append(load_value(b, pointer(b, b.add(start, offset), t)))
+                place = pointer(b, b.add(start, offset), t)
+                x = load_value(b, place)
+                rows.append(join(b, x, load_value(b, b.gep(place, [const(I64, 1)]))) if join else x)
             for c, column in enumerate(simd.transpose_values(b, rows)):
                 emit(b, column, b.add(target, const(I64, c * ROW_BYTES)))
             return context.get_dummy_value()
@@ -57,9 +65,18 @@ def rows_in(lanes: int, storage: str) -> Any:
     return _from_rows(lanes, simd.stored(storage), emit)
 
 
-def words_in(lanes: int) -> Any:
-    """``read(table, offset, target)``: transpose a square of 32-bit words as they are."""
-    return _from_rows(lanes, I32, lambda b, x, address: store_value(b, x, pointer(b, address, x.type)))
+def words_in(lanes: int, storage: str) -> Any:
+    """``read(table, offset, target)``: transpose a square of words of two bfloat16, rounded if need be."""
+
+    def emit(b: Any, column: Any, address: Any) -> None:
+        store_value(b, column, pointer(b, address, column.type))
+
+    def round_pairs(b: Any, low: Any, high: Any) -> Any:
+        return b.bitcast(simd.narrow_halves_value(b, low, high), ir.VectorType(I32, lanes))
+
+    if storage == "bfloat16":
+        return _from_rows(lanes, I32, emit)
+    return _from_rows(lanes, simd.stored(storage), emit, round_pairs)
 
 
 def bias_in(lanes: int, storage: str, compute: Any) -> Any:
@@ -103,10 +120,11 @@ def rows_out(lanes: int, storage: str) -> Any:
         def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
             source, divisor, table, offset, count = args
             total = load_value(b, pointer(b, divisor, t))
-            columns = [
-                b.fdiv(load_value(b, pointer(b, b.add(source, const(I64, c * ROW_BYTES)), t)), total)
-                for c in range(lanes)
-            ]
+            inverse = b.fdiv(const(t, 1.0), total)
+            columns = []
+            for c in range(lanes):
+                x = load_value(b, pointer(b, b.add(source, const(I64, c * ROW_BYTES)), t))
+                columns.append(simd.quotient_value(b, x, total, inverse))
             done = b.append_basic_block("done")
             for r, row in enumerate(simd.transpose_values(b, columns)):
                 start = load_value(b, pointer(b, b.add(table, const(I64, 8 * r)), I64))
@@ -267,7 +285,7 @@ def build(jit: Any, storage: str, operands: str, converts: bool, as_operand: Any
     load_stored, _, get_stored, _ = simd.loads(storage)
     load, store, get, put = simd.loads("float64" if size == 8 else "float32")
     turn_square, square, per_word = square_of_words(), simd.REGISTER_BYTES // 8, 8 // size
-    turn_pairs = square_of_pairs(storage) if tiled else None
+    turn_pairs: Any = square_of_pairs(storage) if tiled else None
     get_int, put_int = simd.scalars(types.int64)
     pack, pack_vectors = pair_words(vector=False), pair_words(vector=True)
 

@@ -40,14 +40,9 @@ EXP2 = {
                  1.0180647659234139e-07, 7.072570412814423e-09, 4.078071929588337e-10),
 }  # fmt: skip
 
-# The same to 2.6e-6, for numbers that are rounded to bfloat16.
-EXP2_ROUGH = (
-    0.9999992847442627,
-    0.6931217908859253,
-    0.240247443318367,
-    0.05591785907745361,
-    0.009570102207362652,
-)
+# The same to 1.6e-07, for weights that are rounded to bfloat16 but add up in float32.
+EXP2_SHORT = (1.0, 0.6931469440460205, 0.24022120237350464,
+              0.05550713092088699, 0.009675540961325169, 0.0013276472454890609)  # fmt: skip
 
 # ln(2) in two parts: a few times the first is exact.
 LN2 = {np.float32: (0.693138122558594, 9.0580006145e-06),
@@ -139,6 +134,13 @@ def _align(t: Any) -> int:
 def fma_value(b: ir.IRBuilder, x: Any, y: Any, z: Any) -> Any:
     # Without the instruction, llvm.fma would call libm once per lane.
     return call(b, "fma" if "fma" in _features or "neon" in _features else "fmuladd", x, y, z)
+
+
+def quotient_value(b: ir.IRBuilder, x: Any, y: Any, inverse: Any) -> Any:
+    """x / y, where ``inverse = 1 / y`` is known, to half a unit and a bit: dividing takes 16 cycles."""
+    first = b.fmul(x, inverse)
+    mended = fma_value(b, fma_value(b, b.fneg(first), y, x), inverse, first)
+    return b.select(b.fcmp_ordered("==", mended, mended), mended, first)  # what is left of inf is NaN
 
 
 def transpose_values(b: ir.IRBuilder, rows: list[Any]) -> list[Any]:
@@ -506,7 +508,7 @@ div = _elementwise(lambda b, x, y: b.fdiv(x, y), 2)
 fma = _elementwise(fma_value, 3)
 greater = _elementwise(greater_value, 2)
 exp2_product = _elementwise(exp2_product_value, 3)
-exp2_product_rough = _elementwise(lambda *args: exp2_product_value(*args, EXP2_ROUGH), 3)
+exp2_product_short = _elementwise(lambda b, x, c, low: exp2_product_value(b, x, c, low, EXP2_SHORT), 3)
 smaller = _elementwise(lambda b, x, y: b.select(b.fcmp_ordered("<", x, y), x, y), 2)
 exp = _elementwise(exp_value, 1)
 log = _elementwise(log_value, 1)
