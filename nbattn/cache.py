@@ -127,11 +127,11 @@ class KVCache:
         """
         places = self._places
         k, v, counts = self._store.check_new(key, value, lengths, len(places.lengths))
-        if not places.ring:
+        if not places.ring and places.longest + k.shape[2] > self._capacity:
             self._check_room(counts)
         places.make_room(counts)
         self._store.write(places, k, v, counts)
-        places.set_lengths(places.lengths + counts)
+        places.grow(counts)
 
     def attend(
         self,
@@ -206,7 +206,8 @@ class KVCache:
             lost = (new > 0) & (new < places.lengths) & (np.maximum(first, 0) < places.starts)
             refuse(lost, new, "lengths", "but the ring holds positions from {} on", places.starts)
             places.starts[new == 0] = 0
-        places.set_lengths(new)
+        places.lengths[:] = new
+        places.measure()
 
     def reset(self, sequence: int | None = None) -> None:
         """Forget every position, or those of one sequence."""
