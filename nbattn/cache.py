@@ -67,7 +67,7 @@ class KVCache:
     >>> import numpy as np
     >>> from nbattn import KVCache
     >>> rng = np.random.default_rng(0)
-    >>> cache = KVCache(batch=2, kv_heads=2, capacity=100, head_dim=16, backend="reference")
+    >>> cache = KVCache(batch=2, kv_heads=2, capacity=100, head_dim=16)
     >>> prompt = rng.standard_normal((2, 2, 7, 16), np.float32)
     >>> cache.append(prompt, prompt)
     >>> token = rng.standard_normal((2, 2, 1, 16), np.float32)

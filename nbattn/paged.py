@@ -56,7 +56,7 @@ class PagedKVCache:
 
     >>> import numpy as np
     >>> from nbattn import PagedKVCache
-    >>> cache = PagedKVCache(pages=10, page_size=4, kv_heads=2, head_dim=16, backend="reference")
+    >>> cache = PagedKVCache(pages=10, page_size=4, kv_heads=2, head_dim=16)
     >>> prompt = np.ones((1, 2, 6, 16), np.float32)
     >>> first = cache.add()
     >>> cache.append([first], prompt, prompt)

@@ -2,7 +2,6 @@
 
 import threading
 import tracemalloc
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -13,14 +12,6 @@ from oracle import assert_same_bits, hold, normal
 from nbattn import KVCache, scaled_dot_product_attention
 
 storages = pytest.mark.parametrize("storage", STORAGES)
-HAVE_KERNELS = find_spec("nbattn.cpu.decode") is not None
-
-
-@pytest.fixture(params=["reference", "cpu"] if HAVE_KERNELS else ["reference"])
-def backend(request):
-    return request.param
-
-
 LLAMA = {"base": 100.0}
 GPTJ = {"base": 1e4, "interleaved": True, "width": 6}
 
@@ -294,12 +285,10 @@ class TestAttend:
         cache, *_ = filled("float32", [20, 9], "reference")
         query = normal(rng, (2, 4, 1, 32))
         np.testing.assert_array_equal(cache.attend(query), cache.attend(query, backend="reference"))
-        if HAVE_KERNELS:
-            np.testing.assert_allclose(
-                cache.attend(query, backend="cpu"), cache.attend(query), rtol=1e-5, atol=1e-6
-            )
+        np.testing.assert_allclose(
+            cache.attend(query, backend="cpu"), cache.attend(query), rtol=1e-5, atol=1e-6
+        )
 
-    @pytest.mark.skipif(not HAVE_KERNELS, reason="needs kernels")
     def test_eight_threads_at_once(self, rng):
         cache, *_ = filled("float32", [700, 9], None)
         queries = [normal(rng, (2, 4, 1, 32)) for _ in range(8)]
@@ -339,7 +328,6 @@ class TestStorage:
                 assert KVCache(1, 1, 4, 8, given)._store.pages.key.dtype == dtype
         assert KVCache(1, 1, 4, 8, np.int8)._store.pages.storage == "int8"
 
-    @pytest.mark.skipif(not HAVE_KERNELS, reason="needs kernels")
     def test_memory_is_its_arrays(self, rng):
         """Full at 32k positions, a cache of 64 MB takes no more for itself than a few kilobytes."""
         tracemalloc.start()

@@ -1,7 +1,5 @@
 """PagedKVCache: random walks of sequences that grow, fork, shrink and end beside plain arrays."""
 
-from importlib.util import find_spec
-
 import numpy as np
 import pytest
 from cached import STORAGES, Line, input_dtype, poison, snapshot
@@ -10,12 +8,6 @@ from oracle import assert_same_bits, normal
 from nbattn import KVCache, PagedKVCache
 
 storages = pytest.mark.parametrize("storage", STORAGES)
-HAVE_KERNELS = find_spec("nbattn.cpu.decode") is not None
-
-
-@pytest.fixture(params=["reference", "cpu"] if HAVE_KERNELS else ["reference"])
-def backend(request):
-    return request.param
 
 
 def used_rows(cache):
