@@ -73,6 +73,11 @@ class TestGenerate:
         text = capsys.readouterr().out
         assert text[: len(text) // 2] * 2 == text
 
+    @pytest.mark.parametrize("dtype", ["int8", "int4"])
+    def test_quantised_cache(self, capsys, dtype):
+        assert main(["generate", "Alice", "--max-tokens", "5", "--cache-dtype", dtype]) == 0
+        assert len(capsys.readouterr().out) > len("Alice\n")
+
     def test_text_comes_token_by_token(self, monkeypatch):
         class Recorder(io.StringIO):
             encoding = "utf-8"
@@ -120,6 +125,7 @@ class TestBadInput:
             (["generate", "x", "--top-p", "1.01"], "--top-p: got '1.01'"),
             (["generate", "x", "--seed", "-1"], "--seed: got '-1'"),
             (["generate", "x", "--model", "gpt"], "--model: invalid choice: 'gpt'"),
+            (["generate", "x", "--cache-dtype", "int2"], "--cache-dtype: invalid choice: 'int2'"),
             (["generate", "x", "--backend", "tpu"], "--backend: invalid choice: 'tpu'"),
             (["generate", "x", "y"], "unrecognized arguments: y"),
             (["warmup", "--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
