@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from . import __version__
 from .models import LANGUAGES
-from .problem import STORAGE_DTYPES
+from .problem import CACHE_DTYPES
 
 CACHES = ("float32", "int8", "int4")
 """What a model whose numbers are float32 may keep its keys and values in."""
@@ -94,8 +94,8 @@ def _parser() -> _Parser:
 
     warmup = commands.add_parser("warmup", help="compile every kernel now, so that no first call waits")
     warmup.set_defaults(run=_warmup)
-    only = "only for this dtype; may be repeated; default: all four"
-    warmup.add_argument("--dtype", action="append", choices=STORAGE_DTYPES, help=only)
+    only = "only for this dtype (of a cache: int8, int4); may be repeated; default: all"
+    warmup.add_argument("--dtype", action="append", choices=CACHE_DTYPES, help=only)
     return parser
 
 
@@ -198,7 +198,7 @@ def _gpu() -> str:
 def _warmup(args: argparse.Namespace) -> None:
     from .cpu import runtime
 
-    names = runtime.kernel_names(args.dtype or STORAGE_DTYPES)
+    names = runtime.kernel_names(args.dtype or CACHE_DTYPES)
     begin = time.perf_counter()
     outcomes = []
     for done, name in enumerate(names):

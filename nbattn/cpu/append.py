@@ -94,8 +94,7 @@ class Plan:
 
     def __init__(self, problem: AppendProblem) -> None:
         p = problem
-        storage = "float32" if p.storage in ("int8", "int4") else p.storage
-        self.kernel = kernel(f"append-{storage}")
+        self.kernel = kernel(f"append-{_given(p.storage)}")
         self.words = np.zeros(PARAMETERS.itemsize // 8, np.int64)
         values: dict[str, int] = {}
         for name in ("key_pages", "value_pages", "key_scales", "value_scales"):
@@ -168,7 +167,12 @@ class Plan:
 
 def kernel_names(dtypes: Sequence[str]) -> list[str]:
     """The kernels that calls with these dtypes need."""
-    return [f"append-{dtype}" for dtype in dtypes]
+    return list(dict.fromkeys(f"append-{_given(dtype)}" for dtype in dtypes))
+
+
+def _given(storage: str) -> str:
+    """The dtype of what goes into a cache of this one."""
+    return "float32" if storage in ("int8", "int4") else storage
 
 
 def kernel(name: str) -> Any:

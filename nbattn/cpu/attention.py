@@ -71,7 +71,7 @@ def _is_small(p: Problem) -> bool:
 
 def kernel_names(dtypes: Sequence[str]) -> list[str]:
     """The kernels that calls with these dtypes need."""
-    names = [f"attention-{dtype}" for dtype in dtypes]
+    names = [f"attention-{dtype}" for dtype in dtypes if dtype in STORAGE_DTYPES]
     return [*names, "attention-float32-bfloat16"] if "float32" in dtypes else names
 
 
