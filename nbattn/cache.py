@@ -131,7 +131,11 @@ class KVCache:
             self._check_room(counts)
         places.make_room(counts)
         self._store.write(places, k, v, counts)
-        places.grow(counts)
+        places.lengths += counts
+        if lengths is None:
+            places.longest += k.shape[2]
+        else:
+            places.measure()
 
     def attend(
         self,
@@ -221,6 +225,13 @@ class KVCache:
                 raise ValueError(msg)
             lengths[b] = 0
         self.truncate(lengths)
+
+    def _parts(self, sequences: None) -> tuple[Store, Places]:
+        """What `cascade_attention` attends."""
+        if sequences is not None:
+            msg = "value must be None where key is a KVCache"
+            raise ValueError(msg)
+        return self._store, self._places
 
     def _check_room(self, counts: NDArray[np.int64]) -> None:
         lengths = self._places.lengths

@@ -13,6 +13,8 @@ from .attention import AttentionOutput
 from .decode import Options
 from .store import PLANS, Places, Store, check_size
 
+_INT = frozenset((int,))
+
 
 class PagedKVCache:
     """Keys and values of many sequences in pages from one pool.
@@ -90,6 +92,7 @@ class PagedKVCache:
         self._store = Store(sizes, dtype, (rotary_base, rotary_interleaved, rotary_dim), None, backend)
         self._uses = np.zeros(pages, np.int64)  # how many sequences hold each page
         self._free = list(range(pages))[::-1]
+        self._holds = 0  # the sum of the uses
         self._next = 0
         self._changes = 0  # of any page table
         self._groups: dict[tuple[int, ...], _Group] = {}
@@ -125,6 +128,7 @@ class PagedKVCache:
         row = self._rows[handle]
         held = -(-self._lengths[source] // self._page_size)
         self._uses[self._table[source, :held]] += 1
+        self._holds += int(held)
         self._table[row, :held] = self._table[source, :held]
         self._lengths[row], self._held[row] = self._lengths[source], held
         self._changes += 1
@@ -216,6 +220,10 @@ class PagedKVCache:
         places = self._places(self._handles(sequences))
         return self._store.attend(places, query, options, lengths, return_lse, out, backend)
 
+    def _parts(self, sequences: int | Sequence[int]) -> tuple[Store, Places]:
+        """What `cascade_attention` attends."""
+        return self._store, self._places(self._handles(sequences))
+
     # --- pages ----------------------------------------------------------------------------------------------
 
     def _row(self, sequence: Any) -> int:
@@ -228,9 +236,11 @@ class PagedKVCache:
 
     def _handles(self, sequences: int | Sequence[int]) -> tuple[int, ...]:
         """The handles of a call."""
-        is_many = isinstance(sequences, (Sequence, np.ndarray)) and np.ndim(sequences) == 1
-        handles: tuple[Any, ...] = tuple(sequences) if is_many else (sequences,)  # type: ignore[arg-type]
-        if set(map(type, handles)) <= {int}:
+        if isinstance(sequences, Sequence) or (isinstance(sequences, np.ndarray) and sequences.ndim):
+            handles: tuple[Any, ...] = tuple(sequences)
+        else:
+            handles = (sequences,)
+        if set(map(type, handles)) <= _INT:
             return handles
         return tuple(check.check_int(handle, "sequence") for handle in handles)
 
@@ -246,7 +256,7 @@ class PagedKVCache:
         elif group.changes != self._changes:
             np.take(self._table, group.rows, axis=0, out=group.table, mode="clip")  # "raise" takes a buffer
             group.changes = self._changes
-        np.take(self._lengths, group.rows, out=group.lengths, mode="clip")
+        group.lengths[:] = self._lengths[group.rows]
         group.measure()
         return group
 
@@ -269,7 +279,8 @@ class PagedKVCache:
         """Give sequences pages of their own for that many more positions, or raise before any changes."""
         size, lengths = self._page_size, self._lengths[rows]
         wanted = np.maximum(-(-(lengths + counts) // size) - self._held[rows], 0)
-        copies = self._shared(rows, lengths, counts)
+        is_shared = self._holds > len(self._uses) - len(self._free)
+        copies = self._shared(rows, lengths, counts) if is_shared else []
         needed = int(wanted.sum()) + len(copies)
         if needed == 0:
             return
@@ -288,6 +299,7 @@ class PagedKVCache:
                     filled = self._lengths[row] % size
                     array[own, :filled] = array[page, :filled]
             self._uses[page] -= 1
+            self._holds -= 1
         for i in np.flatnonzero(wanted):
             for _ in range(wanted[i]):
                 self._table[rows[i], self._held[rows[i]]] = self._take()
@@ -313,12 +325,14 @@ class PagedKVCache:
     def _take(self) -> int:
         page = self._free.pop()
         self._uses[page] = 1
+        self._holds += 1
         return page
 
     def _drop(self, row: int, keep: int) -> None:
         """Let go of a sequence's pages but the first ones."""
         pages = self._table[row, keep : self._held[row]]
         self._uses[pages] -= 1
+        self._holds -= len(pages)
         self._free += pages[self._uses[pages] == 0].tolist()
         self._held[row] = min(keep, self._held[row])
         self._changes += 1

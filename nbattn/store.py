@@ -42,14 +42,9 @@ class Places:
         if self.ring:
             np.maximum(self.starts, self.lengths + counts - self.ring, out=self.starts)
 
-    def grow(self, counts: NDArray[np.int64]) -> None:
-        """Count new positions."""
-        self.lengths += counts
-        self.measure()
-
     def measure(self) -> None:
         """Know the longest of the lengths."""
-        self.longest = max(self.lengths.tolist(), default=0)  # 1 us sooner than NumPy's for a few
+        self.longest = max(self.lengths.tolist(), default=0)
 
 
 class Store:
@@ -180,7 +175,8 @@ class Store:
             offset=offset,
             options=options._replace(window_size=self.within_window(options.window_size)),
         )
-        self._check_held(places, offset, problem.left)
+        if places.ring:
+            self._check_held(places, offset, problem.left)
         own = (query if isinstance(query, np.ndarray) else None,)
         result, lse = run(module, problem, q.dtype, check.check_flag(return_lse, "return_lse"), out, own)
         for b in np.flatnonzero(counts < q.shape[2]):
@@ -188,7 +184,7 @@ class Store:
             if lse is not None:
                 lse[b, :, counts[b] :] = -np.inf
         if layout is not None and q.size <= PLAN_NUMBERS and check.kernel_view(q) is q:
-            self._remember(places, layout, module, problem, result, lse)
+            self._remember(places, layout, module, problem, result, return_lse)
         return result if lse is None else AttentionOutput(result, None, lse)
 
     def _remember(
@@ -198,7 +194,7 @@ class Store:
         module: ModuleType,
         problem: CacheProblem,
         result: NDArray[Any],
-        lse: NDArray[Any] | None,
+        return_lse: bool,
     ) -> None:
         """Make calls of this layout short from the third on."""
         readers = places.readers
@@ -208,21 +204,26 @@ class Store:
             readers[layout] = None
             return
         forward = module.Plan(problem).forward
-        offset, lengths, left, queries = problem.offset, places.lengths, problem.left, problem.query.shape[2]
-        shape, dtype, stored = result.shape, result.dtype, problem.query.dtype
-        lse_shape, compute = None if lse is None else lse.shape, problem.compute
+        lengths, queries, offset = places.lengths, np.array([problem.query.shape[2]]), problem.offset
+        left, compute, stored = problem.left, problem.compute, problem.query.dtype
+        shape, dtype = result.shape, result.dtype
+        is_ring, turns, converts = places.ring > 0, self.frequencies is not None, dtype != stored
 
         def again(query: NDArray[Any]) -> NDArray[Any] | AttentionOutput:
             # Threads that attend at once write the same numbers here.
-            np.subtract(lengths, queries, out=offset)
-            self._check_held(places, offset, left)
-            q = self.turned(query, offset, None)
+            np.subtract(lengths, queries, offset)
+            if is_ring:
+                self._check_held(places, offset, left)
+            if turns:
+                query = self.turned(query, offset, None)
+            if converts:
+                query = query.astype(stored)
             output = np.empty(shape, stored)
-            lse = None if lse_shape is None else np.empty(lse_shape, compute)
-            forward(q if dtype == stored else q.astype(stored), output, lse, places.longest)
-            if dtype != stored:
+            sums = np.empty(shape[:3], compute) if return_lse else None
+            forward(query, output, sums, places.longest)
+            if converts:
                 output = output.astype(dtype)
-            return output if lse is None else AttentionOutput(output, None, lse)
+            return output if sums is None else AttentionOutput(output, None, sums)
 
         readers[layout] = again
 
@@ -244,8 +245,6 @@ class Store:
         return min(left, self.window - 1), -1 if right == UNBOUNDED else right
 
     def _check_held(self, places: Places, offset: NDArray[np.int64], left: int) -> None:
-        if not places.ring:
-            return
         first = np.maximum(offset - left, 0)
         lost = places.starts > first
         if lost.any():

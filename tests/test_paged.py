@@ -127,6 +127,7 @@ class Walk:
             poison(self.cache._store.pages, used)
             assert self.cache.lengths == {handle: len(line) for handle, line in self.lines.items()}
             assert self.cache.free_pages == self.pages - used.any(axis=1).sum()
+            assert self.cache._holds == self.cache._uses.sum()
 
 
 WALKS = [*({"storage": storage} for storage in STORAGES), {"storage": "float32", "rotary": {"base": 100.0}}]
