@@ -30,8 +30,10 @@ class KVCache:
     dtype : {"float32", "float64", "float16", "bfloat16", "int8", "int4"} or dtype
         What the cache stores. "int8" keeps 8 bits of each number and one float32 factor for each token and
         head; a number is off by at most 1/254 of the token's largest in its head. "int4" keeps 4 bits and a
-        factor for each 32 numbers, and is off by at most 1/8, mostly under 1/16, of the largest of the 32; it
-        needs a head_dim that is a multiple of 32.
+        float32 factor for each 32 numbers, and is off by at most 1/8, mostly under 1/16, of the largest of
+        them; it needs head_dims that are multiples of 32. On glassllm's keys and values that makes the
+        outputs of a layer wrong by 0.5 to 0.9 % ("int8") and 8 to 14 % ("int4") in the Euclidean norm, where
+        "bfloat16" makes 0.3 to 0.4 %.
     value_dim : int, optional
         Dv, where the values have another head_dim than the keys.
     window : int, optional
@@ -210,6 +212,7 @@ class KVCache:
             lost = (new > 0) & (new < places.lengths) & (np.maximum(first, 0) < places.starts)
             refuse(lost, new, "lengths", "but the ring holds positions from {} on", places.starts)
             places.starts[new == 0] = 0
+            places.went_back = True
         places.lengths[:] = new
         places.measure()
 

@@ -34,6 +34,7 @@ class Places:
         self.starts = np.zeros(len(table), np.int64)  # (B,): the first position that a ring still holds
         self.lengths = np.zeros(len(table), np.int64)  # (B,)
         self.longest = 0
+        self.went_back = False  # a ring, which then may hold less than its size
         self.writer: Any = None  # the plan of an append, which serves all layouts
         self.readers: dict[Any, Callable[[Any], Any] | None] = {}  # by layout
 
@@ -164,8 +165,10 @@ class Store:
         q = check_query(query, self.pages, len(places.lengths))
         counts = check_counts(lengths, len(places.lengths), q.shape[2])
         offset = places.lengths - counts
+        # Queries of a quantised cache are float32, before they turn.
+        given = q if self.pages.key_scales is None else q.astype(np.float32, copy=False)
         problem = cache_problem(
-            self.turned(q, offset, backend),
+            self.turned(given, offset, backend),
             self.pages,
             page_table=places.table,
             ring=places.ring,
@@ -207,17 +210,23 @@ class Store:
         lengths, queries, offset = places.lengths, np.array([problem.query.shape[2]]), problem.offset
         left, compute, stored = problem.left, problem.compute, problem.query.dtype
         shape, dtype = result.shape, result.dtype
-        is_ring, turns, converts = places.ring > 0, self.frequencies is not None, dtype != stored
+        # A ring holds all that its window's queries see unless they are many, or it went back.
+        is_long = places.ring and queries[0] + left > places.ring
+        converts, rotate = dtype != stored, None
+        if self.frequencies is not None:
+            rotate = check.backend_module("append", self.backend).rotate
 
         def again(query: NDArray[Any]) -> NDArray[Any] | AttentionOutput:
             # Threads that attend at once write the same numbers here.
             np.subtract(lengths, queries, offset)
-            if is_ring:
+            if is_long or places.went_back:
                 self._check_held(places, offset, left)
-            if turns:
-                query = self.turned(query, offset, None)
             if converts:
                 query = query.astype(stored)
+            if rotate is not None:
+                turned = np.empty(query.shape, stored)
+                rotate(query, turned, offset, self.frequencies, self.interleaved)
+                query = turned
             output = np.empty(shape, stored)
             sums = np.empty(shape[:3], compute) if return_lse else None
             forward(query, output, sums, places.longest)
