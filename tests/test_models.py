@@ -143,9 +143,9 @@ class Recorder:
         self.key, self.value = key.copy(), value.copy()
         self.cache.append(key, value)
 
-    def attend(self, query, out):
+    def attend(self, query):
         self.query = query.copy()
-        self.cache.attend(query, out=out)
+        return self.cache.attend(query)
 
 
 @pytest.fixture(scope="module")

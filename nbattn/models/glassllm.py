@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from itertools import pairwise
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -85,9 +85,8 @@ class Attention:
     def __call__(self, x: NDArray[np.float32], cache: KVCache) -> NDArray[np.float32]:
         """``(B, S, d)`` at the positions after those in the cache, to ``(B, S, d)``."""
         cache.append(self._heads(self.key(x)), self._heads(self.value(x)))
-        mixed = np.empty_like(x)
-        cache.attend(self._heads(self.query(x)), out=self._heads(mixed))
-        return self.output(mixed)
+        mixed = cast(NDArray[np.float32], cache.attend(self._heads(self.query(x))))
+        return self.output(mixed.transpose(0, 2, 1, 3).reshape(x.shape))
 
     def _heads(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         """``(B, S, H * D)`` as a view ``(B, H, S, D)``."""
