@@ -21,7 +21,14 @@ from numpy.typing import NDArray
 import nbattn
 
 SHORT = {"float32": "f32", "float64": "f64", "float16": "f16", "bfloat16": "bf16"}
-TOLERANCE = {"float32": 1e-5, "float64": 1e-13, "float16": 5e-3, "bfloat16": 5e-2}
+TOLERANCE = {
+    "float32": 1e-5,
+    "float64": 1e-13,
+    "float16": 5e-3,
+    "bfloat16": 5e-2,
+    "int8": 5e-2,
+    "int4": 0.5,
+}
 """A result whose largest error, beside the largest exact value, is beyond this is wrong."""
 
 WINDOW = 256

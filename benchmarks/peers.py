@@ -32,9 +32,9 @@ if not __package__:  # run as a file: Python has looked beside it, not above it
 
 if TYPE_CHECKING:
     from benchmarks.cases import Attention, Call, Softmax
-    from benchmarks.decode_cases import Decode
+    from benchmarks.decode_cases import Append, Decode
 
-    Case = Attention | Decode | Softmax
+    Case = Attention | Decode | Append | Softmax
 
 OURS, LIMIT = "nbattn", "limit"
 TURN = 0.003
@@ -81,7 +81,16 @@ class Row:
 
     @property
     def peers(self) -> list[str]:
-        return [label for label in (self.rounds[0] if self.rounds else ()) if label not in (OURS, LIMIT)]
+        return [label for label in self.labels if label != LIMIT and not label.startswith(OURS)]
+
+    @property
+    def beside(self) -> list[str]:
+        """This library's other calls that the row is compared with."""
+        return [label for label in self.labels if label != OURS and label.startswith(OURS)]
+
+    @property
+    def labels(self) -> list[str]:
+        return list(self.rounds[0]) if self.rounds else []
 
     def ratio(self, label: str) -> Ratio | None:
         return ratio(self.rounds, label)
@@ -117,9 +126,12 @@ def measure(case: Case, libraries: Sequence[Any], threads: int, seconds: float, 
     end = time.perf_counter() + seconds
     row, inputs = Row(case), case.inputs()
     calls: dict[str, Any] = {OURS: case.ours(inputs)}
+    if hasattr(case, "beside"):
+        calls |= case.beside(inputs)
     for library in libraries:
         try:
-            calls |= getattr(library, case.operation)(case, inputs)
+            if prepare := getattr(library, case.operation, None):
+                calls |= prepare(case, inputs)
         except Exception as failure:  # theirs: said in the table, and the others go on
             row.troubles[library.name] = _sentence(failure)
     exact = case.exact(inputs)
@@ -127,7 +139,7 @@ def measure(case: Case, libraries: Sequence[Any], threads: int, seconds: float, 
         try:
             result = call.read(call.run())
         except Exception as failure:
-            if label == OURS:
+            if label.startswith(OURS):
                 raise
             row.troubles[label] = _sentence(failure)
             continue
@@ -253,7 +265,12 @@ def report(rows: Sequence[Row], missing: dict[str, str], machine: dict[str, str]
     for suite in suites:
         some = [row for row in rows if row.case.suite == suite]
         parts += [speeds(some), errors(some)]
-    notes = [f"{name} is left out: {reason}." for name, reason in missing.items()]
+    notes = [
+        f"{row.case.name}: {_cell(row.ratio(label), None)} times as fast as {label}."
+        for row in rows
+        for label in row.beside
+    ]
+    notes += [f"{name} is left out: {reason}." for name, reason in missing.items()]
     troubles: dict[str, list[str]] = {}
     for row in rows:
         for label, text in row.troubles.items():
@@ -285,8 +302,8 @@ def as_json(
                 "name": row.case.name,
                 "group": row.case.group,
                 "rounds": row.rounds,
-                "seconds": {label: row.seconds(label) for label in (OURS, LIMIT, *row.peers) if row.rounds},
-                "ratios": {label: row.ratio(label) for label in (LIMIT, *row.peers)},
+                "seconds": {label: row.seconds(label) for label in row.labels},
+                "ratios": {label: row.ratio(label) for label in row.labels if label != OURS},
                 "rate": row.rate() * 1e9 if row.rounds else None,
                 "errors": row.errors,
                 "troubles": row.troubles,
@@ -340,7 +357,7 @@ def _parser() -> _Parser:
     parser = _Parser(prog="peers.py", description="Compare nbattn's speed and error with other libraries'.")
     parser.add_argument("--quick", action="store_true", help="fewer rows and rounds, under 60 s")
     parser.add_argument("--threads", type=_threads, default=processors(), metavar="N", help="default: all")
-    dtypes = ("float32", "bfloat16", "float16", "float64")
+    dtypes = ("float32", "bfloat16", "float16", "float64", "int8", "int4")
     parser.add_argument("--dtype", choices=dtypes, help="only rows of this dtype")
     parser.add_argument("--suite", choices=("prefill", "decode", "softmax", "all"), default="all")
     pattern = "only rows whose name holds this, with * for anything, as in 'f32 8x1024*causal'"

@@ -1,9 +1,9 @@
 """What a user would pick instead, one class per library, for `peers.py`.
 
 A class is made with the number of threads and raises ImportError where the library is missing. Its methods
-`attention`, `decode` and `softmax` prepare a row and return the calls to time by the name of their column;
-none where the library lacks it. Inputs are bound without a copy and outputs allocated ahead where the library
-can.
+`attention`, `decode`, `append` and `softmax` prepare a row and return the calls to time by the name of their
+column; none where the library lacks it, and no method where it lacks the operation. Inputs are bound without
+a copy and outputs allocated ahead where the library can.
 
 All read (batch, heads, positions, head_dim), but JAX and ONNX Runtime's GroupQueryAttention, which get their
 own layouts, made ahead. ONNX Runtime's MultiHeadAttention gets the heads as a batch, the same bytes.
@@ -11,6 +11,7 @@ own layouts, made ahead. ONNX Runtime's MultiHeadAttention gets the heads as a b
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 from typing import Any
 
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from . import decode_cases
 from .cases import SOFTCAP, WINDOW, Attention, Call, Inputs, Softmax
-from .decode_cases import Decode
+from .decode_cases import ARRAYS, QUANTISED, RING, Append, Decode
 
 
 class PyTorch:
@@ -57,6 +58,8 @@ class PyTorch:
         return {self.name: Call(run, self.array)}
 
     def decode(self, case: Decode, inputs: decode_cases.Inputs) -> dict[str, Call]:
+        if case.kept != ARRAYS:
+            return {}
         q, k, v = map(self.tensor, inputs)
         options: dict[str, Any] = {"enable_gqa": True}
         if case.queries > 1:
@@ -65,6 +68,13 @@ class PyTorch:
             options["attn_mask"] = causal_lower_right(case.queries, case.keys)
         run = partial(self.torch.nn.functional.scaled_dot_product_attention, q, k, v, **options)
         return {self.name: Call(run, self.array)}
+
+    def append(self, case: Append, inputs: decode_cases.Inputs) -> dict[str, Call]:
+        if case.dtype in QUANTISED:
+            return {}
+        new = [self.tensor(x) for x in inputs[1:]]
+        kept = [self.torch.zeros(*x.shape[:2], RING, case.head_dim, dtype=x.dtype) for x in new]
+        return {self.name: _written(kept, new, lambda x: self.array(x.contiguous()))}
 
     def softmax(self, case: Softmax, x: NDArray[Any]) -> dict[str, Call]:
         options = {"out": self.torch.zeros(x.shape)} if case.out else {}
@@ -98,6 +108,9 @@ class FlexAttention(PyTorch):
         return {self.name: Call(partial(compiled, *map(self.tensor, inputs[:3]), **options), self.array)}
 
     def decode(self, case: Decode, inputs: decode_cases.Inputs) -> dict[str, Call]:
+        return {}
+
+    def append(self, case: Append, inputs: decode_cases.Inputs) -> dict[str, Call]:
         return {}
 
     def softmax(self, case: Softmax, x: NDArray[Any]) -> dict[str, Call]:
@@ -192,7 +205,7 @@ class OnnxRuntime:
 
     def decode(self, case: Decode, inputs: decode_cases.Inputs) -> dict[str, Call]:
         """The last tokens' keys and values come beside the cache, which the operator appends them to."""
-        if case.dtype not in ("float32", "float16"):
+        if case.kept != ARRAYS or case.dtype not in ("float32", "float16"):
             return {}
         flat, n = {}, case.queries
         for name, x in zip(("query", "key", "value"), inputs, strict=True):
@@ -255,7 +268,7 @@ class OpenVINO:
 
     def decode(self, case: Decode, inputs: decode_cases.Inputs) -> dict[str, Call]:
         """The heads of a group are given as more queries of one head, which it computes fastest."""
-        if case.queries > 1 or case.dtype == "float64":
+        if case.kept != ARRAYS or case.queries > 1 or case.dtype == "float64":
             return {}
         shape = (case.batch, case.kv_heads, -1, case.head_dim)
         hint = "bf16" if case.dtype == "bfloat16" else "f32"
@@ -268,7 +281,10 @@ class OpenVINO:
 
 
 class JAX:
-    """Threads follow PJRT_NPROC, which JAX does not document."""
+    """Threads follow PJRT_NPROC, which JAX does not document.
+
+    Its decode took 4 to 13 times PyTorch's time, which would leave a quick run none for the rest.
+    """
 
     name = "JAX"
 
@@ -297,9 +313,6 @@ class JAX:
                 lambda result: np.asarray(result).transpose(0, 2, 1, 3),
             )
         }
-
-    def decode(self, case: Decode, inputs: decode_cases.Inputs) -> dict[str, Call]:
-        return {}  # 4 to 13 times PyTorch's time, most of a quick run's
 
     def softmax(self, case: Softmax, x: NDArray[Any]) -> dict[str, Call]:
         if case.out:
@@ -338,7 +351,8 @@ class NumPy:
         return {self.name: Call(attend, np.asarray, settle=0.12)}
 
     def decode(self, case: Decode, inputs: decode_cases.Inputs) -> dict[str, Call]:
-        if case.precision in ("float16", "bfloat16"):  # nobody would convert a whole cache in each step
+        # Nobody would convert a whole cache in each step.
+        if case.kept != ARRAYS or case.dtype not in ("float32", "float64"):
             return {}
         q, k, v = inputs
         grouped = q.reshape(case.batch, case.kv_heads, -1, case.head_dim)
@@ -353,10 +367,31 @@ class NumPy:
 
         return {self.name: Call(attend, np.asarray, settle=0.12)}
 
+    def append(self, case: Append, inputs: decode_cases.Inputs) -> dict[str, Call]:
+        if case.dtype in QUANTISED:
+            return {}
+        new = list(inputs[1:])
+        kept = [np.zeros((*x.shape[:2], RING, case.head_dim), x.dtype) for x in new]
+        return {self.name: _written(kept, new, np.copy)}
+
     def softmax(self, case: Softmax, x: NDArray[Any]) -> dict[str, Call]:
         from scipy.special import softmax
 
         return {} if case.out else {"SciPy": Call(partial(softmax, x, axis=case.axis), np.asarray)}
+
+
+def _written(kept: list[Any], new: list[Any], read: Any) -> Call:
+    """Assignment to a slice of keys and one of values, each time to the next place."""
+    tokens = new[0].shape[2]
+    places = itertools.cycle(range(0, RING - tokens + 1, tokens))
+
+    def write() -> int:
+        place = next(places)
+        for whole, part in zip(kept, new, strict=True):
+            whole[:, :, place : place + tokens] = part
+        return place
+
+    return Call(write, lambda place: read(kept[1][:, :, place : place + tokens]))
 
 
 LIBRARIES = (PyTorch, FlexAttention, OnnxRuntime, OpenVINO, JAX, NumPy)

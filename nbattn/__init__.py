@@ -2,6 +2,7 @@
 
 from .attention import AttentionOutput, merge_states, scaled_dot_product_attention, varlen_attention
 from .cache import KVCache
+from .cascade import cascade_attention
 from .decode import paged_attention
 from .paged import PagedKVCache
 from .softmax import log_softmax, logsumexp, softmax
@@ -10,6 +11,7 @@ __all__ = [
     "AttentionOutput",
     "KVCache",
     "PagedKVCache",
+    "cascade_attention",
     "log_softmax",
     "logsumexp",
     "merge_states",

@@ -14,8 +14,10 @@ from typing import Any, NoReturn
 
 from . import __version__
 from .models import LANGUAGES
-from .problem import STORAGE_DTYPES
+from .problem import CACHE_DTYPES
 
+CACHES = ("float32", "int8", "int4")
+"""What a model whose numbers are float32 may keep its keys and values in."""
 # What a shell reports for a program that a signal ended: 128 + SIGINT, 128 + SIGPIPE.
 INTERRUPTED, PIPE_CLOSED = 130, 141
 
@@ -81,6 +83,8 @@ def _parser() -> _Parser:
     generate.add_argument("--top-p", type=_top_p, default=1.0, metavar="P", help=fewest)
     generate.add_argument("--seed", type=_count, metavar="S", help="the same seed draws the same text")
     generate.add_argument("--backend", choices=("cpu", "cuda", "reference"), help="default: cpu")
+    stored = "what keys and values are kept in; default: %(default)s"
+    generate.add_argument("--cache-dtype", choices=CACHES, default="float32", help=stored)
     generate.add_argument(
         "--weights", metavar="DIR", help="where the weight files are; default: in their package"
     )
@@ -90,8 +94,8 @@ def _parser() -> _Parser:
 
     warmup = commands.add_parser("warmup", help="compile every kernel now, so that no first call waits")
     warmup.set_defaults(run=_warmup)
-    only = "only for this dtype; may be repeated; default: all four"
-    warmup.add_argument("--dtype", action="append", choices=STORAGE_DTYPES, help=only)
+    only = "only for this dtype (of a cache: int8, int4); may be repeated; default: all"
+    warmup.add_argument("--dtype", action="append", choices=CACHE_DTYPES, help=only)
     return parser
 
 
@@ -129,7 +133,9 @@ def _generate(args: argparse.Namespace) -> None:
     from .models import load
 
     begin = time.perf_counter()
-    model, tokenizer = load(args.model, folder=args.weights, backend=args.backend)
+    model, tokenizer = load(
+        args.model, folder=args.weights, backend=args.backend, cache_dtype=args.cache_dtype
+    )
     model([[0]])  # compiles the kernel, so that the speeds below are the model's
     loaded = time.perf_counter()
     prompt = tokenizer.encode(args.prompt)
@@ -192,7 +198,7 @@ def _gpu() -> str:
 def _warmup(args: argparse.Namespace) -> None:
     from .cpu import runtime
 
-    names = runtime.kernel_names(args.dtype or STORAGE_DTYPES)
+    names = runtime.kernel_names(args.dtype or CACHE_DTYPES)
     begin = time.perf_counter()
     outcomes = []
     for done, name in enumerate(names):

@@ -96,7 +96,7 @@ def paged_attention(
     >>> from nbattn import paged_attention
     >>> pages = np.arange(8, dtype=np.float32).reshape(4, 2, 1, 1)
     >>> query = np.zeros((2, 1, 1, 1), np.float32)
-    >>> paged_attention(query, pages, pages, [[2, 0], [2, -1]], [3, 1], backend="reference").ravel()
+    >>> paged_attention(query, pages, pages, [[2, 0], [2, -1]], [3, 1]).ravel()
     array([3., 4.], dtype=float32)
     """
     module = check.backend_module("decode", backend)

@@ -11,7 +11,9 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from . import problem as check
 from .attention import AttentionOutput
 from .decode import Options
-from .store import Places, Store, check_size
+from .store import PLANS, Places, Store, check_size
+
+_INT = frozenset((int,))
 
 
 class PagedKVCache:
@@ -56,7 +58,7 @@ class PagedKVCache:
 
     >>> import numpy as np
     >>> from nbattn import PagedKVCache
-    >>> cache = PagedKVCache(pages=10, page_size=4, kv_heads=2, head_dim=16, backend="reference")
+    >>> cache = PagedKVCache(pages=10, page_size=4, kv_heads=2, head_dim=16)
     >>> prompt = np.ones((1, 2, 6, 16), np.float32)
     >>> first = cache.add()
     >>> cache.append([first], prompt, prompt)
@@ -90,7 +92,10 @@ class PagedKVCache:
         self._store = Store(sizes, dtype, (rotary_base, rotary_interleaved, rotary_dim), None, backend)
         self._uses = np.zeros(pages, np.int64)  # how many sequences hold each page
         self._free = list(range(pages))[::-1]
+        self._holds = 0  # the sum of the uses
         self._next = 0
+        self._changes = 0  # of any page table
+        self._groups: dict[tuple[int, ...], _Group] = {}
         self._rows: dict[int, int] = {}  # of each handle in what follows
         self._table = np.zeros((0, 0), np.int64)
         self._lengths = np.zeros(0, np.int64)
@@ -123,14 +128,17 @@ class PagedKVCache:
         row = self._rows[handle]
         held = -(-self._lengths[source] // self._page_size)
         self._uses[self._table[source, :held]] += 1
+        self._holds += int(held)
         self._table[row, :held] = self._table[source, :held]
         self._lengths[row], self._held[row] = self._lengths[source], held
+        self._changes += 1
         return handle
 
     def free(self, sequence: int) -> None:
         """End a sequence; pages that no other one holds are free again."""
         self._drop(self._row(sequence), 0)
         del self._rows[sequence]
+        self._groups.clear()
 
     def reset(self) -> None:
         """End all sequences."""
@@ -163,14 +171,14 @@ class PagedKVCache:
         lengths : int array_like (n,), optional
             How many of the S each sequence gets, the first ones; all unless given.
         """
-        rows = self._rows_of(sequences)
-        if len(set(rows)) < len(rows):
-            msg = f"sequences are {list(sequences)}; an append can name each one only once"  # type: ignore[arg-type]
+        handles = self._handles(sequences)
+        if len(set(handles)) < len(handles):
+            msg = f"sequences are {list(handles)}; an append can name each one only once"
             raise ValueError(msg)
-        k, v, counts = self._store.check_new(key, value, lengths, len(rows))
+        k, v, counts = self._store.check_new(key, value, lengths, len(handles))
+        rows = self._places(handles).rows
         self._take_pages(rows, counts)
-        places = self._places(rows)
-        self._store.write(places, k, v, counts)
+        self._store.write(self._places(handles), k, v, counts)
         self._lengths[rows] += counts
 
     def attend(
@@ -209,8 +217,12 @@ class PagedKVCache:
             As `KVCache.attend`.
         """
         options = Options(mask, bias, is_causal, window_size, scale, softcap, alibi_slopes, sinks)
-        places = self._places(self._rows_of(sequences))
+        places = self._places(self._handles(sequences))
         return self._store.attend(places, query, options, lengths, return_lse, out, backend)
+
+    def _parts(self, sequences: int | Sequence[int]) -> tuple[Store, Places]:
+        """What `cascade_attention` attends."""
+        return self._store, self._places(self._handles(sequences))
 
     # --- pages ----------------------------------------------------------------------------------------------
 
@@ -222,15 +234,31 @@ class PagedKVCache:
             msg = f"sequence {handle} is not in the cache: it never was, or is freed already"
             raise ValueError(msg) from None
 
-    def _rows_of(self, sequences: int | Sequence[int]) -> list[int]:
-        if isinstance(sequences, (Sequence, np.ndarray)) and np.ndim(sequences) == 1:
-            return [self._row(sequence) for sequence in sequences]
-        return [self._row(sequences)]
+    def _handles(self, sequences: int | Sequence[int]) -> tuple[int, ...]:
+        """The handles of a call."""
+        if isinstance(sequences, Sequence) or (isinstance(sequences, np.ndarray) and sequences.ndim):
+            handles: tuple[Any, ...] = tuple(sequences)
+        else:
+            handles = (sequences,)
+        if set(map(type, handles)) <= _INT:
+            return handles
+        return tuple(check.check_int(handle, "sequence") for handle in handles)
 
-    def _places(self, rows: list[int]) -> Places:
-        places = Places(self._table[rows])
-        places.set_lengths(self._lengths[rows])
-        return places
+    def _places(self, handles: tuple[int, ...]) -> _Group:
+        """Where these sequences lie now."""
+        group = self._groups.get(handles)
+        if group is None or group.table.shape[1] != self._table.shape[1]:
+            if len(self._groups) >= PLANS:
+                self._groups.clear()
+            rows = np.array([self._row(handle) for handle in handles], np.int64)
+            group = self._groups[handles] = _Group(self._table[rows], rows)
+            group.changes = self._changes
+        elif group.changes != self._changes:
+            np.take(self._table, group.rows, axis=0, out=group.table, mode="clip")  # "raise" takes a buffer
+            group.changes = self._changes
+        group.lengths[:] = self._lengths[group.rows]
+        group.measure()
+        return group
 
     def _widen(self, rows: int, width: int) -> None:
         """Have room for that many sequences and pages of each, twice as much as before where it grows."""
@@ -247,50 +275,73 @@ class PagedKVCache:
             np.concatenate((x, np.zeros(new[0] - old[0], np.int64))) for x in (self._lengths, self._held)
         )
 
-    def _take_pages(self, rows: list[int], counts: NDArray[np.int64]) -> None:
+    def _take_pages(self, rows: NDArray[np.int64], counts: NDArray[np.int64]) -> None:
         """Give sequences pages of their own for that many more positions, or raise before any changes."""
-        size = self._page_size
-        ends = self._lengths[rows] + counts
-        wanted = np.maximum(-(-ends // size) - self._held[rows], 0)
-        # The last page, where it is begun and others hold it too: copied, but for the last that holds it.
-        copies = []
-        holders: dict[int, int] = {}
-        for row, count in zip(rows, counts.tolist(), strict=True):
-            filled = int(self._lengths[row]) % size
-            if count and filled:
-                index = int(self._lengths[row]) // size
-                page = int(self._table[row, index])
-                left = holders.setdefault(page, int(self._uses[page]))
-                if left > 1:
-                    holders[page] = left - 1
-                    copies.append((row, index, page, filled))
+        size, lengths = self._page_size, self._lengths[rows]
+        wanted = np.maximum(-(-(lengths + counts) // size) - self._held[rows], 0)
+        is_shared = self._holds > len(self._uses) - len(self._free)
+        copies = self._shared(rows, lengths, counts) if is_shared else []
         needed = int(wanted.sum()) + len(copies)
+        if needed == 0:
+            return
         if needed > len(self._free):
             msg = (
                 f"{counts.sum()} more positions need {needed} pages and {len(self._free)} are free "
                 f"(free or truncate sequences, or make the cache with more pages)"
             )
             raise ValueError(msg)
+        self._changes += 1
         self._widen(0, int((self._held[rows] + wanted).max(initial=0)))
-        for row, index, page, filled in copies:
+        for row, index, page in copies:
             self._table[row, index] = own = self._take()
             for array in self._store.pages[:4]:
                 if array is not None:
+                    filled = self._lengths[row] % size
                     array[own, :filled] = array[page, :filled]
             self._uses[page] -= 1
-        for row, pages in zip(rows, wanted.tolist(), strict=True):
-            for _ in range(pages):
-                self._table[row, self._held[row]] = self._take()
-                self._held[row] += 1
+            self._holds -= 1
+        for i in np.flatnonzero(wanted):
+            for _ in range(wanted[i]):
+                self._table[rows[i], self._held[rows[i]]] = self._take()
+                self._held[rows[i]] += 1
+
+    def _shared(
+        self, rows: NDArray[np.int64], lengths: NDArray[np.int64], counts: NDArray[np.int64]
+    ) -> list[tuple[int, int, int]]:
+        """Begun pages that are written and that others hold too: row, place in the table, page."""
+        begun = (counts > 0) & (lengths % self._page_size > 0)
+        rows, index = rows[begun], lengths[begun] // self._page_size
+        pages = self._table[rows, index]
+        if (self._uses[pages] < 2).all():
+            return []
+        copies = []
+        left = {int(page): int(self._uses[page]) for page in pages}
+        for row, i, page in zip(rows.tolist(), index.tolist(), pages.tolist(), strict=True):
+            if left[page] > 1:  # the last one that holds a page may write into it
+                left[page] -= 1
+                copies.append((row, i, page))
+        return copies
 
     def _take(self) -> int:
         page = self._free.pop()
         self._uses[page] = 1
+        self._holds += 1
         return page
 
     def _drop(self, row: int, keep: int) -> None:
         """Let go of a sequence's pages but the first ones."""
         pages = self._table[row, keep : self._held[row]]
         self._uses[pages] -= 1
+        self._holds -= len(pages)
         self._free += pages[self._uses[pages] == 0].tolist()
         self._held[row] = min(keep, self._held[row])
+        self._changes += 1
+
+
+class _Group(Places):
+    """Sequences that are appended or attended together."""
+
+    def __init__(self, table: NDArray[np.int64], rows: NDArray[np.int64]) -> None:
+        super().__init__(table)
+        self.rows = rows  # of the cache's own tables
+        self.changes = 0  # when this table was copied

@@ -43,7 +43,7 @@ class Problem:
     right: int
     offset: NDArray[np.int64]  # (B,)
     key_lengths: NDArray[np.int64]  # (B,)
-    mask: NDArray[Any] | None = None  # (B, Hq, Sq, Sk) bool or integer, broadcast axes have stride 0
+    mask: NDArray[Any] | None = None  # (B, Hq, Sq, Sk) as of `check_mask`, broadcast axes have stride 0
     bias: NDArray[Any] | None = None  # (B, Hq, Sq, Sk) floating, likewise
     alibi_slopes: NDArray[Any] | None = None  # (Hq,) in the compute dtype
     sinks: NDArray[Any] | None = None  # (Hq,) in the compute dtype
@@ -95,7 +95,7 @@ class CacheProblem:
     left: int
     right: int
     offset: NDArray[np.int64]  # (B,): the position of query 0
-    mask: NDArray[Any] | None = None  # (B, Hq, Sq, positions) bool or integer, broadcast axes have stride 0
+    mask: NDArray[Any] | None = None  # (B, Hq, Sq, positions) likewise, broadcast axes have stride 0
     bias: NDArray[Any] | None = None  # (B, Hq, Sq, positions) floating, likewise
     alibi_slopes: NDArray[Any] | None = None  # (Hq,) in the compute dtype
     sinks: NDArray[Any] | None = None  # (Hq,) in the compute dtype
@@ -402,7 +402,7 @@ def check_per_head(x: ArrayLike | None, name: str, heads: int, compute: Any) -> 
 
 
 def check_mask(mask: Any, shape: tuple[int, int, int, int]) -> NDArray[Any] | None:
-    """A bool or integer mask, broadcast to (B, Hq, Sq, Sk)."""
+    """A mask broadcast to (B, Hq, Sq, Sk): bytes, along the keys a run of memory or one for all."""
     if mask is None:
         return None
     array = as_array(mask, "mask")
@@ -410,7 +410,11 @@ def check_mask(mask: Any, shape: tuple[int, int, int, int]) -> NDArray[Any] | No
         kind = "pass a floating mask as bias" if storage_name(array.dtype) else "use bool or integers"
         msg = f"mask has dtype {array.dtype}; expected bool or integer where nonzero means attend ({kind})"
         raise TypeError(msg)
-    return _broadcast(array, "mask", shape)
+    array = _broadcast(array, "mask", shape)
+    if array.itemsize == 1 and array.strides[-1] in (0, 1):
+        return array
+    once = array[tuple(slice(1 if stride == 0 else None) for stride in array.strides)]
+    return np.broadcast_to(np.not_equal(once, 0, order="C"), shape)
 
 
 def check_bias(bias: Any, shape: tuple[int, int, int, int]) -> NDArray[Any] | None:

@@ -7,6 +7,8 @@ a store of one page for each sequence.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,11 +17,16 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from . import problem as check
 from .attention import AttentionOutput
 from .decode import Options, Pages, cache_problem, check_query, run
-from .problem import CACHE_DTYPES, INT4_GROUP, UNBOUNDED, AppendProblem
+from .problem import CACHE_DTYPES, INT4_GROUP, UNBOUNDED, AppendProblem, CacheProblem
+
+PLANS = 16
+"""Layouts of calls that a cache remembers, and groups of sequences."""
+PLAN_NUMBERS = 1 << 16
+"""Numbers of a query that takes so long that the checks do not matter."""
 
 
 class Places:
-    """Where the sequences of a call lie, in arrays that change in place: kernels keep their addresses."""
+    """Where the sequences of a call lie, in arrays that change in place: plans keep their addresses."""
 
     def __init__(self, table: NDArray[np.int64], ring: int = 0) -> None:
         self.table = table  # (B, pages of a sequence)
@@ -27,15 +34,18 @@ class Places:
         self.starts = np.zeros(len(table), np.int64)  # (B,): the first position that a ring still holds
         self.lengths = np.zeros(len(table), np.int64)  # (B,)
         self.longest = 0
+        self.went_back = False  # a ring, which then may hold less than its size
+        self.writer: Any = None  # the plan of an append, which serves all layouts
+        self.readers: dict[Any, Callable[[Any], Any] | None] = {}  # by layout
 
     def make_room(self, counts: NDArray[np.int64]) -> None:
         """Give up the positions that a ring is about to overwrite: they are gone even if the write fails."""
         if self.ring:
             np.maximum(self.starts, self.lengths + counts - self.ring, out=self.starts)
 
-    def set_lengths(self, lengths: NDArray[np.int64]) -> None:
-        self.lengths[:] = lengths
-        self.longest = int(self.lengths.max(initial=0))
+    def measure(self) -> None:
+        """Know the longest of the lengths."""
+        self.longest = max(self.lengths.tolist(), default=0)
 
 
 class Store:
@@ -69,6 +79,7 @@ class Store:
             arrays.append(None if scales is None else np.empty(scales, np.float32).swapaxes(1, 2))
         key, key_scales, value, value_scales = arrays
         self.pages = Pages(key, value, key_scales, value_scales, storage)
+        self.checked: dict[Any, NDArray[np.int64]] = {}  # by layout: counts of appends that need no checks
 
     # --- writing --------------------------------------------------------------------------------------------
 
@@ -76,11 +87,22 @@ class Store:
         self, key: ArrayLike, value: ArrayLike, lengths: ArrayLike | None, batch: int
     ) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.int64]]:
         """New keys and values that fit the cache, and how many of them each sequence gets."""
+        layout = None
+        if lengths is None and type(key) is type(value) is np.ndarray:
+            layout = (batch, key.shape, key.strides, key.dtype, key.flags.aligned,
+                      value.shape, value.strides, value.dtype, value.flags.aligned)  # fmt: skip
+            if (known := self.checked.get(layout)) is not None:
+                return key, value, known
         k, v = self._check_rows(key, "key", batch, 0), self._check_rows(value, "value", batch, 1)
         if k.shape[2] != v.shape[2]:
             msg = f"key has {k.shape[2]} positions but value has {v.shape[2]}; both must match"
             raise ValueError(msg)
-        return k, v, check_counts(lengths, batch, k.shape[2])
+        counts = check_counts(lengths, batch, k.shape[2])
+        if layout is not None and k is key and v is value:
+            if len(self.checked) >= PLANS:
+                self.checked.clear()
+            self.checked[layout] = counts
+        return k, v, counts
 
     def _check_rows(self, x: ArrayLike, name: str, batch: int, which: int) -> NDArray[Any]:
         array, pages = check.floating(x, name), self.pages
@@ -98,30 +120,28 @@ class Store:
         return check.kernel_view(array.astype(np.float32, copy=False) if quantised else array)
 
     def write(
-        self,
-        places: Places,
-        key: NDArray[Any],
-        value: NDArray[Any],
-        counts: NDArray[np.int64],
+        self, places: Places, key: NDArray[Any], value: NDArray[Any], counts: NDArray[np.int64]
     ) -> None:
         """Write what `check_new` returned behind each sequence's end."""
-        pages, module = self.pages, check.backend_module("append", self.backend)
-        problem = AppendProblem(
-            key=key,
-            value=value,
-            key_pages=pages.key,
-            value_pages=pages.value,
-            key_scales=pages.key_scales,
-            value_scales=pages.value_scales,
-            storage=pages.storage,
-            page_table=places.table,
-            ring=places.ring,
-            starts=places.lengths,
-            counts=counts,
-            frequencies=self.frequencies,
-            interleaved=self.interleaved,
-        )
-        module.append(problem)
+        if places.writer is None:
+            pages, module = self.pages, check.backend_module("append", self.backend)
+            problem = AppendProblem(
+                key=key,
+                value=value,
+                key_pages=pages.key,
+                value_pages=pages.value,
+                key_scales=pages.key_scales,
+                value_scales=pages.value_scales,
+                storage=pages.storage,
+                page_table=places.table,
+                ring=places.ring,
+                starts=places.lengths,
+                counts=counts,
+                frequencies=self.frequencies,
+                interleaved=self.interleaved,
+            )
+            places.writer = module.Plan(problem).append
+        places.writer(key, value, places.lengths, counts)
 
     # --- reading --------------------------------------------------------------------------------------------
 
@@ -135,14 +155,20 @@ class Store:
         out: NDArray[Any] | None,
         backend: str | None,
     ) -> NDArray[Any] | AttentionOutput:
-        batch = len(places.lengths)
+        """Attention of the last positions' queries, as `KVCache.attend` says."""
+        layout = None
+        if lengths is out is backend is None:
+            layout = _layout(query, options, return_lse)
+            if (known := places.readers.get(layout)) is not None:
+                return known(query)
         module = check.backend_module("decode", backend or self.backend)
-        q = check_query(query, self.pages, batch)
-        counts = check_counts(lengths, batch, q.shape[2])
-        options = options._replace(window_size=self.within_window(options.window_size))
+        q = check_query(query, self.pages, len(places.lengths))
+        counts = check_counts(lengths, len(places.lengths), q.shape[2])
         offset = places.lengths - counts
+        # Queries of a quantised cache are float32, before they turn.
+        given = q if self.pages.key_scales is None else q.astype(np.float32, copy=False)
         problem = cache_problem(
-            self.turned(q, offset, backend),
+            self.turned(given, offset, backend),
             self.pages,
             page_table=places.table,
             ring=places.ring,
@@ -150,17 +176,65 @@ class Store:
             lengths=places.lengths,
             longest=places.longest,
             offset=offset,
-            options=options,
+            options=options._replace(window_size=self.within_window(options.window_size)),
         )
         if places.ring:
             self._check_held(places, offset, problem.left)
         own = (query if isinstance(query, np.ndarray) else None,)
         result, lse = run(module, problem, q.dtype, check.check_flag(return_lse, "return_lse"), out, own)
-        for b in np.flatnonzero(counts < q.shape[2]) if lengths is not None else ():
+        for b in np.flatnonzero(counts < q.shape[2]):
             result[b, :, counts[b] :] = 0
             if lse is not None:
                 lse[b, :, counts[b] :] = -np.inf
+        if layout is not None and q.size <= PLAN_NUMBERS and check.kernel_view(q) is q:
+            self._remember(places, layout, module, problem, result, return_lse)
         return result if lse is None else AttentionOutput(result, None, lse)
+
+    def _remember(
+        self,
+        places: Places,
+        layout: Any,
+        module: ModuleType,
+        problem: CacheProblem,
+        result: NDArray[Any],
+        return_lse: bool,
+    ) -> None:
+        """Make calls of this layout short from the third on."""
+        readers = places.readers
+        if layout not in readers:
+            if len(readers) >= PLANS:
+                readers.clear()
+            readers[layout] = None
+            return
+        forward = module.Plan(problem).forward
+        lengths, queries, offset = places.lengths, np.array([problem.query.shape[2]]), problem.offset
+        left, compute, stored = problem.left, problem.compute, problem.query.dtype
+        shape, dtype = result.shape, result.dtype
+        # A ring holds all that its window's queries see unless they are many, or it went back.
+        is_long = places.ring and queries[0] + left > places.ring
+        converts, rotate = dtype != stored, None
+        if self.frequencies is not None:
+            rotate = check.backend_module("append", self.backend).rotate
+
+        def again(query: NDArray[Any]) -> NDArray[Any] | AttentionOutput:
+            # Threads that attend at once write the same numbers here.
+            np.subtract(lengths, queries, offset)
+            if is_long or places.went_back:
+                self._check_held(places, offset, left)
+            if converts:
+                query = query.astype(stored)
+            if rotate is not None:
+                turned = np.empty(query.shape, stored)
+                rotate(query, turned, offset, self.frequencies, self.interleaved)
+                query = turned
+            output = np.empty(shape, stored)
+            sums = np.empty(shape[:3], compute) if return_lse else None
+            forward(query, output, sums, places.longest)
+            if converts:
+                output = output.astype(dtype)
+            return output if sums is None else AttentionOutput(output, None, sums)
+
+        readers[layout] = again
 
     def turned(self, query: NDArray[Any], offset: NDArray[np.int64], backend: str | None) -> NDArray[Any]:
         """Queries of a rotary cache, turned by their positions."""
@@ -189,6 +263,33 @@ class Store:
                 f"{places.starts[b]} on; attend after every capacity - window + 1 new tokens or fewer"
             )
             raise ValueError(msg)
+
+
+_PLAIN = frozenset((bool, int, float, type(None)))
+
+
+def _layout(query: Any, options: Options, return_lse: Any) -> Any:
+    """Everything but the query's numbers that decides how a call goes, as a key; None where it cannot be."""
+    mask, bias, is_causal, window, scale, softcap, slopes, sinks = options
+    if type(query) is not np.ndarray or mask is not None or bias is not None:
+        return None
+    numbers: tuple[Any, ...] = (is_causal, scale, softcap, return_lse)
+    if window is not None:
+        if type(window) is not tuple:
+            return None
+        numbers += ("window", *window)
+    types = tuple(map(type, numbers))  # True is no 1
+    if not _PLAIN.issuperset(types):
+        return None
+    heads: tuple[Any, ...] = ()
+    for x in (slopes, sinks):
+        if x is not None:
+            if type(x) is not np.ndarray or x.nbytes > 4096:
+                return None
+            heads += (x.dtype, x.shape, x.tobytes())
+        else:
+            heads += (None,)
+    return query.shape, query.strides, query.dtype, query.flags.aligned, numbers, types, heads
 
 
 def check_counts(lengths: ArrayLike | None, batch: int, most: int) -> NDArray[np.int64]:

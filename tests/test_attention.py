@@ -12,6 +12,7 @@ from oracle import DTYPES, SIZES, assert_accurate, check, compute_dtype_of, form
 
 import nbattn
 from nbattn import merge_states, scaled_dot_product_attention, varlen_attention
+from nbattn.problem import check_mask
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: np.dtype(d).name)
 
@@ -203,6 +204,21 @@ class TestMasks:
                 rng.integers(0, 4, 70)
             ]
         check(backend, q, k, v, mask)
+
+    @pytest.mark.isa
+    @dtypes
+    def test_mask_that_hides_or_shows_whole_runs(self, backend, dtype, rng):
+        # Rectangles of every kind against blocks of 64 queries and runs of 64 and 128 keys.
+        kinds = np.array([0.0, 0.5, 1.0])[rng.integers(0, 3, (4, 6))]
+        mask = rng.random((200, 330)) < np.repeat(np.repeat(kinds, 50, axis=0), 55, axis=1)
+        q, k, v = inputs(rng, 1, 2, 1, 200, 330, 8, dtype=dtype)
+        check(backend, q, k, v, mask)
+        check(backend, q, k, v, mask, window_size=(70, 9), query_offset=20)
+        check(backend, q, k, v, mask.T.copy().T, key_lengths=[261])
+
+    def test_broadcast_mask_stays_small(self):
+        mask = np.broadcast_to(np.ones((1, 1, 1, 5), np.int64), (2, 3, 1 << 40, 5))
+        assert check_mask(mask, mask.shape).strides == (0, 0, 0, 1)
 
     @pytest.mark.parametrize("axes", range(16))
     def test_broadcast(self, backend, axes, rng):

@@ -5,6 +5,7 @@ import inspect
 import itertools
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 import nbattn
-from benchmarks import attention, cases, decode_cases, peers, rivals, softmax
+from benchmarks import attention, cases, decode, decode_cases, peers, rivals, softmax
 
 SMALL = cases.Attention(2, 300, 16)
 VARIANTS = [
@@ -24,15 +25,29 @@ VARIANTS = [
     dataclasses.replace(SMALL, dtype="float16"),
     dataclasses.replace(SMALL, dtype="bfloat16", causal=True),
     dataclasses.replace(SMALL, products="bfloat16"),
-    *(decode_cases.Decode(h, 2, 300, head_dim=16, batch=2) for h in (2, 8)),
-    *(decode_cases.Decode(4, 2, 300, d, n, head_dim=16) for d, n in (("float32", 5), ("bfloat16", 1))),
-    decode_cases.Decode(4, 2, 300, "float16", head_dim=16),
-    decode_cases.Decode(4, 2, 300, "float64", head_dim=16),
+    *(
+        decode_cases.Decode(heads, 2, 304, head_dim=32, batch=2, kept=kept)
+        for heads, kept in ((2, ""), (8, "cache"), (4, decode_cases.PAGES))
+    ),
+    *(
+        decode_cases.Decode(4, 2, 304, dtype, queries, head_dim=32)
+        for dtype, queries in (("float32", 5), ("bfloat16", 1), ("float16", 1), ("float64", 1))
+    ),
+    *(decode_cases.Decode(4, 2, 304, dtype, head_dim=32, kept="cache") for dtype in ("int8", "int4")),
+    *(
+        decode_cases.Append(2, dtype, tokens, head_dim=32)
+        for dtype, tokens in (("float32", 1), ("bfloat16", 3), ("int8", 2))
+    ),
     cases.Softmax(40),
     cases.Softmax(40, axis=0),
     cases.Softmax(40, out=True),
 ]
 PLAN = peers.Rounds(3, 2)
+
+
+@pytest.fixture(autouse=True)
+def quick_limits(monkeypatch):
+    monkeypatch.setattr(decode_cases, "READ_MEGABYTES", 1)
 
 
 class Zeros:
@@ -75,7 +90,7 @@ def run(monkeypatch, capsys):
     [
         (["--threads", "0"], "argument --threads: got '0'; expected 1 to "),
         (["--threads", "many"], "argument --threads: got 'many'; expected 1 to "),
-        (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
+        (["--dtype", "int2"], "argument --dtype: invalid choice: 'int2'"),
         (["--suite", "backward"], "argument --suite: invalid choice: 'backward'"),
         (["--json", "no/such/folder/x.json"], "argument --json: no/such/folder/x.json cannot be written: "),
         (["--rows", "no such row"], "no row is left by --quick, --dtype, --suite and --rows together"),
@@ -159,6 +174,15 @@ class TestCommand:
         assert set(row["rounds"][0]) == set(row["seconds"]) == {"nbattn", "limit", "NumPy"}
         assert row["errors"]["nbattn"] < 1e-6
 
+    def test_own_other_call_is_no_peer(self, run, monkeypatch):
+        small = decode_cases.Decode(4, 2, 32, "int8", head_dim=32, kept="cache", quick=True)
+        monkeypatch.setattr(decode_cases, "rows", lambda: [small])
+        code, text = run([rivals.NumPy], "--suite", "decode", "--rows", "")
+        assert code == 0
+        assert re.search(r"- int8 4/2x32x32 cache: [\d.]+ ±[\d.]+ times as fast as nbattn bf16\.\n", text)
+        assert "| decode" in text
+        assert "| nbattn bf16" not in text
+
     def test_wrong_and_failing_peers_are_named(self, run):
         code, text = run([Zeros, Broken])
         assert code == 0
@@ -178,7 +202,8 @@ class TestCases:
         rows = [*cases.rows(), *decode_cases.rows()]
         names = [(case.suite, case.name) for case in rows]
         assert len(set(names)) == len(names)
-        groups = {"float32", "bfloat16", "float16", "float64", "softmax", "decode f32", "decode bf16"}
+        groups = {"float32", "bfloat16", "float16", "float64", "softmax", "append"}
+        groups |= {f"decode {dtype}" for dtype in ("f32", "bf16", "int8", "int4")}
         assert {case.group for case in rows if case.quick} == groups
 
     @pytest.mark.parametrize("case", VARIANTS, ids=lambda case: case.name)
@@ -186,12 +211,13 @@ class TestCases:
         """The row's own exact result is the reference's, and the call of this library computes the same."""
         inputs = case.inputs()
         exact = rows, truth = case.exact(inputs)
-        if not isinstance(case, cases.Softmax):
-            wide = inputs._replace(**{k: getattr(inputs, k).astype(float) for k in ("query", "key", "value")})
-            plain = dataclasses.replace(case, **{"products": None} if hasattr(case, "products") else {})
-            reference = plain.ours(wide, backend="reference").run()
-        else:
+        if isinstance(case, cases.Softmax):
             reference = nbattn.softmax(inputs.astype(float), case.axis, backend="reference")
+        else:
+            wide = inputs._replace(**{k: getattr(inputs, k).astype(float) for k in ("query", "key", "value")})
+            changes = {"products": None} if isinstance(case, cases.Attention) else {"dtype": "float64"}
+            plain = dataclasses.replace(case, **changes).ours(wide, backend="reference")
+            reference = plain.read(plain.run())
         np.testing.assert_allclose(reference[rows], np.asarray(truth, float), rtol=0, atol=1e-14)
         call = case.ours(inputs)
         assert cases.largest_error(call.read(call.run()), exact)[1] <= cases.TOLERANCE[case.precision]
@@ -216,7 +242,7 @@ class TestCases:
 
 SUITES = [
     suite
-    for module in (attention, softmax)
+    for module in (attention, decode, softmax)
     for _, suite in inspect.getmembers(module, inspect.isclass)
     if suite.__module__ == module.__name__
 ]

@@ -73,6 +73,11 @@ class TestGenerate:
         text = capsys.readouterr().out
         assert text[: len(text) // 2] * 2 == text
 
+    @pytest.mark.parametrize("dtype", ["int8", "int4"])
+    def test_quantised_cache(self, capsys, dtype):
+        assert main(["generate", "Alice", "--max-tokens", "5", "--cache-dtype", dtype]) == 0
+        assert len(capsys.readouterr().out) > len("Alice\n")
+
     def test_text_comes_token_by_token(self, monkeypatch):
         class Recorder(io.StringIO):
             encoding = "utf-8"
@@ -120,9 +125,10 @@ class TestBadInput:
             (["generate", "x", "--top-p", "1.01"], "--top-p: got '1.01'"),
             (["generate", "x", "--seed", "-1"], "--seed: got '-1'"),
             (["generate", "x", "--model", "gpt"], "--model: invalid choice: 'gpt'"),
+            (["generate", "x", "--cache-dtype", "int2"], "--cache-dtype: invalid choice: 'int2'"),
             (["generate", "x", "--backend", "tpu"], "--backend: invalid choice: 'tpu'"),
             (["generate", "x", "y"], "unrecognized arguments: y"),
-            (["warmup", "--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
+            (["warmup", "--dtype", "int2"], "--dtype: invalid choice: 'int2'"),
             (["info", "--fast"], "unrecognized arguments: --fast"),
         ],
     )
@@ -242,14 +248,16 @@ class TestWarmup:
         assert main(["warmup"]) == 0
         captured = capsys.readouterr()
         assert re.fullmatch(
-            rf"3 kernels compiled, 1 already cached, in [\d.]+ s; cache: {re.escape(str(tmp_path))}\n",
+            rf"5 kernels compiled, 1 already cached, in [\d.]+ s; cache: {re.escape(str(tmp_path))}\n",
             captured.out,
         )
         assert captured.err.splitlines() == [
-            "1/4 attention float32",
-            "2/4 attention float64",
-            "3/4 attention float16",
-            "4/4 attention bfloat16",
+            "1/6 attention float32",
+            "2/6 attention float64",
+            "3/6 attention float16",
+            "4/6 attention bfloat16",
+            "5/6 attention int8",
+            "6/6 attention int4",
         ]
 
     def test_bar_on_a_terminal(self, capsys, runtime, monkeypatch):

@@ -1,7 +1,5 @@
 """Attention over pages: every option and storage against the formula, on pages that hold NaN elsewhere."""
 
-from importlib.util import find_spec
-
 import numpy as np
 import pytest
 from cached import STORAGES, input_dtype
@@ -10,14 +8,6 @@ from oracle import assert_same_bits, hold, normal
 from nbattn import paged_attention
 
 storages = pytest.mark.parametrize("storage", STORAGES)
-
-
-HAVE_KERNELS = find_spec("nbattn.cpu.decode") is not None
-
-
-@pytest.fixture(params=["reference", "cpu"] if HAVE_KERNELS else ["reference"])
-def backend(request):
-    return request.param
 
 
 class Paged:
@@ -215,7 +205,6 @@ class TestPagedAttention:
                 assert_same_bits(alone.output[0], together.output[b])
                 assert_same_bits(alone.lse[0], together.lse[b])
 
-    @pytest.mark.skipif(not HAVE_KERNELS, reason="needs kernels")
     @storages
     def test_any_number_of_threads(self, storage, rng, monkeypatch):
         from nbattn.cpu import runtime

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbattn.layers import KVCache, Linear, RMSNorm, Rotary, SwiGLU
+from nbattn import KVCache
+from nbattn.layers import Linear, RMSNorm, SwiGLU
 from nbattn.models import load
 from nbattn.models.glassllm import GlassLM, Tokenizer
 from nbattn.models.sampling import next_token, nucleus
@@ -105,7 +106,7 @@ class TestGlassLM:
             ours[0](tokens)
 
     def test_too_many_tokens(self, ours):
-        with pytest.raises(ValueError, match="positions 0 to 128 do not fit in max_positions 128"):
+        with pytest.raises(ValueError, match="holds 0 of 128 positions; 129 more do not fit"):
             ours[0](np.zeros((1, 129), int))
 
     def test_empty_prompt(self, ours):
@@ -115,6 +116,80 @@ class TestGlassLM:
     def test_unknown_name(self):
         with pytest.raises(ValueError, match="expected 'glassllm', 'glassllm-en' or 'glassllm-pt'"):
             load("glassllm-fr")
+
+
+# Lewis Carroll, Alice's Adventures in Wonderland, 1865.
+ALICE = (
+    "Alice was beginning to get very tired of sitting by her sister on the bank, and of having nothing to "
+    "do: once or twice she had peeped into the book her sister was reading, but it had no pictures or "
+    "conversations in it, “and what is the use of a book,” thought Alice “without pictures or "
+    "conversations?”\n\nSo she was considering in her own mind (as well as she could, for the hot day made "
+    "her feel very sleepy and stupid), whether the pleasure of making a daisy-chain would be worth the "
+    "trouble of getting up and picking the daisies, when suddenly a White Rabbit with pink eyes ran close by "
+    "her.\n\nThere was nothing so very remarkable in that; nor did Alice think it so very much out of the "
+    "way to hear the Rabbit say to itself, “Oh dear! Oh dear! I shall be late!” (when she thought it over "
+    "afterwards, it occurred to her that she ought to have wondered at this, but at the time it all seemed "
+    "quite natural)"
+)
+
+
+class Recorder:
+    """A layer's cache that remembers what it was given."""
+
+    def __init__(self, cache):
+        self.cache = cache
+
+    def append(self, key, value):
+        self.key, self.value = key.copy(), value.copy()
+        self.cache.append(key, value)
+
+    def attend(self, query):
+        self.query = query.copy()
+        return self.cache.attend(query)
+
+
+@pytest.fixture(scope="module")
+def layers():
+    """Every layer's queries, keys and values on a real text."""
+    model, tokenizer = load("glassllm-en", backend="reference")
+    ids = np.array(tokenizer.encode(ALICE))
+    length = model.config.max_len
+    windows = ids[: len(ids) // length * length].reshape(-1, length)
+    assert len(windows) >= 2
+    layers = [Recorder(cache) for cache in model.new_cache(len(windows))]
+    model(windows, layers)
+    return model.config, layers
+
+
+@needs_glassllm
+class TestQuantisedCache:
+    @pytest.mark.parametrize(("dtype", "least", "most"), [("int8", 0.004, 0.01), ("int4", 0.07, 0.16)])
+    def test_error_on_real_keys(self, layers, backend, dtype, least, most):
+        """Of each layer's output, in the Euclidean norm: what the documentation of the caches states."""
+        config, recorded = layers
+        rotary = {"rotary_base": config.rope_base, "rotary_interleaved": True}
+        errors = []
+        for layer in recorded:
+            results = []
+            for kind, where in (("float64", "reference"), (dtype, backend)):
+                number = np.float64 if kind == "float64" else np.float32
+                batch, heads, length, head_dim = layer.key.shape
+                cache = KVCache(batch, heads, length, head_dim, kind, backend=where, **rotary)
+                cache.append(layer.key.astype(number), layer.value.astype(number))
+                results.append(cache.attend(layer.query.astype(number)))
+            exact, got = results
+            errors.append(np.linalg.norm(got - exact) / np.linalg.norm(exact))
+        assert least < min(errors)
+        assert max(errors) < most
+
+    def test_logits(self, backend):
+        plain, tokenizer = load("glassllm-en", backend=backend)
+        ids = [tokenizer.encode(ALICE)[:100]]
+        expected = plain(ids)
+        for dtype, most in (("int8", 0.03), ("int4", 0.3)):
+            model, _ = load("glassllm-en", backend=backend, cache_dtype=dtype)
+            error = np.linalg.norm(model(ids) - expected) / np.linalg.norm(expected)
+            assert 0 < error < most, dtype
 
 
 class TestTokenizer:
@@ -172,37 +247,6 @@ class TestLayers:
         one = np.ones((1, 1), np.float32)
         y = SwiGLU(one, one, one)(np.array([[-200.0], [0.0], [2.0], [200.0]], np.float32))
         np.testing.assert_allclose(y[:, 0], [0, 0, 4 / (1 + np.exp(-2)), 40000], rtol=1e-6)
-
-    def test_rotary_turns_adjacent_pairs(self):
-        x = np.random.default_rng(0).standard_normal((1, 2, 4, 6)).astype(np.float32)
-        turned = Rotary(6, 10, 100.0)(x, start=3)
-        for position in range(4):
-            for pair in range(3):
-                angle = (3 + position) * 100.0 ** (-2 * pair / 6)
-                rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-                both = slice(2 * pair, 2 * pair + 2)
-                expected = x[:, :, position, both] @ rotation.T
-                np.testing.assert_allclose(turned[:, :, position, both], expected, atol=1e-6)
-
-    def test_cache_hands_out_views(self):
-        cache = KVCache(1, 2, 4, 3)
-        new = np.ones((1, 2, 3, 3), np.float32)
-        keys, _ = cache.append(new, new)
-        longer, values = cache.append(2 * new[:, :, :1], 3 * new[:, :, :1])
-        assert np.shares_memory(keys, longer)
-        np.testing.assert_array_equal(longer[0, 0, :, 0], [1, 1, 1, 2])
-        np.testing.assert_array_equal(values[0, 1, :, 2], [1, 1, 1, 3])
-
-    def test_full_cache_is_left_alone(self):
-        cache = KVCache(1, 1, 4, 1)
-        new = np.ones((1, 1, 3, 1), np.float32)
-        keys, _ = cache.append(new, new)
-        with pytest.raises(ValueError, match="holds 3 of 4 positions; 3 more do not fit"):
-            cache.append(7 * new, 7 * new)
-        assert cache.length == 3
-        np.testing.assert_array_equal(keys, new)
-        cache.reset()
-        assert cache.append(new, new)[0].shape == (1, 1, 3, 1)
 
 
 @pytest.fixture

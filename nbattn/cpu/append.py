@@ -29,26 +29,27 @@ SERIAL = 1 << 19
 AS_IT_IS, INT8, INT4 = range(3)
 """What is done to a number on its way into the cache."""
 
-# What changes from call to call comes first.
+# What changes from call to call comes first, then what else a rotation needs.
 _CALL = ("key", "key_b", "key_h", "key_s", "value", "value_b", "value_h", "value_s",
-         "starts", "positions", "counts", "blocks", "workspace")  # fmt: skip
+         "starts", "positions", "counts", "rows", "blocks", "workspace")  # fmt: skip
+_TURN = ("frequencies", "pairs", "interleaved", "table_bytes", "workspace_bytes", "heads", "head_dim",
+         "key_pages", "key_pages_p", "key_pages_h", "key_pages_r")  # fmt: skip
+_PAGES = ("key_pages", "value_pages", "key_scales", "value_scales")
 PARAMETERS = np.dtype(
     runtime.WORK
     + [(name, np.int64) for name in (
-        *_CALL, "workers", "workspace_bytes",
+        *_CALL, *_TURN, "workers",
         # addresses, and strides in bytes along pages, rows of a page and heads
-        "key_pages", "key_pages_p", "key_pages_r", "key_pages_h",
         "value_pages", "value_pages_p", "value_pages_r", "value_pages_h",
         "key_scales", "key_scales_p", "key_scales_r", "key_scales_h",
         "value_scales", "value_scales_p", "value_scales_r", "value_scales_h",
-        "page_table", "page_table_b", "page_size", "ring", "heads", "head_dim", "value_dim", "kind",
-        "frequencies", "pairs", "interleaved", "table_bytes",
+        "page_table", "page_table_b", "page_size", "ring", "value_dim", "kind",
     )]
 )  # fmt: skip
 _WORDS = {name: PARAMETERS.fields[name][1] // 8 for name in PARAMETERS.names}  # type: ignore[index, union-attr]
 TASKS = _WORDS["tasks"]
 NEXT_TASK, TASKS_DONE, WORKERS = (8 * _WORDS[name] for name in ("next_task", "tasks_done", "workers"))
-_put_call = struct.Struct(f"{len(_CALL)}q").pack_into
+_put_call, _put_rotation = (struct.Struct(f"{len(x)}q").pack_into for x in (_CALL, _CALL + _TURN))
 
 parameters_at = simd.record(PARAMETERS)
 get_int, _ = simd.scalars(types.int64)
@@ -67,26 +68,28 @@ def rotate(
     interleaved: bool,
 ) -> None:
     """Write `query` (B, Hq, Sq, D) to `out`, turned as keys are: query i of sequence b by offset[b] + i."""
+    batch, heads, rows, head_dim = query.shape
+    blocks = -(-rows // BLOCK)
+    tasks = batch * blocks
+    if tasks == 0:
+        return
+    helpers = _helpers(tasks, query.size)
+    pairs = len(frequencies)
+    frequencies, table_bytes, workspace_bytes = _tables(frequencies, head_dim, query.dtype == np.float64)
+    memory, workspace = runtime.scratch((helpers + 1) * workspace_bytes)
+    words = np.zeros(PARAMETERS.itemsize // 8, np.int64)
+    words[TASKS] = tasks
     # Each sequence's rows are a page.
-    batch, _, rows, _ = query.shape
-    pages = out.transpose(0, 2, 1, 3)
-    counts = np.full(batch, rows)
-    problem = AppendProblem(
-        key=query,
-        value=query[..., :0],
-        key_pages=pages,
-        value_pages=pages[..., :0],
-        key_scales=None,
-        value_scales=None,
-        storage=str(storage_name(query.dtype)),
-        page_table=np.arange(batch)[:, None],
-        ring=0,
-        starts=offset,
-        counts=counts,
-        frequencies=frequencies,
-        interleaved=interleaved,
-    )
-    Plan(problem).append(query, problem.value, np.zeros(batch, np.int64), counts, offset)
+    _put_rotation(
+        words.data, 8 * _WORDS["key"],
+        runtime.address(query), *query.strides[:3], 0, 0, 0, 0,
+        0, runtime.address(offset), 0, rows, blocks, workspace,
+        runtime.address(frequencies), pairs, interleaved, table_bytes, workspace_bytes, heads, head_dim,
+        runtime.address(out), *out.strides[:3],
+    )  # fmt: skip
+    keep_alive = (query, out, offset, frequencies, memory)
+    runtime.run(kernel(f"append-{storage_name(query.dtype)}"), words, helpers, keep_alive)
+    runtime.keep(memory)
 
 
 class Plan:
@@ -94,27 +97,25 @@ class Plan:
 
     def __init__(self, problem: AppendProblem) -> None:
         p = problem
-        storage = "float32" if p.storage in ("int8", "int4") else p.storage
-        self.kernel = kernel(f"append-{storage}")
+        self.kernel = kernel(f"append-{_given(p.storage)}")
         self.words = np.zeros(PARAMETERS.itemsize // 8, np.int64)
         values: dict[str, int] = {}
-        for name in ("key_pages", "value_pages", "key_scales", "value_scales"):
+        for name in _PAGES:
             if (x := getattr(p, name)) is not None:
                 values[name] = runtime.address(x)
                 values[f"{name}_p"], values[f"{name}_r"], values[f"{name}_h"] = x.strides[:3]
         heads, head_dim, value_dim = p.key.shape[1], p.key.shape[3], p.value.shape[3]
-        frequencies = None
-        if p.frequencies is not None and len(p.frequencies):
-            lanes = simd.lanes(np.float64)
-            frequencies = np.zeros(-(-len(p.frequencies) // lanes) * lanes)  # the kernel takes whole vectors
-            frequencies[: len(p.frequencies)] = p.frequencies
-            values["frequencies"] = runtime.address(frequencies)
-            values["pairs"] = len(p.frequencies)
-            values["table_bytes"] = -(-2 * len(frequencies) * np.dtype(p.compute).itemsize // 64) * 64
-        row_bytes = -(-head_dim * 4 // 64) * 64
-        self.workspace_bytes = 2 * values.get("table_bytes", 0) + row_bytes if frequencies is not None else 0
+        frequencies, self.workspace_bytes = None, 0
+        if p.frequencies is not None:
+            double = p.compute is np.float64
+            frequencies, table_bytes, self.workspace_bytes = _tables(p.frequencies, head_dim, double)
+            values |= {
+                "frequencies": runtime.address(frequencies),
+                "pairs": len(p.frequencies),
+                "table_bytes": table_bytes,
+                "workspace_bytes": self.workspace_bytes,
+            }
         values |= {
-            "workspace_bytes": self.workspace_bytes,
             "page_table": runtime.address(p.page_table),
             "page_table_b": p.page_table.strides[0],
             "page_size": p.key_pages.shape[1],
@@ -128,47 +129,56 @@ class Plan:
         for name, number in values.items():
             self.words[_WORDS[name]] = number
         self.numbers = heads * (head_dim + value_dim)
-        self.keep_alive = (
-            p.key_pages,
-            p.value_pages,
-            p.key_scales,
-            p.value_scales,
-            p.page_table,
-            frequencies,
-        )
+        # Not the first call's tokens.
+        self.keep_alive = [getattr(p, name) for name in (*_PAGES, "page_table")], frequencies
 
     def append(
-        self,
-        key: NDArray[Any],
-        value: NDArray[Any],
-        starts: NDArray[np.int64],
-        counts: NDArray[np.int64],
-        positions: NDArray[np.int64] | None = None,
+        self, key: NDArray[Any], value: NDArray[Any], starts: NDArray[np.int64], counts: NDArray[np.int64]
     ) -> None:
-        """Write keys and values (B, Hkv, S, D) to the slots from `starts` on, turned by `positions`."""
-        batch, _, tokens, _ = key.shape
-        blocks = -(-tokens // BLOCK)
+        """Write keys and values (B, Hkv, S, D) to the positions from `starts` on."""
+        batch, _, rows, _ = key.shape
+        blocks = -(-rows // BLOCK)
         tasks = batch * blocks
         if tasks == 0:
             return
-        is_small = tasks == 1 or batch * tokens * self.numbers < SERIAL
-        helpers = 0 if is_small else min(runtime.threads(), tasks) - 1
+        helpers = _helpers(tasks, batch * rows * self.numbers)
         memory, workspace = runtime.scratch((helpers + 1) * self.workspace_bytes)
         words = self.words.copy()
         words[TASKS] = tasks
+        start = runtime.address(starts)
         _put_call(
             words.data, 8 * _WORDS["key"],
             runtime.address(key), *key.strides[:3], runtime.address(value), *value.strides[:3],
-            runtime.address(starts), runtime.address(starts if positions is None else positions),
-            runtime.address(counts), blocks, workspace,
+            start, start, runtime.address(counts), rows, blocks, workspace,
         )  # fmt: skip
-        runtime.run(self.kernel, words, helpers, (key, value, starts, counts, positions, self, memory))
+        runtime.run(self.kernel, words, helpers, (key, value, starts, counts, self, memory))
         runtime.keep(memory)
+
+
+def _helpers(tasks: int, numbers: int) -> int:
+    return 0 if tasks == 1 or numbers < SERIAL else min(runtime.threads(), tasks) - 1
+
+
+def _tables(
+    frequencies: NDArray[np.float64], head_dim: int, double: bool
+) -> tuple[NDArray[np.float64], int, int]:
+    """Frequencies in whole vectors; bytes of a table of cosines; bytes of two and of a row of keys."""
+    lanes = simd.lanes(np.float64)
+    missing = -len(frequencies) % lanes
+    if missing or not frequencies.flags.c_contiguous:
+        frequencies = np.concatenate((frequencies, np.zeros(missing)))
+    table_bytes = -(-2 * len(frequencies) * (8 if double else 4) // 64) * 64
+    return frequencies, table_bytes, 2 * table_bytes + -(-head_dim * 4 // 64) * 64
 
 
 def kernel_names(dtypes: Sequence[str]) -> list[str]:
     """The kernels that calls with these dtypes need."""
-    return [f"append-{dtype}" for dtype in dtypes]
+    return list(dict.fromkeys(f"append-{_given(dtype)}" for dtype in dtypes))
+
+
+def _given(storage: str) -> str:
+    """The dtype of what goes into a cache of this one."""
+    return "float32" if storage in ("int8", "int4") else storage
 
 
 def kernel(name: str) -> Any:
@@ -373,10 +383,13 @@ def _build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
     @jit
     def token(p, w, b, i):
         """Row i of sequence b, all heads."""
-        slot = get_int(p.starts + 8 * b) + i
-        if p.ring:
-            slot %= p.ring
-        page, row = get_int(p.page_table + b * p.page_table_b + slot // p.page_size * 8), slot % p.page_size
+        page, row = b, i
+        if p.starts:
+            slot = get_int(p.starts + 8 * b) + i
+            if p.ring:
+                slot %= p.ring
+            row = slot % p.page_size
+            page = get_int(p.page_table + b * p.page_table_b + slot // p.page_size * 8)
         key, value = p.key + b * p.key_b + i * p.key_s, p.value + b * p.value_b + i * p.value_s
         key_to = p.key_pages + page * p.key_pages_p + row * p.key_pages_r
         value_to = p.value_pages + page * p.value_pages_p + row * p.value_pages_r
@@ -411,7 +424,7 @@ def _build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
             if task >= p.tasks:
                 return finished_last
             b, block = task // p.blocks, task % p.blocks
-            count = get_int(p.counts + 8 * b)
+            count = get_int(p.counts + 8 * b) if p.counts else p.rows
             first = max(count - p.ring, 0) if p.ring else 0
             for i in range(max(first, block * BLOCK), min(count, (block + 1) * BLOCK)):
                 token(p, w, b, i)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ..problem import STORAGE_DTYPES, Problem, storage_name
 from . import blocks, runtime
 from .blocks import PARAMETERS, STATE_ROWS, TABLES
+from .masks import WORDS
 from .panels import KEYS
 from .tiles import ROW_BYTES
 
@@ -73,7 +74,7 @@ def _is_small(p: Problem) -> bool:
 
 def kernel_names(dtypes: Sequence[str]) -> list[str]:
     """The kernels that calls with these dtypes need."""
-    names = [f"attention-{dtype}" for dtype in dtypes]
+    names = [f"attention-{dtype}" for dtype in dtypes if dtype in STORAGE_DTYPES]
     return [*names, "attention-float32-bfloat16"] if "float32" in dtypes else names
 
 
@@ -144,9 +145,8 @@ def _parameters(
     slot_bytes = -(-(key_panel + value_panel) * itemsize // 64) * 64
     kept = PANEL_BYTES // runtime.threads()
     slots = min(-(-p.max_keys // KEYS), max(1, kept // slot_bytes)) if slot_bytes else 0
-    scratch = (
-        ROW_BYTES * (query_rows + value_rows + KEYS + STATE_ROWS) + rows * 8 * TABLES + 64 * -(-slots // 8)
-    )
+    scratch = ROW_BYTES * (query_rows + value_rows + KEYS + STATE_ROWS)
+    scratch += 8 * (rows * TABLES + WORDS) + 64 * -(-slots // 8)
     # With an ordinary scale the softmax takes the raw products, and the scale goes into its exponent.
     plain = (
         1e-30 < p.scale < 1e30 and not p.softcap and all(x is None for x in (p.bias, p.alibi_slopes, p.sinks))
@@ -170,7 +170,6 @@ def _parameters(
         "blocks": per_unit,
         "left": p.left,
         "right": p.right,
-        "mask_bytes": 0 if p.mask is None else p.mask.itemsize,
         "bias_kind": 0 if p.bias is None else STORAGE_DTYPES.index(cast(str, storage_name(p.bias.dtype))),
         "plain": plain,
         "scale": runtime.bits(p.scale),

@@ -21,6 +21,7 @@ import numpy as np
 from numba import types
 
 from . import amx, panels, runtime, scores, simd
+from .masks import EVERYTHING, NOTHING, WORDS
 from .panels import KEYS
 from .tiles import ROW_BYTES, product
 
@@ -38,7 +39,7 @@ PARAMETERS = np.dtype(
         "value", "value_b", "value_h", "value_s", "out", "out_b", "out_h", "out_s",
         "lse", "lse_b", "lse_h", "lse_s", "weights", "weights_b", "weights_h", "weights_s",
         # addresses, and strides in bytes along batch, head, query and key
-        "mask", "mask_b", "mask_h", "mask_q", "mask_k", "mask_bytes", "mask_same_rows",
+        "mask", "mask_b", "mask_h", "mask_q", "mask_k", "mask_same_rows",
         "bias", "bias_b", "bias_h", "bias_q", "bias_k", "bias_kind", "bias_same_rows",
         "alibi_slopes", "sinks", "offset", "key_lengths", "query_starts", "key_starts", "first_task",
         "batch", "queries", "head_dim", "value_dim", "query_rows", "value_rows",
@@ -78,6 +79,7 @@ class Scratch(NamedTuple):
     outs: int  # its output,
     masks: int  # its mask,
     biases: int  # its bias
+    seen: int  # a word of bits for each key of a run: which queries the mask lets see it
     tags: int  # which panel each slot holds
     panels: int
     finite: int  # one run's values without NaN and inf
@@ -127,7 +129,7 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
         accumulate = product(jit, number, rescale=True, pairs=pairs)
     as_operand = simd.round_bfloat16 if rounds else simd.same
     panel = panels.build(jit, storage, operands, converts, as_operand)
-    adjust, visible = scores.build(jit, inline, dtype, storage)
+    look, adjust, visible = scores.build(jit, inline, dtype, storage)
     read_square = panels.rows_in(lanes, storage)
     read_words: Any = panels.words_in(lanes, storage) if pairs else None
     write_square = panels.rows_out(lanes, storage)
@@ -143,12 +145,13 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
         s = o + p.value_rows * ROW_BYTES
         row = s + KEYS * ROW_BYTES
         table, step = row + STATE_ROWS * ROW_BYTES, block_rows * 8
-        tags = table + TABLES * step
+        seen = table + TABLES * step
+        tags = seen + WORDS * 8
         converted = tags + 64 * ((p.slots + 7) // 8)
         return Scratch(q, o, s, row, row + ROW_BYTES, row + 2 * ROW_BYTES, row + 3 * ROW_BYTES,
                        row + 4 * ROW_BYTES, row + 5 * ROW_BYTES, row + 6 * ROW_BYTES,
                        table, table + step, table + 2 * step, table + 3 * step,
-                       tags, converted, converted + p.slots * p.slot_bytes)  # fmt: skip
+                       seen, tags, converted, converted + p.slots * p.slot_bytes)  # fmt: skip
 
     @jit
     def task(p, t):
@@ -440,9 +443,13 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
             key0 = any_first
             while key0 < any_last:
                 keys = min(KEYS - key0 % KEYS, any_last - key0)
+                seen = look(p, w, key0, keys, vectors * lanes) if p.mask != 0 else EVERYTHING
+                if seen == NOTHING:
+                    key0 += keys
+                    continue
                 converted = panel(p, w, head, key0 // KEYS, key, value, length) if p.slots > 0 else 0
                 score(p, w, key, converted, key0, keys, vectors)
-                adjust(p, w, key0, keys, rows, vectors, all_first, all_last)
+                adjust(p, w, key0, keys, rows, vectors, all_first, all_last, seen)
                 if stage == WEIGHTS:
                     write_weights(p, w, b, unit, row0, rows, queries, key0, keys)
                 else:

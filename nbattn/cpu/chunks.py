@@ -20,7 +20,7 @@ from numba import types
 
 from ..problem import STORAGE_DTYPES
 from . import dots, runtime, simd
-from .scores import get_byte, get_int16, get_int32
+from .masks import get_byte
 
 CHUNK = 512
 """Keys of a task. Fewer leave many sums to merge, more leave cores idle."""
@@ -41,7 +41,7 @@ PARAMETERS = np.dtype(
         "key_scales", "key_scales_p", "key_scales_s", "key_scales_h",
         "value_scales", "value_scales_p", "value_scales_s", "value_scales_h",
         # along batch, head, query and key
-        "mask", "mask_b", "mask_h", "mask_q", "mask_k", "mask_bytes",
+        "mask", "mask_b", "mask_h", "mask_q", "mask_k",
         "bias", "bias_b", "bias_h", "bias_q", "bias_k", "bias_kind",
         "alibi_slopes", "sinks", "offset", "key_starts", "key_lengths", "page_table", "table_width",
         "page_size", "ring", "queries", "head_dim", "value_dim", "group", "heads", "blocks", "block_rows",
@@ -319,19 +319,15 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
     read0, read1, read2, read3 = (simd.loads(kind)[2] for kind in STORAGE_DTYPES)
 
     @jit
-    def masked(p, a):
+    def masked(a):
         """Whether the mask's element at an address says no."""
-        if p.mask_bytes == 1:
-            return get_byte(a) == 0
-        if p.mask_bytes == 2:
-            return get_int16(a) == 0
-        return get_int32(a) == 0 if p.mask_bytes == 4 else get_int(a) == 0
+        return get_byte(a) == 0
 
     @jit
     def visible(p, w, r, j):
         if j < get_int(w.first + 8 * r) or j >= get_int(w.last + 8 * r):
             return False
-        if p.mask != 0 and masked(p, get_int(w.masks + 8 * r) + j * p.mask_k):
+        if p.mask != 0 and masked(get_int(w.masks + 8 * r) + j * p.mask_k):
             return False
         return p.bias == 0 or read_bias(p, get_int(w.biases + 8 * r) + j * p.bias_k) != -infinity
 
@@ -378,7 +374,7 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
             for r in range(rows):
                 a = get_int(w.masks + 8 * r) + k0 * p.mask_k
                 for j in range(keys):
-                    if masked(p, a + j * p.mask_k):
+                    if masked(a + j * p.mask_k):
                         put(place(w.s, r, j, together), -infinity)
         if k0 < all_first or k0 + keys > all_last or padding > keys:
             for r in range(rows):

@@ -67,7 +67,6 @@ class Plan:
         values: dict[str, int] = {
             "workspace_bytes": self.workspace_bytes,
             "partial_bytes": self.partial_bytes,
-            "mask_bytes": 0 if p.mask is None else p.mask.itemsize,
             "bias_kind": 0 if p.bias is None else STORAGE_DTYPES.index(cast(str, storage_name(p.bias.dtype))),
             "table_width": p.page_table.shape[1],
             "page_size": p.key_pages.shape[1],

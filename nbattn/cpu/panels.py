@@ -16,7 +16,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from . import simd
-from .simd import I8, I32, I64, const, load_value, pointer, store_value
+from .simd import I32, I64, const, load_value, pointer, store_value
 from .tiles import ROW_BYTES
 
 KEYS = 128
@@ -93,18 +93,6 @@ def bias_in(lanes: int, storage: str, compute: Any) -> Any:
         store_value(b, b.select(b.fcmp_ordered("==", x, low), low, total), place)
 
     return _from_rows(lanes, simd.stored(storage), emit)
-
-
-def mask_in(lanes: int, compute: Any) -> Any:
-    """``read(table, offset, target)``: scores at `target` become -inf where a square of bytes is 0."""
-
-    def emit(b: Any, column: Any, address: Any) -> None:
-        t = ir.VectorType(compute, lanes)
-        place = pointer(b, address, t)
-        seen = b.icmp_unsigned("!=", column, const(column.type, 0))
-        store_value(b, b.select(seen, load_value(b, place), const(t, float("-inf"))), place)
-
-    return _from_rows(lanes, I8, emit)
 
 
 def rows_out(lanes: int, storage: str) -> Any:

@@ -1,7 +1,7 @@
 """What happens to scores s^T between the product and the softmax: scale, softcap, bias, ALiBi, masks.
 
 Each step is one pass over a tile in the first-level cache, and a call pays only for the steps it asks for.
-Bias and mask lie query by query in memory; squares of them are transposed in registers.
+A bias lies query by query in memory; squares of it are transposed in registers.
 """
 
 from __future__ import annotations
@@ -13,18 +13,16 @@ from llvmlite import ir
 from numba import types
 
 from ..problem import STORAGE_DTYPES
-from . import panels, simd
+from . import masks, panels, simd
 from .tiles import ROW_BYTES
 
-get_int, put_int = simd.scalars(types.int64)
-get_byte, _ = simd.scalars(types.int8)
-get_int16, _ = simd.scalars(types.int16)
-get_int32, _ = simd.scalars(types.int32)
+get_int, _ = simd.scalars(types.int64)
 
 
-def build(jit: Any, inline: Any, dtype: Any, storage: str) -> tuple[Any, Any]:
-    """The compiled functions ``adjust(p, w, key0, keys, rows, vectors, all_first, all_last)``, which turns
-    raw products into scores, and ``visible(p, w, r, j)``, whether row r sees key j at all.
+def build(jit: Any, inline: Any, dtype: Any, storage: str) -> tuple[Any, Any, Any]:
+    """The compiled functions ``look`` of `masks.build`; ``adjust(p, w, key0, keys, rows, vectors, all_first,
+    all_last, seen)``, which turns raw products into scores where the mask showed `seen`; and ``visible(p, w,
+    r, j)``, whether row r sees key j at all.
 
     `p` is the call's parameters, `w` the block's scratch (`attention.Scratch`).
     """
@@ -36,7 +34,7 @@ def build(jit: Any, inline: Any, dtype: Any, storage: str) -> tuple[Any, Any]:
     load, store, get, put = simd.loads("float64" if size == 8 else "float32")
     get_index, _ = simd.scalars(types.int64 if size == 8 else types.int32)
     fma, mul, sub, add, splat = simd.fma, simd.mul, simd.sub, simd.add, simd.splat
-    hide_square = panels.mask_in(lanes, compute)
+    look, hide, masked = masks.build(jit, dtype)
 
     @jit
     def scale_and_cap(p, s, keys, vectors):
@@ -105,37 +103,8 @@ def build(jit: Any, inline: Any, dtype: Any, storage: str) -> tuple[Any, Any]:
 
     (read0, add0), (read1, add1), (read2, add2), (read3, add3) = (bias_adder(kind) for kind in STORAGE_DTYPES)
 
-    @jit
-    def masked(p, a):
-        """Whether the mask's element at an address says no."""
-        if p.mask_bytes == 1:
-            return get_byte(a) == 0
-        if p.mask_bytes == 2:
-            return get_int16(a) == 0
-        return get_int32(a) == 0 if p.mask_bytes == 4 else get_int(a) == 0
-
-    @jit
-    def apply_mask(p, table, s, key0, keys, rows, vectors):
-        if p.mask_same_rows:
-            a = get_int(table) + key0 * p.mask_k
-            for j in range(keys):
-                if masked(p, a + j * p.mask_k):
-                    for v in range(vectors):
-                        store(s + j * ROW_BYTES + v * register, splat(-infinity))
-            return
-        squares = keys // lanes if p.mask_bytes == 1 and p.mask_k == 1 else 0
-        for v in range(vectors):
-            for c in range(squares):
-                j = c * lanes
-                hide_square(table + v * lanes * 8, key0 + j, s + j * ROW_BYTES + v * register)
-        for r in range(rows):
-            a = get_int(table + 8 * r) + key0 * p.mask_k
-            for j in range(squares * lanes, keys):
-                if masked(p, a + j * p.mask_k):
-                    put(s + j * ROW_BYTES + r * size, -infinity)
-
     @inline
-    def adjust(p, w, key0, keys, rows, vectors, all_first, all_last):
+    def adjust(p, w, key0, keys, rows, vectors, all_first, all_last, seen):
         s = w.s
         if not p.plain:
             scale_and_cap(p, s, keys, vectors)
@@ -150,8 +119,8 @@ def build(jit: Any, inline: Any, dtype: Any, storage: str) -> tuple[Any, Any]:
                     add3(p, w.biases, s, key0, keys, rows, vectors)
             if p.alibi_slopes != 0:
                 add_alibi(w, s, key0, keys, vectors)
-        if p.mask != 0:
-            apply_mask(p, w.masks, s, key0, keys, rows, vectors)
+        if seen == masks.SOME:
+            hide(w, keys, vectors)
         if key0 < all_first or key0 + keys > all_last:
             for v in range(vectors):
                 first, last = w.first + v * register, w.last + v * register
@@ -163,7 +132,7 @@ def build(jit: Any, inline: Any, dtype: Any, storage: str) -> tuple[Any, Any]:
     def visible(p, w, r, j):
         if j < get_index(w.first + r * size) or j >= get_index(w.last + r * size):
             return False
-        if p.mask != 0 and masked(p, get_int(w.masks + 8 * r) + j * p.mask_k):
+        if p.mask != 0 and masked(p, w, r, j):
             return False
         if p.bias == 0:
             return True
@@ -174,4 +143,4 @@ def build(jit: Any, inline: Any, dtype: Any, storage: str) -> tuple[Any, Any]:
             return dtype(read1(a)) != -infinity
         return dtype(read2(a) if p.bias_kind == 2 else read3(a)) != -infinity
 
-    return adjust, visible
+    return look, adjust, visible

@@ -19,7 +19,7 @@ import numpy as np
 from numba import types
 from numpy.typing import NDArray
 
-from ..problem import storage_name
+from ..problem import STORAGE_DTYPES, storage_name
 from . import runtime, simd
 
 SHORT = 256
@@ -117,7 +117,7 @@ def repeat(
 
 def kernel_names(dtypes: Sequence[str]) -> list[str]:
     """The kernels that calls with these dtypes need."""
-    return [f"softmax-{dtype}" for dtype in dtypes]
+    return [f"softmax-{dtype}" for dtype in dtypes if dtype in STORAGE_DTYPES]
 
 
 def kernel(name: str) -> Any:

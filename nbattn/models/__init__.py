@@ -13,7 +13,11 @@ LANGUAGES = {"glassllm": "en", "glassllm-en": "en", "glassllm-pt": "pt"}
 
 
 def load(
-    name: str, *, folder: str | PathLike[str] | None = None, backend: str | None = None
+    name: str,
+    *,
+    folder: str | PathLike[str] | None = None,
+    backend: str | None = None,
+    cache_dtype: str = "float32",
 ) -> tuple[GlassLM, Tokenizer]:
     """Load a model and its tokenizer by name.
 
@@ -25,6 +29,8 @@ def load(
         Where the weight files lie; the folder of the installed package unless given.
     backend : {None, "cpu", "reference", "cuda"}
         The attention backend.
+    cache_dtype : {"float32", "int8", "int4"}
+        What `GlassLM.new_cache` stores keys and values in.
 
     Returns
     -------
@@ -54,4 +60,4 @@ def load(
         raise ValueError(msg)
     from . import glassllm
 
-    return glassllm.load(LANGUAGES[name], folder, backend)
+    return glassllm.load(LANGUAGES[name], folder, backend, cache_dtype)

@@ -13,13 +13,13 @@ from dataclasses import dataclass, fields
 from itertools import pairwise
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..attention import scaled_dot_product_attention
-from ..layers import KVCache, Linear, RMSNorm, Rotary, SwiGLU
+from ..cache import KVCache
+from ..layers import Linear, RMSNorm, SwiGLU
 from .sampling import next_token
 from .weights import Weights, package_folder, read_json
 
@@ -72,13 +72,11 @@ def _positive(entries: dict[str, Any], name: str, kind: Any) -> Any:
 
 
 class Attention:
-    """Causal attention of one layer, with fewer key heads than query heads."""
+    """Causal attention of one layer, with fewer key heads than query heads. The cache turns both."""
 
-    def __init__(
-        self, weights: Weights, prefix: str, config: Config, rotary: Rotary, backend: str | None
-    ) -> None:
+    def __init__(self, weights: Weights, prefix: str, config: Config) -> None:
         d, kv_width = config.d_model, config.n_kv_heads * config.head_dim
-        self.head_dim, self.rotary, self.backend = config.head_dim, rotary, backend
+        self.head_dim = config.head_dim
         self.query = Linear(weights.tensor(prefix + "W_Q", (d, d)))
         self.key = Linear(weights.tensor(prefix + "W_K", (d, kv_width)))
         self.value = Linear(weights.tensor(prefix + "W_V", (d, kv_width)))
@@ -86,15 +84,9 @@ class Attention:
 
     def __call__(self, x: NDArray[np.float32], cache: KVCache) -> NDArray[np.float32]:
         """``(B, S, d)`` at the positions after those in the cache, to ``(B, S, d)``."""
-        start = cache.length
-        q = self.rotary(self._heads(self.query(x)), start)
-        k = self.rotary(self._heads(self.key(x)), start)
-        keys, values = cache.append(k, self._heads(self.value(x)))
-        mixed = np.empty_like(x)
-        scaled_dot_product_attention(
-            q, keys, values, is_causal=True, query_offset=start, out=self._heads(mixed), backend=self.backend
-        )
-        return self.output(mixed)
+        cache.append(self._heads(self.key(x)), self._heads(self.value(x)))
+        mixed = cast(NDArray[np.float32], cache.attend(self._heads(self.query(x))))
+        return self.output(mixed.transpose(0, 2, 1, 3).reshape(x.shape))
 
     def _heads(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         """``(B, S, H * D)`` as a view ``(B, H, S, D)``."""
@@ -104,12 +96,10 @@ class Attention:
 class Block:
     """One layer: attention and SwiGLU, each normalised before and added to its input."""
 
-    def __init__(
-        self, weights: Weights, prefix: str, config: Config, rotary: Rotary, backend: str | None
-    ) -> None:
+    def __init__(self, weights: Weights, prefix: str, config: Config) -> None:
         d, hidden = config.d_model, int(8 * config.d_model / 3)
         self.norm1 = RMSNorm(weights.tensor(prefix + "norm1.gamma", (d,)), config.eps)
-        self.attention = Attention(weights, prefix + "attn.", config, rotary, backend)
+        self.attention = Attention(weights, prefix + "attn.", config)
         self.norm2 = RMSNorm(weights.tensor(prefix + "norm2.gamma", (d,)), config.eps)
         self.feed_forward = SwiGLU(
             gate=weights.tensor(prefix + "ffn.W1", (d, hidden)),
@@ -131,6 +121,8 @@ class GlassLM:
         The opened ``en.npz`` or ``pt.npz``.
     backend : {None, "cpu", "reference", "cuda"}
         The attention backend.
+    cache_dtype : {"float32", "int8", "int4"}
+        What `new_cache` stores keys and values in.
 
     Examples
     --------
@@ -140,20 +132,24 @@ class GlassLM:
     (1, 3, 1024)
     """
 
-    def __init__(self, weights: Weights, backend: str | None = None) -> None:
+    def __init__(self, weights: Weights, backend: str | None = None, cache_dtype: str = "float32") -> None:
         self.config = config = Config.read(weights)
-        rotary = Rotary(config.head_dim, config.max_len, config.rope_base)
+        self.backend, self.cache_dtype = backend, cache_dtype
         self.embedding = weights.tensor("E", (config.vocab_size, config.d_model))
-        self.blocks = [
-            Block(weights, f"blocks.{i}.", config, rotary, backend) for i in range(config.n_layers)
-        ]
+        self.blocks = [Block(weights, f"blocks.{i}.", config) for i in range(config.n_layers)]
         self.norm = RMSNorm(weights.tensor("norm_f.gamma", (config.d_model,)), config.eps)
         self.head = Linear(self.embedding.T)
 
     def new_cache(self, batch: int = 1) -> list[KVCache]:
         """One empty cache for each layer, with room for `max_len` positions."""
         config = self.config
-        return [KVCache(batch, config.n_kv_heads, config.max_len, config.head_dim) for _ in self.blocks]
+        return [
+            KVCache(
+                batch, config.n_kv_heads, config.max_len, config.head_dim, self.cache_dtype,
+                rotary_base=config.rope_base, rotary_interleaved=True, backend=self.backend,
+            )
+            for _ in self.blocks
+        ]  # fmt: skip
 
     def __call__(self, tokens: ArrayLike, cache: list[KVCache] | None = None) -> NDArray[np.float32]:
         """Logits of the token that follows each position.
@@ -208,7 +204,7 @@ class GlassLM:
         cache = self.new_cache()
         window = pending = list(prompt)[-max_len:]
         for _ in range(max_tokens):
-            if cache[0].length + len(pending) > max_len:
+            if cache[0].lengths[0] + len(pending) > max_len:
                 pending = window
                 for layer in cache:
                     layer.reset()
@@ -304,12 +300,15 @@ def _is_pair(value: Any) -> bool:
 
 
 def load(
-    language: str, folder: str | PathLike[str] | None = None, backend: str | None = None
+    language: str,
+    folder: str | PathLike[str] | None = None,
+    backend: str | None = None,
+    cache_dtype: str = "float32",
 ) -> tuple[GlassLM, Tokenizer]:
     """The model and tokenizer of a language, "en" or "pt", from a folder or from the installed package."""
     base = package_folder("glassllm") / "weights" if folder is None else Path(folder)
     weights, tokenizer_path = Weights(base / f"{language}.npz"), base / f"{language}.tokenizer.json"
-    model, tokenizer = GlassLM(weights, backend), Tokenizer.read(tokenizer_path)
+    model, tokenizer = GlassLM(weights, backend, cache_dtype), Tokenizer.read(tokenizer_path)
     if len(tokenizer.vocab) != model.config.vocab_size:
         size = model.config.vocab_size
         msg = f"{tokenizer_path} has {len(tokenizer.vocab)} tokens but {weights.path} has {size}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,23 @@ def append(problem: AppendProblem) -> None:
             places = places_of(p, b, positions)
             _write(key, p.key_pages, p.key_scales, places, p.storage)
             _write(value, p.value_pages, p.value_scales, places, p.storage)
+
+
+class Plan:
+    """Appends to one cache again and again."""
+
+    def __init__(self, problem: AppendProblem) -> None:
+        self.problem = problem
+
+    def append(
+        self,
+        key: NDArray[Any],
+        value: NDArray[Any],
+        starts: NDArray[np.int64],
+        counts: NDArray[np.int64],
+    ) -> None:
+        """Write keys and values (B, Hkv, S, D) to the positions from `starts` on."""
+        append(dataclasses.replace(self.problem, key=key, value=value, starts=starts, counts=counts))
 
 
 def rotate(

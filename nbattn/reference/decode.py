@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,19 @@ def forward(problem: CacheProblem, out: NDArray[Any], lse: NDArray[Any] | None) 
             sinks=p.sinks,
         )
         attention.forward(dense, out[b : b + 1], None if lse is None else lse[b : b + 1], None)
+
+
+class Plan:
+    """A call to be made again while a cache grows, whose arrays but the query change in place."""
+
+    def __init__(self, problem: CacheProblem) -> None:
+        self.problem = problem
+
+    def forward(
+        self, query: NDArray[Any], out: NDArray[Any], lse: NDArray[Any] | None, max_keys: int
+    ) -> None:
+        """Attend `query`; no sequence has more than `max_keys` keys."""
+        forward(dataclasses.replace(self.problem, query=query, max_keys=max_keys), out, lse)
 
 
 def _gathered(
