@@ -119,12 +119,10 @@ class Decode:
         return Call(partial(nbattn.scaled_dot_product_attention, *inputs, **options, **extra), np.asarray)
 
     def beside(self, inputs: Inputs) -> dict[str, Call]:
-        """This library's call on the arrays as they are given, which a cache is compared with."""
-        if self.kept == ARRAYS:
+        """The call on a plain cache of what is given, which quantised ones and pages are compared with."""
+        if self.kept != PAGES and self.dtype not in QUANTISED:
             return {}
-        label = SHORT[self.given] if self.dtype in QUANTISED else "contiguous"
-        plain = replace(self, dtype=self.given, kept=ARRAYS)
-        return {f"nbattn {label}": plain.ours(inputs)}
+        return {f"nbattn {SHORT[self.given]}": replace(self, dtype=self.given, kept=CACHE).ours(inputs)}
 
     def cache(self, inputs: Inputs) -> nbattn.KVCache:
         cache = nbattn.KVCache(self.batch, self.kv_heads, self.keys, self.head_dim, self.dtype)

@@ -25,15 +25,15 @@ from . import runtime, simd
 BLOCK = 16
 """Tokens of a sequence worth taking from the counter."""
 SERIAL = 1 << 19
-"""Numbers below which a call is not worth a second thread."""
+"""Numbers below which a call is not worth a second thread: 230 us."""
 AS_IT_IS, INT8, INT4 = range(3)
 """What is done to a number on its way into the cache."""
 
 # What changes from call to call comes first, then what else a rotation needs.
 _CALL = ("key", "key_b", "key_h", "key_s", "value", "value_b", "value_h", "value_s",
          "starts", "positions", "counts", "rows", "blocks", "workspace")  # fmt: skip
-_TURN = ("frequencies", "pairs", "interleaved", "table_bytes", "workspace_bytes", "heads", "head_dim",
-         "key_pages", "key_pages_p", "key_pages_h", "key_pages_r")  # fmt: skip
+_TURN = ("frequencies", "pairs", "interleaved", "table_bytes", "row_bytes", "workspace_bytes",
+         "heads", "head_dim", "key_pages", "key_pages_p", "key_pages_h", "key_pages_r")  # fmt: skip
 _PAGES = ("key_pages", "value_pages", "key_scales", "value_scales")
 PARAMETERS = np.dtype(
     runtime.WORK
@@ -75,7 +75,8 @@ def rotate(
         return
     helpers = _helpers(tasks, query.size)
     pairs = len(frequencies)
-    frequencies, table_bytes, workspace_bytes = _tables(frequencies, head_dim, query.dtype == np.float64)
+    double = query.dtype == np.float64
+    frequencies, table_bytes, row_bytes, workspace_bytes = _tables(frequencies, head_dim, double)
     memory, workspace = runtime.scratch((helpers + 1) * workspace_bytes)
     words = np.zeros(PARAMETERS.itemsize // 8, np.int64)
     words[TASKS] = tasks
@@ -84,8 +85,8 @@ def rotate(
         words.data, 8 * _WORDS["key"],
         runtime.address(query), *query.strides[:3], 0, 0, 0, 0,
         0, runtime.address(offset), 0, rows, blocks, workspace,
-        runtime.address(frequencies), pairs, interleaved, table_bytes, workspace_bytes, heads, head_dim,
-        runtime.address(out), *out.strides[:3],
+        runtime.address(frequencies), pairs, interleaved, table_bytes, row_bytes, workspace_bytes,
+        heads, head_dim, runtime.address(out), *out.strides[:3],
     )  # fmt: skip
     keep_alive = (query, out, offset, frequencies, memory)
     runtime.run(kernel(f"append-{storage_name(query.dtype)}"), words, helpers, keep_alive)
@@ -108,11 +109,14 @@ class Plan:
         frequencies, self.workspace_bytes = None, 0
         if p.frequencies is not None:
             double = p.compute is np.float64
-            frequencies, table_bytes, self.workspace_bytes = _tables(p.frequencies, head_dim, double)
+            frequencies, table_bytes, row_bytes, self.workspace_bytes = _tables(
+                p.frequencies, head_dim, double
+            )
             values |= {
                 "frequencies": runtime.address(frequencies),
                 "pairs": len(p.frequencies),
                 "table_bytes": table_bytes,
+                "row_bytes": row_bytes,
                 "workspace_bytes": self.workspace_bytes,
             }
         values |= {
@@ -142,7 +146,9 @@ class Plan:
         if tasks == 0:
             return
         helpers = _helpers(tasks, batch * rows * self.numbers)
-        memory, workspace = runtime.scratch((helpers + 1) * self.workspace_bytes)
+        memory, workspace = None, 0
+        if self.workspace_bytes:
+            memory, workspace = runtime.scratch((helpers + 1) * self.workspace_bytes)
         words = self.words.copy()
         words[TASKS] = tasks
         start = runtime.address(starts)
@@ -152,7 +158,8 @@ class Plan:
             start, start, runtime.address(counts), rows, blocks, workspace,
         )  # fmt: skip
         runtime.run(self.kernel, words, helpers, (key, value, starts, counts, self, memory))
-        runtime.keep(memory)
+        if memory is not None:
+            runtime.keep(memory)
 
 
 def _helpers(tasks: int, numbers: int) -> int:
@@ -161,14 +168,16 @@ def _helpers(tasks: int, numbers: int) -> int:
 
 def _tables(
     frequencies: NDArray[np.float64], head_dim: int, double: bool
-) -> tuple[NDArray[np.float64], int, int]:
-    """Frequencies in whole vectors; bytes of a table of cosines; bytes of two and of a row of keys."""
+) -> tuple[NDArray[np.float64], int, int, int]:
+    """Frequencies in whole vectors; bytes of a table of cosines, of a row of keys, of a block's workspace."""
     lanes = simd.lanes(np.float64)
     missing = -len(frequencies) % lanes
     if missing or not frequencies.flags.c_contiguous:
         frequencies = np.concatenate((frequencies, np.zeros(missing)))
-    table_bytes = -(-2 * len(frequencies) * (8 if double else 4) // 64) * 64
-    return frequencies, table_bytes, 2 * table_bytes + -(-head_dim * 4 // 64) * 64
+    table_bytes, row_bytes = (
+        -(-n * (8 if double else 4) // 64) * 64 for n in (2 * len(frequencies), head_dim)
+    )
+    return frequencies, table_bytes, row_bytes, row_bytes + BLOCK * 2 * table_bytes
 
 
 def kernel_names(dtypes: Sequence[str]) -> list[str]:
@@ -381,39 +390,42 @@ def _build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
         place = _quantising(jit, inline)
 
     @jit
-    def token(p, w, b, i):
-        """Row i of sequence b, all heads."""
-        page, row = b, i
-        if p.starts:
-            slot = get_int(p.starts + 8 * b) + i
-            if p.ring:
-                slot %= p.ring
-            row = slot % p.page_size
-            page = get_int(p.page_table + b * p.page_table_b + slot // p.page_size * 8)
-        key, value = p.key + b * p.key_b + i * p.key_s, p.value + b * p.value_b + i * p.value_s
-        key_to = p.key_pages + page * p.key_pages_p + row * p.key_pages_r
-        value_to = p.value_pages + page * p.value_pages_p + row * p.value_pages_r
-        key_scale = p.key_scales + page * p.key_scales_p + row * p.key_scales_r
-        value_scale = p.value_scales + page * p.value_scales_p + row * p.value_scales_r
-        cosines, sines, turned = w, w + p.table_bytes, w + 2 * p.table_bytes
+    def write(p, w, b, first, end):
+        """Some rows of sequence b, all heads; a head's rows one after another, as they often lie."""
+        turned, table = w, w + p.row_bytes
         if p.pairs:
-            position = get_int(p.positions + 8 * b) + i
             step = pairs * number * (2 if p.interleaved else 1)
-            for n in range((p.pairs + pairs - 1) // pairs):
-                at = p.frequencies + n * register
-                turns(position, at, cosines + n * step, sines + n * step, p.interleaved)
+            for i in range(first, end):
+                position = get_int(p.positions + 8 * b) + i
+                cosines = table + (i - first) * 2 * p.table_bytes
+                for n in range((p.pairs + pairs - 1) // pairs):
+                    at, c = p.frequencies + n * register, cosines + n * step
+                    turns(position, at, c, c + p.table_bytes, p.interleaved)
         for h in range(p.heads):
-            a, target = key + h * p.key_h, key_to + h * p.key_pages_h
-            if p.pairs and p.kind == AS_IT_IS:
-                turn(p, cosines, sines, a, target)
-            else:
-                if p.pairs:
-                    turn(p, cosines, sines, a, turned)
-                    a = turned
-                place(p, a, target, key_scale + h * p.key_scales_h, p.head_dim)
-            if p.value_dim:
-                scale = value_scale + h * p.value_scales_h
-                place(p, value + h * p.value_h, value_to + h * p.value_pages_h, scale, p.value_dim)
+            key, value = p.key + b * p.key_b + h * p.key_h, p.value + b * p.value_b + h * p.value_h
+            key_to, value_to = p.key_pages + h * p.key_pages_h, p.value_pages + h * p.value_pages_h
+            key_scale, value_scale = p.key_scales + h * p.key_scales_h, p.value_scales + h * p.value_scales_h
+            for i in range(first, end):
+                page, row = b, i
+                if p.starts:
+                    slot = get_int(p.starts + 8 * b) + i
+                    if p.ring:
+                        slot %= p.ring
+                    row = slot % p.page_size
+                    page = get_int(p.page_table + b * p.page_table_b + slot // p.page_size * 8)
+                a, target = key + i * p.key_s, key_to + page * p.key_pages_p + row * p.key_pages_r
+                cosines = table + (i - first) * 2 * p.table_bytes
+                if p.pairs and p.kind == AS_IT_IS:
+                    turn(p, cosines, cosines + p.table_bytes, a, target)
+                else:
+                    if p.pairs:
+                        turn(p, cosines, cosines + p.table_bytes, a, turned)
+                        a = turned
+                    place(p, a, target, key_scale + page * p.key_scales_p + row * p.key_scales_r, p.head_dim)
+                if p.value_dim:
+                    target = value_to + page * p.value_pages_p + row * p.value_pages_r
+                    scale = value_scale + page * p.value_scales_p + row * p.value_scales_r
+                    place(p, value + i * p.value_s, target, scale, p.value_dim)
 
     def work(address):
         p = parameters_at(address)
@@ -426,8 +438,7 @@ def _build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
             b, block = task // p.blocks, task % p.blocks
             count = get_int(p.counts + 8 * b) if p.counts else p.rows
             first = max(count - p.ring, 0) if p.ring else 0
-            for i in range(max(first, block * BLOCK), min(count, (block + 1) * BLOCK)):
-                token(p, w, b, i)
+            write(p, w, b, max(first, block * BLOCK), min(count, (block + 1) * BLOCK))
             if simd.fetch_add(address + TASKS_DONE) + 1 == p.tasks:
                 finished_last = 1
 
