@@ -2,7 +2,7 @@
 
 A tile register holds 16 rows of 64 bytes. One instruction multiplies 16 rows of A, of 16 words each, with 16
 rows of B, of 16 columns of words, and adds to 16 x 16 float32 numbers; a word is a pair of bfloat16. It takes
-16 cycles, 16 times the rate of float32 multiply-adds. Four sums, two tiles of A and two of B fill the eight
+16 cycles, 16 times the rate of float32 multiply-adds. Four sums, a tile of A and three of B fill the eight
 registers. B and C are scratch with rows of `ROW_BYTES`; rows and depths are multiples of 16, padded with 0.
 """
 
@@ -61,10 +61,13 @@ def release(typingctx: Any) -> Any:
     return types.void(), codegen
 
 
-def _tile(rows: int, columns: int, add: bool) -> Any:
-    """``c = a @ b``, or ``c +=`` that, for `rows` x `columns` tiles; a's rows lie `a_row` bytes apart."""
-    sums = [[I8(r * columns + j) for j in range(columns)] for r in range(rows)]
-    lefts, rights = [I8(4 + r) for r in range(rows)], [I8(6 + j) for j in range(columns)]
+def _tile(columns: int, add: bool) -> Any:
+    """``c = a @ b``, or ``c +=`` that, for one tile of a and `columns` of b.
+
+    So a, which lies in larger caches, is read once. Its rows lie `a_row` bytes apart.
+    """
+    sums, left = [I8(j) for j in range(columns)], I8(4)
+    rights = [I8(5 + j % 3) for j in range(columns)]
 
     @intrinsic
     def tile(typingctx: Any, a: Any, a_row: Any, b: Any, c: Any, depth: Any) -> Any:
@@ -75,37 +78,29 @@ def _tile(rows: int, columns: int, add: bool) -> Any:
             def at(base: Any, shift: Any) -> Any:
                 return pointer(builder, builder.add(base, shift), I8)
 
-            def each(do: Any) -> None:
-                for r in range(rows):
-                    for j in range(columns):
-                        do(sums[r][j], at(c, const(I64, r * ROWS * ROW_BYTES + j * ROW)))
-
-            if add:
-                each(lambda total, place: emit(builder, "tileloadd64", total, place, step))
-            else:
-                each(lambda total, place: emit(builder, "tilezero", total))
+            places = [at(c, const(I64, j * ROW)) for j in range(columns)]
+            for total, place in zip(sums, places, strict=True):
+                if add:
+                    emit(builder, "tileloadd64", total, place, step)
+                else:
+                    emit(builder, "tilezero", total)
             before, head = builder.block, builder.append_basic_block("reduce")
             after = builder.append_basic_block("reduced")
             builder.branch(head)
             builder.position_at_end(head)
             k = builder.phi(I64)
             k.add_incoming(const(I64, 0), before)
-            along_a = builder.mul(k, const(I64, ROW // ROWS))
-            along_b = builder.mul(k, step)
-            for r in range(rows):
-                below = builder.mul(a_row, const(I64, r * ROWS))
-                emit(builder, "tileloadd64", lefts[r], at(a, builder.add(along_a, below)), a_row)
-            for j in range(columns):
-                place = at(b, builder.add(along_b, const(I64, j * ROW)))
-                emit(builder, "tileloadd64", rights[j], place, step)
-            for r in range(rows):
-                for j in range(columns):
-                    emit(builder, "tdpbf16ps", sums[r][j], lefts[r], rights[j])
+            emit(builder, "tileloadd64", left, at(a, builder.mul(k, const(I64, ROW // ROWS))), a_row)
+            row = builder.add(b, builder.mul(k, step))
+            for j, (total, right) in enumerate(zip(sums, rights, strict=True)):
+                emit(builder, "tileloadd64", right, at(row, const(I64, j * ROW)), step)
+                emit(builder, "tdpbf16ps", total, left, right)
             following = builder.add(k, const(I64, ROWS))
             k.add_incoming(following, head)
             builder.cbranch(builder.icmp_signed("<", following, depth), head, after)
             builder.position_at_end(after)
-            each(lambda total, place: emit(builder, "tilestored64", total, place, step))
+            for total, place in zip(sums, places, strict=True):
+                emit(builder, "tilestored64", total, place, step)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 5), codegen
@@ -116,27 +111,22 @@ def _tile(rows: int, columns: int, add: bool) -> Any:
 def product(jit: Any, add: bool) -> Any:
     """The compiled function ``multiply(a, a_row, rows, b, c, vectors, depth)``.
 
-    ``c[rows, :] = a[rows, depth] @ b[depth, :]``, or ``c +=`` that, over `vectors` vectors of columns. Rows
+    ``c[rows, :] = a[rows, depth] @ b[depth, :]``, or ``c +=`` that, over up to four vectors of columns. Rows
     of a lie `a_row` bytes apart; `rows` and `depth`, in words, are multiples of 16 and at least that.
     """
-    tile22, tile21, tile12, tile11 = (_tile(r, j, add) for r in (2, 1) for j in (2, 1))
+    tile1, tile2, tile3, tile4 = (_tile(columns, add) for columns in (1, 2, 3, 4))
 
     @jit
     def multiply(a, a_row, rows, b, c, vectors, depth):
-        for column in range(0, vectors, 2):
-            shift = column * ROW
-            r = 0
-            while r < rows:
-                left, sums = a + r * a_row, c + r * ROW_BYTES + shift
-                if rows - r > ROWS:
-                    if vectors - column > 1:
-                        tile22(left, a_row, b + shift, sums, depth)
-                    else:
-                        tile21(left, a_row, b + shift, sums, depth)
-                elif vectors - column > 1:
-                    tile12(left, a_row, b + shift, sums, depth)
-                else:
-                    tile11(left, a_row, b + shift, sums, depth)
-                r += 2 * ROWS
+        for r in range(0, rows, ROWS):
+            left, sums = a + r * a_row, c + r * ROW_BYTES
+            if vectors == 4:
+                tile4(left, a_row, b, sums, depth)
+            elif vectors == 3:
+                tile3(left, a_row, b, sums, depth)
+            elif vectors == 2:
+                tile2(left, a_row, b, sums, depth)
+            else:
+                tile1(left, a_row, b, sums, depth)
 
     return multiply

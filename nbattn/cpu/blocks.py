@@ -267,7 +267,7 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
     def soften(p, w, keys, vectors):
         """s^T -> unnormalised weights; moves the maximum and total, leaves the factor for older sums."""
         scale = splat(dtype(p.log2_scale))
-        floor = splat(dtype(lowest / p.log2_scale))
+        floor, margin = splat(dtype(lowest / p.log2_scale)), splat(dtype(8 / p.log2_scale))
         for v in range(vectors):
             c = w.s + v * register
             before = load(w.maximum + v * register)
@@ -278,7 +278,8 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
                 other = greater(load(c + (j + 1) * ROW_BYTES), other)
             if keys % 2 == 1:
                 top = greater(load(c + (keys - 1) * ROW_BYTES), top)
-            top = greater(top, other)
+            # Older sums stay as they are until the maximum has grown by much: weights up to 2**8 do no harm.
+            top = simd.if_above(greater(top, other), before, margin)
             zero_point = simd.finite_or_zero(top)
             rescale = exp2_product(sub(before, zero_point), scale, floor)
             # Sums of their own for this run: added one by one to a large total, small weights would be lost.

@@ -239,7 +239,7 @@ def _times_power(b: ir.IRBuilder, p: Any, n: Any) -> Any:
 
 
 def exp2_product_value(b: ir.IRBuilder, x: Any, c: Any, floor: Any, polynomial: Any = None) -> Any:
-    """2**(x * c) for x <= 0 and c > 0; 0 from `floor` down, NaN stays NaN.
+    """2**(x * c) for c > 0, where x * c <= 127; 0 from `floor` down, NaN stays NaN.
 
     The product is never rounded as a whole: only its distance from a whole number is, which is small.
     """
@@ -516,6 +516,8 @@ tanh = _elementwise(tanh_value, 1)
 round_bfloat16 = _elementwise(
     lambda b, x: b.bitcast(b.and_(round_bits(b, x, 16), const(_int_type(x.type), -0x10000)), x.type), 1
 )
+if_above = _elementwise(lambda b, x, y, margin: b.select(b.fcmp_ordered(">", x, b.fadd(y, margin)), x, y), 3)
+"""x where it is above y by more than the margin, else y."""
 finite_or_zero = _elementwise(
     lambda b, x: b.select(b.fcmp_ordered("==", x, const(x.type, float("-inf"))), const(x.type, 0.0), x), 1
 )
