@@ -1,5 +1,7 @@
 """KVCache: random walks beside plain arrays that grow, turning positions, rings, and what bad calls leave."""
 
+import copy
+import pickle
 import threading
 import tracemalloc
 
@@ -261,6 +263,23 @@ class TestAttend:
             out = np.full((2, 4, 1, 32), np.nan, np.float32)
             assert cache.attend(query, out=out) is out
             np.testing.assert_array_equal(out, cache.attend(query))
+
+    @pytest.mark.parametrize("copied", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+    def test_copies_are_caches_of_their_own(self, backend, copied, rng):
+        for storage in ("float32", "int8"):
+            cache, *_ = filled(storage, [20, 9], backend, window=12)
+            token, query = normal(rng, (2, 2, 1, 32)), normal(rng, (2, 4, 1, 32))
+            for _ in range(4):
+                cache.append(token, token), cache.attend(query)
+            other = copied(cache)
+            expected = cache.attend(query)
+            np.testing.assert_array_equal(other.attend(query), expected)
+            for _ in range(4):
+                other.append(token + 1, token), other.attend(query)
+            np.testing.assert_array_equal(cache.attend(query), expected)
+            for _ in range(4):
+                cache.append(token + 1, token)
+            np.testing.assert_array_equal(cache.attend(query), other.attend(query))
 
     def test_results_do_not_share_memory(self, backend, rng):
         cache, *_ = filled("float32", [20, 9], backend)
