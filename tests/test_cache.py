@@ -441,6 +441,25 @@ class TestRing:
         with pytest.raises(ValueError, match=r"sees from position 1 on, but the ring holds them from 2 on"):
             cache.attend(np.zeros((1, 1, 3, 1), np.float32))
 
+    @pytest.mark.parametrize("queries", [1, 3])
+    def test_calls_that_repeat_are_held_to_the_ring_too(self, backend, queries, rng):
+        """Three queries see more than the ring has from its first lap on; one does once it went back."""
+        cache = KVCache(1, 1, 8, 4, window=7, backend=backend)
+        x, query = normal(rng, (1, 1, 1, 4)), normal(rng, (1, 1, queries, 4))
+        for _ in range(8):
+            cache.append(x, x)
+            cache.attend(query)
+        for _ in range(2):
+            cache.append(x, x)
+        if queries == 1:
+            cache.attend(query)
+            cache.truncate(9)
+            cache.attend(query)
+            cache.append(np.repeat(x, 6, axis=2), np.repeat(x, 6, axis=2))  # holds 7 to 14
+            cache.truncate(13)  # where the next position sees 7, and the last one 6
+        with pytest.raises(ValueError, match="but the ring holds them from"):
+            cache.attend(query)
+
     def test_truncate_back_to_what_it_holds(self, backend, rng):
         cache = KVCache(1, 1, 10, 4, window=6, backend=backend)
         x = normal(rng, (1, 1, 30, 4))

@@ -228,6 +228,21 @@ class TestPages:
                 for i, handle in enumerate(group):
                     lines[handle].hold(cache.attend(group, query)[i], None, query[i])
 
+    def test_a_freed_sequence_is_gone_from_every_group(self, backend, rng):
+        cache, first, _ = filled(backend, 9)
+        second = cache.fork(first)
+        token, query = normal(rng, (2, 2, 1, 32)), normal(rng, (2, 4, 1, 32))
+        for _ in range(4):
+            cache.append([first, second], token, token), cache.attend([first, second], query)
+        cache.free(first)
+        for call in (
+            lambda: cache.attend([first, second], query),
+            lambda: cache.append([first, second], token, token),
+        ):
+            with pytest.raises(ValueError, match=f"sequence {first} is not in the cache"):
+                call()
+        assert cache.lengths == {second: 13}
+
     def test_copies_are_caches_of_their_own(self, backend, rng):
         cache, sequence, _ = filled(backend, 9)
         token, query = normal(rng, (1, 2, 1, 32)), normal(rng, (1, 4, 1, 32))
