@@ -23,7 +23,7 @@ LONG, SHORT = 4096, 128
 class Keys:
     """Few queries over arrays."""
 
-    params = (["cpu"], DTYPES, ["8/8", "32/8", "64/8"])
+    params = (["cpu"], DTYPES, ["8/8", "64/8"])
     param_names = ("backend", "dtype", "heads")
 
     def setup(self, backend: str, dtype: str, heads: str) -> None:
@@ -85,7 +85,7 @@ class Limits:
 class Queries:
     """Where decode goes over into prefill."""
 
-    params = (["float32", "bfloat16"], [1, 2, 4, 8, 16, 32, 64])
+    params = (["float32", "bfloat16"], [1, 4, 16, 64])
     param_names = ("dtype", "queries")
 
     def setup(self, dtype: str, queries: int) -> None:

@@ -293,17 +293,17 @@ class PagedKVCache:
         self._changes += 1
         self._widen(0, int((self._held[rows] + wanted).max(initial=0)))
         for row, index, page in copies:
-            self._table[row, index] = own = self._take()
+            self._table[row, index] = own = self._take(1)[0]
+            filled = self._lengths[row] % size
             for array in self._store.pages[:4]:
                 if array is not None:
-                    filled = self._lengths[row] % size
                     array[own, :filled] = array[page, :filled]
             self._uses[page] -= 1
             self._holds -= 1
         for i in np.flatnonzero(wanted):
-            for _ in range(wanted[i]):
-                self._table[rows[i], self._held[rows[i]]] = self._take()
-                self._held[rows[i]] += 1
+            row, held, more = rows[i], self._held[rows[i]], int(wanted[i])
+            self._table[row, held : held + more] = self._take(more)
+            self._held[row] += more
 
     def _shared(
         self, rows: NDArray[np.int64], lengths: NDArray[np.int64], counts: NDArray[np.int64]
@@ -322,11 +322,13 @@ class PagedKVCache:
                 copies.append((row, i, page))
         return copies
 
-    def _take(self) -> int:
-        page = self._free.pop()
-        self._uses[page] = 1
-        self._holds += 1
-        return page
+    def _take(self, count: int) -> list[int]:
+        """Free pages that now one sequence holds."""
+        pages = self._free[-count:]
+        del self._free[-count:]
+        self._uses[pages] = 1
+        self._holds += count
+        return pages
 
     def _drop(self, row: int, keep: int) -> None:
         """Let go of a sequence's pages but the first ones."""

@@ -413,8 +413,7 @@ def check_mask(mask: Any, shape: tuple[int, int, int, int]) -> NDArray[Any] | No
     array = _broadcast(array, "mask", shape)
     if array.itemsize == 1 and array.strides[-1] in (0, 1):
         return array
-    once = array[tuple(slice(1 if stride == 0 else None) for stride in array.strides)]
-    return np.broadcast_to(np.not_equal(once, 0, order="C"), shape)
+    return np.broadcast_to(np.not_equal(_once(array), 0, order="C"), shape)
 
 
 def check_bias(bias: Any, shape: tuple[int, int, int, int]) -> NDArray[Any] | None:
@@ -426,7 +425,15 @@ def check_bias(bias: Any, shape: tuple[int, int, int, int]) -> NDArray[Any] | No
         kind = "pass a boolean or integer mask as mask" if array.dtype.kind in "biu" else "convert it"
         msg = f"bias has dtype {array.dtype}; expected float32, float64, float16 or bfloat16 ({kind})"
         raise TypeError(msg)
-    return _broadcast(array, "bias", shape)
+    array = _broadcast(array, "bias", shape)
+    if array.strides[-1] in (0, array.itemsize):
+        return array
+    return np.broadcast_to(np.ascontiguousarray(_once(array)), shape)
+
+
+def _once(array: NDArray[Any]) -> NDArray[Any]:
+    """`array` with length 1 where its axes are broadcast."""
+    return array[tuple(slice(1 if stride == 0 else None) for stride in array.strides)]
 
 
 def _broadcast(array: NDArray[Any], name: str, shape: tuple[int, int, int, int]) -> NDArray[Any]:

@@ -38,6 +38,10 @@ class Places:
         self.writer: Any = None  # the plan of an append, which serves all layouts
         self.readers: dict[Any, Callable[[Any], Any] | None] = {}  # by layout
 
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the plans, which know the addresses of these arrays, for copies and pickles."""
+        return self.__dict__ | {"writer": None, "readers": {}}
+
     def make_room(self, counts: NDArray[np.int64]) -> None:
         """Give up the positions that a ring is about to overwrite: they are gone even if the write fails."""
         if self.ring:

@@ -1,5 +1,7 @@
 """KVCache: random walks beside plain arrays that grow, turning positions, rings, and what bad calls leave."""
 
+import copy
+import pickle
 import threading
 import tracemalloc
 
@@ -262,6 +264,23 @@ class TestAttend:
             assert cache.attend(query, out=out) is out
             np.testing.assert_array_equal(out, cache.attend(query))
 
+    @pytest.mark.parametrize("copied", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+    def test_copies_are_caches_of_their_own(self, backend, copied, rng):
+        for storage in ("float32", "int8"):
+            cache, *_ = filled(storage, [20, 9], backend, window=12)
+            token, query = normal(rng, (2, 2, 1, 32)), normal(rng, (2, 4, 1, 32))
+            for _ in range(4):
+                cache.append(token, token), cache.attend(query)
+            other = copied(cache)
+            expected = cache.attend(query)
+            np.testing.assert_array_equal(other.attend(query), expected)
+            for _ in range(4):
+                other.append(token + 1, token), other.attend(query)
+            np.testing.assert_array_equal(cache.attend(query), expected)
+            for _ in range(4):
+                cache.append(token + 1, token)
+            np.testing.assert_array_equal(cache.attend(query), other.attend(query))
+
     def test_results_do_not_share_memory(self, backend, rng):
         cache, *_ = filled("float32", [20, 9], backend)
         query = normal(rng, (2, 4, 1, 32))
@@ -421,6 +440,25 @@ class TestRing:
         np.testing.assert_array_equal(cache.attend(np.zeros((1, 1, 2, 1), np.float32)).ravel(), [3, 4])
         with pytest.raises(ValueError, match=r"sees from position 1 on, but the ring holds them from 2 on"):
             cache.attend(np.zeros((1, 1, 3, 1), np.float32))
+
+    @pytest.mark.parametrize("queries", [1, 3])
+    def test_calls_that_repeat_are_held_to_the_ring_too(self, backend, queries, rng):
+        """Three queries see more than the ring has from its first lap on; one does once it went back."""
+        cache = KVCache(1, 1, 8, 4, window=7, backend=backend)
+        x, query = normal(rng, (1, 1, 1, 4)), normal(rng, (1, 1, queries, 4))
+        for _ in range(8):
+            cache.append(x, x)
+            cache.attend(query)
+        for _ in range(2):
+            cache.append(x, x)
+        if queries == 1:
+            cache.attend(query)
+            cache.truncate(9)
+            cache.attend(query)
+            cache.append(np.repeat(x, 6, axis=2), np.repeat(x, 6, axis=2))  # holds 7 to 14
+            cache.truncate(13)  # where the next position sees 7, and the last one 6
+        with pytest.raises(ValueError, match="but the ring holds them from"):
+            cache.attend(query)
 
     def test_truncate_back_to_what_it_holds(self, backend, rng):
         cache = KVCache(1, 1, 10, 4, window=6, backend=backend)

@@ -1,5 +1,7 @@
 """PagedKVCache: random walks of sequences that grow, fork, shrink and end beside plain arrays."""
 
+import copy
+
 import numpy as np
 import pytest
 from cached import STORAGES, Line, input_dtype, poison, snapshot
@@ -225,6 +227,32 @@ class TestPages:
                 query = normal(rng, (len(group), 4, 1, 32))
                 for i, handle in enumerate(group):
                     lines[handle].hold(cache.attend(group, query)[i], None, query[i])
+
+    def test_a_freed_sequence_is_gone_from_every_group(self, backend, rng):
+        cache, first, _ = filled(backend, 9)
+        second = cache.fork(first)
+        token, query = normal(rng, (2, 2, 1, 32)), normal(rng, (2, 4, 1, 32))
+        for _ in range(4):
+            cache.append([first, second], token, token), cache.attend([first, second], query)
+        cache.free(first)
+        for call in (
+            lambda: cache.attend([first, second], query),
+            lambda: cache.append([first, second], token, token),
+        ):
+            with pytest.raises(ValueError, match=f"sequence {first} is not in the cache"):
+                call()
+        assert cache.lengths == {second: 13}
+
+    def test_copies_are_caches_of_their_own(self, backend, rng):
+        cache, sequence, _ = filled(backend, 9)
+        token, query = normal(rng, (1, 2, 1, 32)), normal(rng, (1, 4, 1, 32))
+        for _ in range(3):
+            cache.append([sequence], token, token), cache.attend([sequence], query)
+        expected = cache.attend([sequence], query)
+        other = copy.deepcopy(cache)
+        other.append([sequence], token + 1, token), other.free(sequence)
+        assert_same_bits(cache.attend([sequence], query), expected)
+        assert (other.free_pages, cache.lengths) == (20, {sequence: 12})
 
     def test_one_sequence_needs_no_list(self, backend, rng):
         cache, sequence, _ = filled(backend, 9)

@@ -27,7 +27,7 @@ from .tiles import ROW_BYTES, product
 
 STATE_ROWS = 7
 """Rows of per-query numbers in a block's scratch."""
-TABLES = 4
+TABLES = 5
 """Tables of per-query addresses."""
 
 PARAMETERS = np.dtype(
@@ -78,7 +78,8 @@ class Scratch(NamedTuple):
     queries: int  # one table each of addresses: where the query lies,
     outs: int  # its output,
     masks: int  # its mask,
-    biases: int  # its bias
+    biases: int  # its bias,
+    weights: int  # its weights
     seen: int  # a word of bits for each key of a run: which queries the mask lets see it
     tags: int  # which panel each slot holds
     panels: int
@@ -132,7 +133,8 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
     look, adjust, visible = scores.build(jit, inline, dtype, storage)
     read_square = panels.rows_in(lanes, storage)
     read_words: Any = panels.words_in(lanes, storage) if pairs else None
-    write_square = panels.rows_out(lanes, storage)
+    write_square = panels.rows_out(lanes, storage)[0]
+    write_weight_square = panels.rows_out(lanes, "float64" if size == 8 else "float32")[1]
     pack = panels.pair_words(vector=False)
     get_operand, put_operand = simd.loads("bfloat16")[2:] if pairs else (get, put)
     sub, add, mul, greater, splat = simd.sub, simd.add, simd.mul, simd.greater, simd.splat
@@ -150,7 +152,7 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
         converted = tags + 64 * ((p.slots + 7) // 8)
         return Scratch(q, o, s, row, row + ROW_BYTES, row + 2 * ROW_BYTES, row + 3 * ROW_BYTES,
                        row + 4 * ROW_BYTES, row + 5 * ROW_BYTES, row + 6 * ROW_BYTES,
-                       table, table + step, table + 2 * step, table + 3 * step,
+                       table, table + step, table + 2 * step, table + 3 * step, table + 4 * step,
                        seen, tags, converted, converted + p.slots * p.slot_bytes)  # fmt: skip
 
     @jit
@@ -208,6 +210,9 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
             put_int(w.queries + 8 * r, query)
             put_int(w.outs + 8 * r, p.out + (pb * p.out_b + h * p.out_h + (start + i) * p.out_s) * stored)
             put_int(w.masks + 8 * r, p.mask + b * p.mask_b + h * p.mask_h + i * p.mask_q)
+            put_int(
+                w.weights + 8 * r, p.weights + (b * p.weights_b + h * p.weights_h + i * p.weights_s) * size
+            )
             put_int(w.biases + 8 * r, p.bias + b * p.bias_b + h * p.bias_h + i * p.bias_q)
             if r < rows - 1:
                 i += 1
@@ -368,17 +373,25 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
                         put(t, get(t) + x * y)
 
     @jit
-    def write_weights(p, w, b, unit, row0, rows, queries, key0, keys):
-        scale = dtype(p.log2_scale)
-        floor = dtype(lowest / p.log2_scale)
-        for r in range(rows):
-            h, i = unit * p.packed_heads + (row0 + r) // queries, (row0 + r) % queries
-            a = p.weights + (b * p.weights_b + h * p.weights_h + i * p.weights_s + key0) * size
-            total = get(w.total + r * size)
-            top = simd.finite_or_zero(get(w.maximum + r * size))
+    def write_weights(p, w, key0, keys, rows, vectors):
+        """s^T -> weights as they are returned; `finish` has left what to divide by."""
+        scale, floor = splat(dtype(p.log2_scale)), splat(dtype(lowest / p.log2_scale))
+        for v in range(vectors):
+            top = simd.finite_or_zero(load(w.maximum + v * register))
+            share = simd.div(splat(dtype(1)), load(w.rescale + v * register))
             for j in range(keys):
-                x = exp2_product(get(w.s + j * ROW_BYTES + r * size) - top, scale, floor)
-                put(a + j * size, x / total if total != 0 else dtype(0))
+                a = w.s + j * ROW_BYTES + v * register
+                store(a, simd.mul(exp2_product(sub(load(a), top), scale, floor), share))
+        for r in range(0, rows, lanes):
+            table = w.weights + 8 * r
+            for c in range(0, keys if keys >= lanes else 0, lanes):
+                first = min(c, keys - lanes)  # the last square overlaps
+                source = w.s + first * ROW_BYTES + r * size
+                write_weight_square(source, table, (key0 + first) * size, rows - r)
+            for c in range(keys if keys < lanes else 0):
+                for i in range(min(lanes, rows - r)):
+                    x = get(w.s + c * ROW_BYTES + (r + i) * size)
+                    put(get_int(table + 8 * i) + (key0 + c) * size, x)
 
     @jit
     def all_finite(p, w, rows, vectors):
@@ -432,7 +445,7 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
         key = p.key + (pb * p.key_b + shared * p.key_h + key_start * p.key_s) * stored
         value = p.value + (pb * p.value_b + shared * p.value_h + key_start * p.value_s) * stored
         length = get_int(p.key_lengths + 8 * b)
-        stage = SUMS
+        stage, careful = SUMS, False
         while True:
             if stage != WEIGHTS:
                 any_first, any_last, all_first, all_last = set_up(p, w, b, unit, row0, rows, queries, start)
@@ -450,9 +463,9 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
                     continue
                 converted = panel(p, w, head, key0 // KEYS, key, value, length) if p.slots > 0 else 0
                 score(p, w, key, converted, key0, keys, vectors)
-                adjust(p, w, key0, keys, rows, vectors, all_first, all_last, seen)
+                adjust(p, w, key0, keys, rows, vectors, all_first, all_last, seen, careful)
                 if stage == WEIGHTS:
-                    write_weights(p, w, b, unit, row0, rows, queries, key0, keys)
+                    write_weights(p, w, key0, keys, rows, vectors)
                 else:
                     soften(p, w, keys, vectors)
                     operand = operand_of(p, value, converted, key0)
@@ -464,7 +477,7 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
             # A non-finite value meets a weight of 0 where it is masked, and 0 * inf is NaN. It shows in the
             # sums: only then the block is done again, with every masked value left out.
             if stage == SUMS and not all_finite(p, w, rows, vectors):
-                stage = CAREFUL_SUMS
+                stage, careful = CAREFUL_SUMS, True
                 continue
             if stage != WEIGHTS:
                 finish(p, w, b, unit, row0, rows, queries, start)

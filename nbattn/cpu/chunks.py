@@ -45,7 +45,7 @@ PARAMETERS = np.dtype(
         "bias", "bias_b", "bias_h", "bias_q", "bias_k", "bias_kind",
         "alibi_slopes", "sinks", "offset", "key_starts", "key_lengths", "page_table", "table_width",
         "page_size", "ring", "queries", "head_dim", "value_dim", "group", "heads", "blocks", "block_rows",
-        "chunks", "left", "right", "plain",
+        "value_bytes", "chunks", "left", "right", "plain",
     )]
     + [(name, np.float64) for name in ("scale", "softcap", "log2_scale")]
 )  # fmt: skip
@@ -57,18 +57,18 @@ TASKS_DONE = PARAMETERS.fields["tasks_done"][1]  # type: ignore[index]
 WORKERS = PARAMETERS.fields["workers"][1]  # type: ignore[index]
 COUNTERS = PARAMETERS.itemsize
 
-TABLES, ROW_TABLES, VECTORS = 6, 5, 3
+TABLES, ROW_TABLES, VECTORS = 4, 5, 3
 
 
 class Scratch(NamedTuple):
     """Addresses of what one thread works in."""
 
-    keys: int  # one table each of KEYS addresses: of keys,
+    keys: int  # one table each with an entry for each of a chunk's keys: addresses of keys,
     values: int  # of values,
-    wide_keys: int  # of where both are widened to,
-    wide_values: int
-    key_scales: int  # of scales; for int8 then the scales themselves
+    key_scales: int  # of scales; for int8 the scales themselves
     value_scales: int
+    wide_keys: int  # where a tile's keys are widened to,
+    wide_values: int  # and its values
     first: int  # one table each with an entry per row: the first key that is seen,
     last: int  # one past the last,
     masks: int  # addresses of its mask,
@@ -79,8 +79,8 @@ class Scratch(NamedTuple):
     back: int  # the query's position less the lane's place in a run
     q: int  # the queries, a group after the other
     s: int  # scores, then weights: KEYS * rows of a vector, a group after the other
-    k: int  # widened keys (or values that are not finite)
-    v: int  # widened values
+    wide: int  # widened keys, then values: together they would not fit the first-level cache
+    aside: int  # values that are not finite
 
 
 def scratch_bytes(dtype: Any, head_dim: int, value_dim: int) -> int:
@@ -88,7 +88,8 @@ def scratch_bytes(dtype: Any, head_dim: int, value_dim: int) -> int:
     size = np.dtype(dtype).itemsize
     vectors = VECTORS * ROWS * simd.REGISTER_BYTES
     rows = ROWS * (head_dim + KEYS) * size + KEYS * (max(head_dim, value_dim) + value_dim) * size
-    return TABLES * KEYS * 8 + ROW_TABLES * ROWS * 8 + vectors + rows
+    tables = TABLES * (CHUNK + simd.lanes(dtype)) * 8 + ROW_TABLES * ROWS * 8 + 2 * KEYS * 8
+    return tables + vectors + rows
 
 
 def partial_bytes(dtype: Any, rows: int, value_dim: int) -> int:
@@ -105,6 +106,7 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
     outer = "float32" if int8 or int4 else storage  # of queries and outputs
     outer_bytes = 2 if outer in ("float16", "bfloat16") else size
     as_stored = storage in ("float32", "float64")
+    pairs = storage == "bfloat16"  # read as even columns and odd ones
     lanes = simd.lanes(dtype)
     register = simd.REGISTER_BYTES
     infinity = dtype(np.inf)
@@ -115,23 +117,17 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
     load, store, get, put = simd.loads("float64" if size == 8 else "float32")
     load_outer, store_outer, get_outer, put_outer = simd.loads(outer)
     get_int, put_int = simd.scalars(types.int64)
+    scale_bytes = size if int8 else 8
+    stored_bits = {"int8": 8, "int4": 4}.get(storage, 8 * outer_bytes)  # of a number
     get_float32 = simd.scalars(types.float32)[0]
     add, sub, mul, fma, greater, splat = simd.add, simd.sub, simd.mul, simd.fma, simd.greater, simd.splat
     exp2_product = simd.exp2_product
 
-    score1, score1_keys = dots.scores_tile(number, 1, 1)
-    score2, score2_keys = dots.scores_tile(number, 2, 1)
-    score4, score4_keys = dots.scores_tile(number, wide_rows, 1)
-    score8, score8_keys = dots.scores_tile(number, wide_rows, 2)
-    most = dots.UNDER_WAY
-    columns1, columns2, columns4, columns8 = (min(4, most // n) for n in (1, 2, 4, 8))
-    weigh1, weigh1_one = dots.values_tile(number, 1, 1, columns1), dots.values_tile(number, 1, 1, 1)
-    weigh2, weigh2_one = dots.values_tile(number, 2, 1, columns2), dots.values_tile(number, 2, 1, 1)
-    weigh4 = dots.values_tile(number, wide_rows, 1, columns4)
-    weigh4_one = dots.values_tile(number, wide_rows, 1, 1)
-    weigh8 = dots.values_tile(number, wide_rows, 2, columns8)
-    weigh8_one = dots.values_tile(number, wide_rows, 2, 1)
-    copy1, copy2, copy4 = (dots.copy_run(number, outer, lanes // n) for n in (1, 2, wide_rows))
+    unit = dots.unit(storage) * lanes
+    few_only = storage in ("float16", "int8", "int4")  # read in place for one row a vector alone
+    copy1, copy2, copy4 = (dots.copy_runs(number, lanes // n, "float32") for n in (1, 2, wide_rows))
+    pair1, pair2, pair4 = (dots.copy_runs(number, lanes // n, storage) for n in (1, 2, wide_rows))
+    widen_unit = dots.widen_unit(storage)
     top1, top2, top4 = (dots.across(number, n, simd.greater_value) for n in (1, 2, wide_rows))
     sum1, sum2, sum4 = (dots.across(number, n, lambda b, x, y: b.fadd(x, y)) for n in (1, 2, wide_rows))
     repeat1, repeat2, repeat4 = (dots.repeat(number, n) for n in (1, 2, wide_rows))
@@ -142,21 +138,22 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
 
     @jit
     def scratch_at(p, w):
-        table = KEYS * 8
+        table = (CHUNK + lanes) * 8
         rows = w + TABLES * table
         vectors = rows + ROW_TABLES * ROWS * 8
         vector = ROWS * register
-        q = vectors + VECTORS * vector
+        q = vectors + VECTORS * vector + 16 * KEYS
         s = q + ROWS * padded(p.head_dim) * size
-        k = s + ROWS * KEYS * size
-        v = k + KEYS * padded(max(p.head_dim, p.value_dim)) * size
-        w_keys, w_values = w + 2 * table, w + 3 * table
+        wide = s + ROWS * KEYS * size
+        aside = wide + KEYS * padded(max(p.head_dim, p.value_dim)) * size
+        wide_keys = vectors + VECTORS * vector
+        wide_values = wide_keys + 8 * KEYS
         for j in range(KEYS):
-            put_int(w_keys + 8 * j, k + j * padded(p.head_dim) * size)
-            put_int(w_values + 8 * j, v + j * padded(p.value_dim) * size)
-        return Scratch(w, w + table, w_keys, w_values, w + 4 * table, w + 5 * table,
+            put_int(wide_keys + 8 * j, wide + j * padded(p.head_dim) * size)
+            put_int(wide_values + 8 * j, wide + j * padded(p.value_dim) * size)
+        return Scratch(w, w + table, w + 2 * table, w + 3 * table, wide_keys, wide_values,
                        rows, rows + 8 * ROWS, rows + 16 * ROWS, rows + 24 * ROWS, rows + 32 * ROWS,
-                       vectors, vectors + vector, vectors + 2 * vector, q, s, k, v)  # fmt: skip
+                       vectors, vectors + vector, vectors + 2 * vector, q, s, wide, aside)  # fmt: skip
 
     @jit
     def rows_together(p):
@@ -164,6 +161,11 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
         if p.block_rows == 1:
             return 1
         return pair_rows if p.block_rows == pair_rows else wide_rows
+
+    @jit
+    def in_place(p, together):
+        """Whether keys are read where they lie."""
+        return p.head_dim % unit == 0 and (together == 1 or not few_only)
 
     @jit
     def reach(p, b, row0, rows):
@@ -205,70 +207,96 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
                     put(w.back + g * register + (lane + c) * size, dtype(i + offset - c))
             a = p.query + b * p.query_b + h * p.query_h + i * p.query_s
             t = w.q + g * together * depth * size + lane * size
-            whole = p.head_dim // run * run
-            for c in range(0, whole, run):
+            widen_query(a, p.head_dim, w.wide)
+            if pairs and in_place(p, together):
+                for c in range(0, depth * size, 2 * run * size):
+                    if together == 1:
+                        pair1(w.wide + c, t + c)
+                    elif together == pair_rows:
+                        pair2(w.wide + c, t + c * together)
+                    else:
+                        pair4(w.wide + c, t + c * together)
+                continue
+            for c in range(0, depth * size, run * size):
                 if together == 1:
-                    copy1(a + c * outer_bytes, t + c * together * size)
+                    copy1(w.wide + c, t + c)
                 elif together == pair_rows:
-                    copy2(a + c * outer_bytes, t + c * together * size)
+                    copy2(w.wide + c, t + c * together)
                 else:
-                    copy4(a + c * outer_bytes, t + c * together * size)
-            for c in range(whole, depth):
-                x = get_outer(a + c * outer_bytes) if c < p.head_dim else dtype(0)
-                put(t + (c // run * lanes + c % run) * size, x)
+                    copy4(w.wide + c, t + c * together)
         return all_first, all_last
 
     @jit
-    def find(p, b, k0, keys, table, a, page_step, row_step):
-        """The addresses of the rows of `keys` positions from k0 on; padded with the last."""
-        j = 0
+    def find(p, w, b, head, k0, keys):
+        """Fill the tables for `keys` positions from k0 on, padded with the last one."""
+        key, value = p.key + head * p.key_h, p.value + head * p.value_h
+        key_scales = p.key_scales + head * p.key_scales_h
+        value_scales = p.value_scales + head * p.value_scales_h
         slot = k0 % p.ring if p.ring != 0 else k0
         page, row = slot // p.page_size, slot % p.page_size
-        last = a
+        j = 0
         while j < keys:
             count = min(keys - j, p.page_size - row)
             if p.ring != 0:
                 count = min(count, p.ring - page * p.page_size - row)
-            first = a + get_int(p.page_table + 8 * (b * p.table_width + page)) * page_step + row * row_step
-            for c in range(count):
-                put_int(table + 8 * (j + c), first + c * row_step)
-            last = first + (count - 1) * row_step
+            number = get_int(p.page_table + 8 * (b * p.table_width + page))
+            fill(w.keys + 8 * j, count, key + number * p.key_p + row * p.key_s, p.key_s)
+            fill(w.values + 8 * j, count, value + number * p.value_p + row * p.value_s, p.value_s)
+            if int8 or int4:
+                a = key_scales + number * p.key_scales_p + row * p.key_scales_s
+                c = value_scales + number * p.value_scales_p + row * p.value_scales_s
+                if int4:
+                    fill(w.key_scales + 8 * j, count, a, p.key_scales_s)
+                    fill(w.value_scales + 8 * j, count, c, p.value_scales_s)
+                else:
+                    collect(w.key_scales + size * j, count, a, p.key_scales_s)
+                    collect(w.value_scales + size * j, count, c, p.value_scales_s)
             j += count
             page, row = page + 1, 0
             if p.ring != 0 and page * p.page_size >= p.ring:
                 page = 0
         while j % lanes != 0:
-            put_int(table + 8 * j, last)
+            for table in (w.keys, w.values):
+                put_int(table + 8 * j, get_int(table + 8 * j - 8))
+            for table in (w.key_scales, w.value_scales):
+                if int8:
+                    put(table + size * j, get(table + size * j - size))
+                elif int4:
+                    put_int(table + 8 * j, get_int(table + 8 * j - 8))
             j += 1
+
+    @jit
+    def fill(table, count, a, step):
+        for c in range(count):
+            put_int(table + 8 * c, a + c * step)
+
+    @jit
+    def collect(scales, count, a, step):
+        for c in range(count):
+            put(scales + size * c, dtype(get_float32(a + c * step)))
 
     @jit
     def widen(table, scales, keys, columns, target):
         """Rows of stored numbers -> padded rows of `dtype`."""
-        width = padded(columns)
+        width, whole = padded(columns), columns // unit * unit
         for j in range(keys):
             a, t = get_int(table + 8 * j), target + j * width * size
-            if int4:
-                factors = get_int(scales + 8 * j)
-                for c in range(0, columns, 32):
-                    dots.widen_int4(a + c // 2, get_float32(factors + c // 8), t + c * 4)
-                continue
-            whole = columns // lanes * lanes
-            for c in range(0, whole, lanes):
-                if int8:
-                    dots.widen_int8(a + c, t + c * 4)
-                else:
-                    store(t + c * size, load_outer(a + c * outer_bytes))
+            factors = get_int(scales + 8 * j) if int4 else 0
+            for c in range(0, whole, unit):
+                widen_unit(a + c * stored_bits // 8, factors + c // 8, t + c * size)
             for c in range(whole, width):
                 x = dtype(0)
-                if c < columns:
+                if c < columns and not int4:
                     x = dtype(get_byte(a + c)) if int8 else get_outer(a + c * outer_bytes)
                 put(t + c * size, x)
 
     @jit
-    def collect(table, keys):
-        """Replace the addresses of scales by the scales: the writing stays behind the reading."""
-        for j in range(keys):
-            put(table + j * size, dtype(get_float32(get_int(table + 8 * j))))
+    def widen_query(a, columns, t):
+        whole = columns // lanes * lanes
+        for c in range(0, whole, lanes):
+            store(t + c * size, load_outer(a + c * outer_bytes))
+        for c in range(whole, padded(columns)):
+            put(t + c * size, get_outer(a + c * outer_bytes) if c < columns else dtype(0))
 
     @jit
     def scale_by(factors, s, keys, groups, together):
@@ -276,7 +304,7 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
         run = lanes // together
         for g in range(groups):
             for j in range(0, keys, run):
-                t = s + g * together * KEYS * size + j * together * size
+                t = s + (g * KEYS + j) * together * size
                 if together == 1:
                     y = repeat1(factors + j * size)
                 elif together == pair_rows:
@@ -286,27 +314,55 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
                 store(t, mul(load(t), y))
 
     @jit
-    def score(p, w, table, keys, groups, together):
-        """The raw products of a tile's keys; `keys` is whole vectors."""
-        depth = padded(p.head_dim)
-        steps = depth * together // lanes
-        q_group, s_group = together * depth * size, together * KEYS * size
-        if together == 1:
-            for j in range(0, keys, score1_keys):
-                score1(table + 8 * j, w.q, 0, w.s + j * size, 0, steps)
-            return
-        if together == pair_rows:
-            for j in range(0, keys, score2_keys):
-                score2(table + 8 * j, w.q, 0, w.s + 2 * j * size, 0, steps)
-            return
-        for g in range(0, groups - 1, 2):
-            q, s = w.q + g * q_group, w.s + g * s_group
-            for j in range(0, keys, score8_keys):
-                score8(table + 8 * j, q, q_group, s + j * wide_rows * size, s_group, steps)
-        if groups % 2 == 1:
-            q, s = w.q + (groups - 1) * q_group, w.s + (groups - 1) * s_group
-            for j in range(0, keys, score4_keys):
-                score4(table + 8 * j, q, 0, s + j * wide_rows * size, 0, steps)
+    def ask(p, table, keys):
+        """Have the rows of some values brought into the caches."""
+        for j in range(keys):
+            a = get_int(table + 8 * j)
+            for c in range(0, p.value_bytes, 64):
+                simd.prefetch(a + c)
+
+    def scorer(kind: str) -> Any:
+        """The function that makes the raw products with keys of this storage."""
+        vectors = dots.unit(kind)
+        few = kind in ("float16", "int8", "int4")
+        score1, keys1 = dots.scores_tile(number, 1, 1, kind)
+        kind = number.name if few else kind
+        score2, keys2 = dots.scores_tile(number, 2, 1, kind)
+        score4, keys4 = dots.scores_tile(number, wide_rows, 1, kind)
+        score8, keys8 = dots.scores_tile(number, wide_rows, 2, kind)
+
+        @jit
+        def score(p, w, table, scales, values, keys, groups, together):
+            """The raw products of a tile's keys, whole vectors of them; asks for its values meanwhile."""
+            depth = padded(p.head_dim)
+            steps = depth * together // (lanes * vectors)
+            q_group, s_group = together * depth * size, together * KEYS * size
+            if together == 1:
+                for j in range(0, keys, keys1):
+                    ask(p, values + 8 * j, keys1)
+                    score1(table + 8 * j, scales + 8 * j, w.q, 0, w.s + j * size, 0, steps)
+                return
+            if few:
+                return
+            if together == pair_rows:
+                for j in range(0, keys, keys2):
+                    ask(p, values + 8 * j, keys2)
+                    score2(table + 8 * j, 0, w.q, 0, w.s + 2 * j * size, 0, steps)
+                return
+            for g in range(0, groups - 1, 2):
+                q, s = w.q + g * q_group, w.s + g * s_group
+                for j in range(0, keys, keys8):
+                    if g == 0:
+                        ask(p, values + 8 * j, keys8)
+                    score8(table + 8 * j, 0, q, q_group, s + j * wide_rows * size, s_group, steps)
+            if groups % 2 == 1:
+                q, s = w.q + (groups - 1) * q_group, w.s + (groups - 1) * s_group
+                for j in range(0, keys, keys4):
+                    if groups == 1:
+                        ask(p, values + 8 * j, keys4)
+                    score4(table + 8 * j, 0, q, 0, s + j * wide_rows * size, 0, steps)
+
+        return score
 
     @jit
     def read_bias(p, a):
@@ -417,61 +473,83 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
             store(total, fma(load(total), factor, fresh))
             store(w.factor + g * register, factor)
 
-    @jit
-    def weigh(p, w, state, table, keys, groups, together):
-        """o = o * factor + weights @ values"""
-        blocks = keys * together // lanes
-        o_row = padded(p.value_dim) * size
-        o = state + 2 * groups * register
-        s_group = together * KEYS * size
-        g = 0
-        while g < groups:
-            pair = together == wide_rows and g + 1 < groups
-            a, t, f = w.s + g * s_group, o + g * together * o_row, w.factor + g * register
-            c = 0
-            while c < o_row:
-                left = (o_row - c) // register
-                count = 1
-                if together == 1:
-                    if left >= columns1:
-                        weigh1(table, c, a, 0, t, o_row, f, blocks)
-                        count = columns1
+    def weigher(kind: str) -> Any:
+        """The function that adds up values of this storage."""
+        vectors, most = dots.unit(kind), dots.UNDER_WAY
+        bits = stored_bits * register // (8 * size)
+
+        def tiles(rows: int, groups: int) -> tuple[Any, Any, int]:
+            columns = max(min(4, most // (rows * groups)) // vectors, 1) * vectors
+            wide, narrow = (dots.values_tile(number, rows, groups, n, kind, bits) for n in (columns, vectors))
+            return wide, narrow, columns * register
+
+        weigh1, weigh1_few, bytes1 = tiles(1, 1)
+        weigh2, weigh2_few, bytes2 = tiles(2, 1)
+        weigh4, weigh4_few, bytes4 = tiles(wide_rows, 1)
+        weigh8, weigh8_few, bytes8 = tiles(wide_rows, 2)
+        few = vectors * register
+
+        @jit
+        def weigh(p, w, state, table, scales, ahead, keys, groups, together):
+            """o = o * factor + weights @ values; asks for the next tile's keys meanwhile."""
+            blocks = keys * together // lanes
+            o_row = padded(p.value_dim) * size
+            o = state + 2 * groups * register
+            s_group = together * KEYS * size
+            g = 0
+            while g < groups:
+                pair = together == wide_rows and g + 1 < groups
+                a, t, f = w.s + g * s_group, o + g * together * o_row, w.factor + g * register
+                c = 0
+                while c < o_row:
+                    left, count = o_row - c, few
+                    if together == 1:
+                        if left >= bytes1:
+                            weigh1(table, scales, ahead, c, a, 0, t, o_row, f, blocks)
+                            count = bytes1
+                        else:
+                            weigh1_few(table, scales, ahead, c, a, 0, t, o_row, f, blocks)
+                    elif together == pair_rows:
+                        if left >= bytes2:
+                            weigh2(table, scales, ahead, c, a, 0, t, o_row, f, blocks)
+                            count = bytes2
+                        else:
+                            weigh2_few(table, scales, ahead, c, a, 0, t, o_row, f, blocks)
+                    elif pair:
+                        if left >= bytes8:
+                            weigh8(table, scales, ahead, c, a, s_group, t, o_row, f, blocks)
+                            count = bytes8
+                        else:
+                            weigh8_few(table, scales, ahead, c, a, s_group, t, o_row, f, blocks)
+                    elif left >= bytes4:
+                        weigh4(table, scales, ahead, c, a, 0, t, o_row, f, blocks)
+                        count = bytes4
                     else:
-                        weigh1_one(table, c, a, 0, t, o_row, f, blocks)
-                elif together == pair_rows:
-                    if left >= columns2:
-                        weigh2(table, c, a, 0, t, o_row, f, blocks)
-                        count = columns2
-                    else:
-                        weigh2_one(table, c, a, 0, t, o_row, f, blocks)
-                elif pair:
-                    if left >= columns8:
-                        weigh8(table, c, a, s_group, t, o_row, f, blocks)
-                        count = columns8
-                    else:
-                        weigh8_one(table, c, a, s_group, t, o_row, f, blocks)
-                elif left >= columns4:
-                    weigh4(table, c, a, 0, t, o_row, f, blocks)
-                    count = columns4
-                else:
-                    weigh4_one(table, c, a, 0, t, o_row, f, blocks)
-                c += count * register
-            g += 2 if pair else 1
+                        weigh4_few(table, scales, ahead, c, a, 0, t, o_row, f, blocks)
+                    c += count
+                g += 2 if pair else 1
+
+        return weigh
+
+    score_stored, weigh_stored = scorer(storage), weigher(storage)
+    score_wide, weigh_wide = (score_stored, weigh_stored) if as_stored else (
+        scorer("float32"), weigher("float32")
+    )  # fmt: skip
 
     @jit
-    def set_aside(p, w, keys):
+    def set_aside(p, w, table, scales, keys):
         """Copy a tile's values without what is not finite; the stored ones are widened to where keys were."""
         width = padded(p.value_dim) * size
         if not as_stored or p.value_dim % lanes != 0:
-            widen(w.values, w.value_scales, keys, p.value_dim, w.k)
+            widen(table, scales, keys, p.value_dim, w.aside)
             for j in range(keys):
-                put_int(w.values + 8 * j, w.k + j * width)
+                put_int(table + 8 * j, w.aside + j * width)
         for j in range(keys):
-            a, t = get_int(w.values + 8 * j), w.v + j * width
-            if int8 and not finite(get(w.value_scales + j * size)):
+            a, t = get_int(table + 8 * j), w.wide + j * width
+            if int8 and not finite(get(scales + j * size)):
                 for c in range(0, width, size):
-                    put(a + c, get(a + c) * get(w.value_scales + j * size))
-                put(w.value_scales + j * size, dtype(1))
+                    put(a + c, get(a + c) * get(scales + j * size))
+                put(scales + j * size, dtype(1))
             for c in range(0, width, size):
                 y = get(a + c)
                 put(t + c, y if finite(y) else dtype(0))
@@ -481,12 +559,12 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
         return x - x == 0
 
     @jit
-    def add_visible(p, w, state, k0, keys, groups, together):
+    def add_visible(p, w, state, table, k0, keys, groups, together):
         """Add what was set aside to the rows that see it."""
         width = padded(p.value_dim) * size
         o = state + 2 * groups * register
         for j in range(keys):
-            a = get_int(w.values + 8 * j)
+            a = get_int(table + 8 * j)
             for c in range(0, p.value_dim * size, size):
                 y = get(a + c)
                 if finite(y):
@@ -515,42 +593,45 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
         o = state + 2 * groups * register
         for t in range(o, o + groups * together * padded(p.value_dim) * size, register):
             store(t, splat(dtype(0)))
-        key, value = p.key + head * p.key_h, p.value + head * p.value_h
-        key_scales = p.key_scales + head * p.key_scales_h
-        value_scales = p.value_scales + head * p.value_scales_h
-        k0 = first
-        while k0 < last:
-            keys = min(KEYS, last - k0)
+        find(p, w, b, head, first, last - first)
+        wide_keys, wide_values = not in_place(p, together), careful or p.value_dim % unit != 0
+        for k0 in range(first, last, KEYS):
+            t, keys = k0 - first, min(KEYS, last - k0)
             padding = padded(keys)
-            find(p, b, k0, keys, w.keys, key, p.key_p, p.key_s)
-            find(p, b, k0, keys, w.values, value, p.value_p, p.value_s)
-            if int8 or int4:
-                find(p, b, k0, keys, w.key_scales, key_scales, p.key_scales_p, p.key_scales_s)
-                find(p, b, k0, keys, w.value_scales, value_scales, p.value_scales_p, p.value_scales_s)
-                if int8:
-                    collect(w.key_scales, padding)
-                    collect(w.value_scales, padding)
-            keys_at, values_at = w.keys, w.values
-            if not as_stored or p.head_dim % lanes != 0:
-                widen(w.keys, w.key_scales, padding, p.head_dim, w.k)
-                keys_at = w.wide_keys
-            score(p, w, keys_at, padding, groups, together)
+            keys_at, values_at = w.keys + 8 * t, w.values + 8 * t
+            key_scales, value_scales = w.key_scales + scale_bytes * t, w.value_scales + scale_bytes * t
+            if wide_keys:
+                widen(keys_at, key_scales, padding, p.head_dim, w.wide)
+                score_wide(p, w, w.wide_keys, 0, values_at, padding, groups, together)
+            else:
+                score_stored(p, w, keys_at, key_scales, values_at, padding, groups, together)
             if int8:
-                scale_by(w.key_scales, w.s, padding, groups, together)
+                scale_by(key_scales, w.s, padding, groups, together)
             adjust(p, w, k0, keys, groups, together, all_first, all_last)
             soften(p, w, state, padding, groups, together)
             if careful:
-                set_aside(p, w, padding)
-                values_at = w.wide_values
-            elif not as_stored or p.value_dim % lanes != 0:
-                widen(w.values, w.value_scales, padding, p.value_dim, w.v)
-                values_at = w.wide_values
+                set_aside(p, w, values_at, value_scales, padding)
+            elif wide_values:
+                widen(values_at, value_scales, padding, p.value_dim, w.wide)
             if int8:
-                scale_by(w.value_scales, w.s, padding, groups, together)
-            weigh(p, w, state, values_at, padding, groups, together)
+                scale_by(value_scales, w.s, padding, groups, together)
+            # The last tile of a chunk asks for its own keys: there is nothing to be gained.
+            ahead = w.keys + 8 * (t + KEYS if k0 + 2 * KEYS <= last else t)
+            if wide_values:
+                weigh_wide(p, w, state, w.wide_values, 0, ahead, padding, groups, together)
+            else:
+                weigh_stored(p, w, state, values_at, value_scales, ahead, padding, groups, together)
             if careful:
-                add_visible(p, w, state, k0, keys, groups, together)
-            k0 += keys
+                add_visible(p, w, state, values_at, k0, keys, groups, together)
+            if careful and pairs and p.value_dim % unit == 0 and k0 + KEYS >= last:
+                in_pairs(p, state, groups, together)
+
+    @jit
+    def in_pairs(p, state, groups, together):
+        """Order columns as reading pairs would have."""
+        o = state + 2 * groups * register
+        for t in range(o, o + groups * together * p.value_dim * size, 2 * register):
+            pair1(t, t)
 
     @jit
     def merge(p, w, unit, chunks, groups, together):
@@ -614,7 +695,15 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
                 total = total * factor + exp2_product(sink - zero_point, scale, floor)
             divisor = dtype(1) if total == 0 else total
             t, out = state + 2 * groups * register + r * o_row, get_int(outs + 8 * r)
-            for c in range(0, whole, lanes):
+            first = 0
+            if pairs and p.value_dim % unit == 0:
+                first = p.value_dim
+                for c in range(0, first, 2 * lanes):
+                    x, y = load(t + c * size), load(t + (c + lanes) * size)
+                    x = simd.div(mul(x, splat(factor)), splat(divisor))
+                    y = simd.div(mul(y, splat(factor)), splat(divisor))
+                    dots.narrow_pairs(out + c * 2, x, y)
+            for c in range(first, whole, lanes):
                 x = mul(load(t + c * size), splat(factor))
                 store_outer(out + c * outer_bytes, simd.div(x, splat(divisor)))
             for c in range(whole, p.value_dim):

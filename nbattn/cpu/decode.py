@@ -74,6 +74,7 @@ class Plan:
             "queries": queries,
             "head_dim": head_dim,
             "value_dim": value_dim,
+            "value_bytes": p.value_pages.shape[3] * p.value_pages.itemsize,
             "group": heads // kv_heads if kv_heads else 1,
             "heads": kv_heads,
             "blocks": blocks,

@@ -58,35 +58,91 @@ def _add_up(b: Any, sums: list[Any], run: int) -> Any:
     return sums[0]
 
 
-def scores_tile(number: Any, rows: int, groups: int) -> tuple[Any, int]:
+def unit(storage: str) -> int:
+    """Vectors of numbers that are read together from memory."""
+    return {"bfloat16": 2, "int4": 32 // (simd.REGISTER_BYTES // 4)}.get(storage, 1)
+
+
+def _unit_bytes(storage: str, lanes: int) -> int:
+    bits = {"float64": 64, "float32": 32, "int8": 8, "int4": 4}.get(storage, 16)
+    return unit(storage) * lanes * bits // 8
+
+
+def _read(b: Any, address: Any, storage: str, t: Any, scales: Any, repeats: int = 1) -> list[Any]:
+    """A unit of stored numbers as float32 or float64.
+
+    Of bfloat16 the even numbers come first, then the odd ones: one instruction a vector instead of two. With
+    `repeats` there are so many times fewer numbers (bfloat16, float32 and float64), all of them repeated.
+    `scales` is the address of the unit's scale (int4).
+    """
+    lanes = t.count
+
+    def load(element: Any, count: int = lanes // repeats, shift: int = 0) -> Any:
+        at = b.add(address, const(I64, shift))
+        if count == 1 < lanes:
+            return splat_value(b, ir.VectorType(element, lanes), load_value(b, pointer(b, at, element)))
+        x = load_value(b, pointer(b, at, ir.VectorType(element, count)))
+        return x if repeats == 1 else _shuffle(b, x, x, [c % count for c in range(lanes)])
+
+    it = ir.VectorType(I32, lanes)
+    if storage in ("float32", "float64"):
+        return [load(t.element)]
+    if storage == "bfloat16":
+        words = load(I32)
+        return [b.bitcast(x, t) for x in (b.shl(words, const(it, 16)), b.and_(words, const(it, -0x10000)))]
+    if storage == "float16":
+        return [simd.widen_value(b, load(simd.stored(storage)), storage)]
+    if storage == "int8":
+        return [b.sitofp(b.sext(load(I8), it), t)]
+    factor = splat_value(b, t, load_value(b, pointer(b, scales, ir.FloatType())))
+    if lanes == 16:
+        # The 16 numbers times the scale are a table that one instruction looks up 16 times.
+        table = b.fmul(ir.Constant(t, [float(i - 8) for i in range(16)]), factor)
+        look_up = simd.cgutils.get_or_insert_function(
+            b.module, ir.FunctionType(t, [t, it]), "llvm.x86.avx512.permvar.sf.512"
+        )
+        raw = b.zext(load(I8), it)
+        return [b.call(look_up, [table, x]) for x in (raw, b.lshr(raw, const(it, 4)))]
+    low: list[Any] = []
+    high: list[Any] = []
+    for first in range(0, 16, lanes):
+        raw = b.zext(load(I8, shift=first), it)
+        for half, x in ((low, b.and_(raw, const(it, 15))), (high, b.lshr(raw, const(it, 4)))):
+            half.append(b.fmul(b.sitofp(b.sub(x, const(it, 8)), t), factor))
+    return low + high
+
+
+def scores_tile(number: Any, rows: int, groups: int, storage: str) -> tuple[Any, int]:
     """(tile, the keys it takes): the products of `groups` vectors of query rows with some keys.
 
-    ``tile(table, q, q_group, s, s_group, steps)``: `table` holds the keys' addresses, q has `steps` vectors a
-    group, s gets one vector a group for each `run` keys; groups are so many bytes apart.
+    ``tile(table, scales, q, q_group, s, s_group, steps)``: the tables hold the addresses of keys and their
+    scales, `steps` units of each; s gets one vector a group for each `run` keys; groups are so many bytes
+    apart.
     """
     size = number.bitwidth // 8
     lanes = simd.REGISTER_BYTES // size
     run = lanes // rows
     at_once = min(SCORED_AT_ONCE, UNDER_WAY // groups)
     keys = max(run, at_once)
+    together = unit(storage)
+    step_bytes = _unit_bytes(storage, lanes) // rows
 
     @intrinsic
-    def tile(typingctx: Any, table: Any, q: Any, q_group: Any, s: Any, s_group: Any, steps: Any) -> Any:
+    def tile(
+        typingctx: Any, table: Any, scales: Any, q: Any, q_group: Any, s: Any, s_group: Any, steps: Any
+    ) -> Any:
         def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-            table, q, q_group, s, s_group, steps = args
-            scalar = context.get_value_type(number)
-            t = ir.VectorType(scalar, lanes)
+            table, scales, q, q_group, s, s_group, steps = args
+            t = ir.VectorType(context.get_value_type(number), lanes)
 
-            def key_at(address: Any) -> Any:
-                if run == 1:
-                    return splat_value(b, t, load_value(b, pointer(b, address, scalar)))
-                x = load_value(b, pointer(b, address, ir.VectorType(scalar, run)))
-                return x if rows == 1 else _shuffle(b, x, x, [c % run for c in range(lanes)])
+            def entries(table: Any, first: int) -> list[Any]:
+                return [load_value(b, pointer(b, b.add(table, const(I64, 8 * (first + k))), I64))
+                        for k in range(at_once)]  # fmt: skip
 
             sums: list[list[Any]] = [[] for _ in range(groups)]
             for first in range(0, keys, at_once):
-                addresses = [load_value(b, pointer(b, b.add(table, const(I64, 8 * (first + k))), I64))
-                             for k in range(at_once)]  # fmt: skip
+                addresses = entries(table, first)
+                factors = entries(scales, first) if storage == "int4" else []
                 queries = [b.add(q, b.mul(q_group, const(I64, g))) for g in range(groups)]
                 before, head = b.block, b.append_basic_block("dot")
                 after = b.append_basic_block("dotted")
@@ -95,13 +151,19 @@ def scores_tile(number: Any, rows: int, groups: int) -> tuple[Any, int]:
                 step = b.phi(I64)
                 step.add_incoming(const(I64, 0), before)
                 running = [[b.phi(t) for _ in range(at_once)] for _ in range(groups)]
-                shift = b.mul(step, const(I64, simd.REGISTER_BYTES))
-                vectors = [load_value(b, pointer(b, b.add(a, shift), t)) for a in queries]
-                grown: list[list[Any]] = [[] for _ in range(groups)]
+                shift = b.mul(step, const(I64, together * simd.REGISTER_BYTES))
+                vectors = [
+                    [load_value(b, pointer(b, b.add(b.add(a, shift), const(I64, u * simd.REGISTER_BYTES)), t))
+                     for u in range(together)]
+                    for a in queries
+                ]  # fmt: skip
+                grown = [list(phis) for phis in running]
                 for k in range(at_once):
-                    x = key_at(b.add(addresses[k], b.mul(step, const(I64, run * size))))
-                    for g in range(groups):
-                        grown[g].append(fma_value(b, x, vectors[g], running[g][k]))
+                    at = b.add(addresses[k], b.mul(step, const(I64, step_bytes)))
+                    factor = b.add(factors[k], b.mul(step, const(I64, 4))) if factors else None
+                    for u, x in enumerate(_read(b, at, storage, t, factor, rows)):
+                        for g in range(groups):
+                            grown[g][k] = fma_value(b, x, vectors[g][u], grown[g][k])
                 following = b.add(step, const(I64, 1))
                 step.add_incoming(following, head)
                 for g in range(groups):
@@ -120,31 +182,34 @@ def scores_tile(number: Any, rows: int, groups: int) -> tuple[Any, int]:
                     store_value(b, x, pointer(b, b.add(target, shift), t))
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 6), codegen
+        return types.void(*[types.int64] * 7), codegen
 
     return tile, keys
 
 
-def values_tile(number: Any, rows: int, groups: int, columns: int) -> Any:
-    """``tile(table, shift, p, p_group, o, o_row, factor, blocks)``: ``o = o * factor + p @ values``.
+def values_tile(number: Any, rows: int, groups: int, columns: int, storage: str, ahead_bytes: int) -> Any:
+    """``tile(table, scales, ahead, column, p, p_group, o, o_row, factor, blocks)``: add up values.
 
-    `table` holds the addresses of the values' rows, `run` for each of the `blocks` of weights; the tile takes
-    `columns` vectors of each, `shift` bytes behind. `factor` is a vector a group that repeats each row's.
+    ``o = o * factor + p @ values``. The tables hold the addresses of the values' rows and their scales, `run`
+    for each of the `blocks` of weights; the tile takes `columns` vectors of each, from the one that is
+    `column` bytes behind in o. `factor` is a vector a group that repeats each row's. `ahead` is a table of
+    rows that are wanted next: `ahead_bytes` of them are fetched for each vector.
     """
     size = number.bitwidth // 8
     lanes = simd.REGISTER_BYTES // size
     run = lanes // rows
-    # Too few sums would wait for each other.
-    sets = 2 if rows * groups * columns <= 4 and run > 1 else 1
+    # The sums of one row would wait for each other.
+    sets = 2 if rows * groups == 1 and run > 1 else 1
     each = rows * groups * columns
+    unit_bytes = _unit_bytes(storage, lanes)
 
     @intrinsic
     def tile(
-        typingctx: Any, table: Any, shift: Any, p: Any, p_group: Any, o: Any, o_row: Any, factor: Any,
-        blocks: Any
+        typingctx: Any, table: Any, scales: Any, ahead: Any, column: Any, p: Any, p_group: Any, o: Any,
+        o_row: Any, factor: Any, blocks: Any
     ) -> Any:  # fmt: skip
         def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-            table, column, p, p_group, o, o_row, factor, blocks = args
+            table, scales, ahead, column, p, p_group, o, o_row, factor, blocks = args
             scalar = context.get_value_type(number)
             t = ir.VectorType(scalar, lanes)
 
@@ -152,6 +217,10 @@ def values_tile(number: Any, rows: int, groups: int, columns: int) -> Any:
                 at = pointer(b, b.add(address, const(I64, shift)), scalar)
                 return splat_value(b, t, load_value(b, at))
 
+            stored_column = b.sdiv(
+                b.mul(column, const(I64, unit_bytes)), const(I64, unit(storage) * simd.REGISTER_BYTES)
+            )
+            ahead_column = b.sdiv(b.mul(column, const(I64, ahead_bytes)), const(I64, simd.REGISTER_BYTES))
             weights = [b.add(p, b.mul(p_group, const(I64, g))) for g in range(groups)]
             before, head, after = b.block, b.append_basic_block("weigh"), b.append_basic_block("weighed")
             b.branch(head)
@@ -160,15 +229,25 @@ def values_tile(number: Any, rows: int, groups: int, columns: int) -> Any:
             block.add_incoming(const(I64, 0), before)
             running = [b.phi(t) for _ in range(sets * each)]
             grown = list(running)
-            here = b.add(table, b.mul(block, const(I64, 8 * run)))
+            here, factors, later = (
+                b.add(x, b.mul(block, const(I64, 8 * run))) for x in (table, scales, ahead)
+            )
             at = b.mul(block, const(I64, simd.REGISTER_BYTES))
             for k in range(run):
                 value = load_value(b, pointer(b, b.add(here, const(I64, 8 * k)), I64))
-                value = b.add(value, column)
-                vectors = [
-                    load_value(b, pointer(b, b.add(value, const(I64, c * simd.REGISTER_BYTES)), t))
-                    for c in range(columns)
-                ]
+                value = b.add(value, stored_column)
+                scale = None
+                if storage == "int4":
+                    scale = load_value(b, pointer(b, b.add(factors, const(I64, 8 * k)), I64))
+                    scale = b.add(scale, b.sdiv(column, const(I64, 32)))
+                wanted = load_value(b, pointer(b, b.add(later, const(I64, 8 * k)), I64))
+                for c in range(0, columns * ahead_bytes, 64):
+                    simd.prefetch_value(b, b.add(b.add(wanted, ahead_column), const(I64, c)))
+                vectors = []
+                for u in range(columns // unit(storage)):
+                    at_unit = b.add(value, const(I64, u * unit_bytes))
+                    unit_scale = b.add(scale, const(I64, 4 * u)) if scale else None
+                    vectors += _read(b, at_unit, storage, t, unit_scale)
                 i = k % sets * each
                 for g in range(groups):
                     for r in range(rows):
@@ -196,7 +275,7 @@ def values_tile(number: Any, rows: int, groups: int, columns: int) -> Any:
                         i += 1
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 8), codegen
+        return types.void(*[types.int64] * 10), codegen
 
     return tile
 
@@ -219,15 +298,19 @@ def repeat(number: Any, rows: int) -> Any:
     return read
 
 
-def copy_run(number: Any, storage: str, run: int) -> Any:
-    """``copy(source, target)``: widen `run` stored numbers."""
+def copy_runs(number: Any, run: int, storage: str) -> Any:
+    """``copy(source, target)``: the runs of a row's next unit, a vector apart, ordered as `_read` does."""
 
     @intrinsic
     def copy(typingctx: Any, source: Any, target: Any) -> Any:
         def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-            x = load_value(b, pointer(b, args[0], ir.VectorType(simd.stored(storage), run)))
-            x = simd.widen_value(b, x, storage)
-            store_value(b, x, pointer(b, args[1], x.type))
+            scalar = context.get_value_type(number)
+            count = 2 if storage == "bfloat16" else 1
+            x = load_value(b, pointer(b, args[0], ir.VectorType(scalar, run * count)))
+            for i in range(count):
+                y = x if count == 1 else _shuffle(b, x, x, list(range(i, 2 * run, 2)))
+                at = b.add(args[1], const(I64, i * simd.REGISTER_BYTES))
+                store_value(b, y, pointer(b, at, y.type))
             return context.get_dummy_value()
 
         return types.void(types.int64, types.int64), codegen
@@ -263,49 +346,40 @@ def lowest_lane(typingctx: Any, x: Any) -> Any:
     return x.dtype(x), codegen
 
 
-# --- stored numbers that no other kernel reads --------------------------------------------------------------
+# --- memory -------------------------------------------------------------------------------------------------
+
+
+def widen_unit(storage: str) -> Any:
+    """``widen(source, scale, target)``: a unit of stored numbers in their order."""
+
+    @intrinsic
+    def widen(typingctx: Any, source: Any, scale: Any, target: Any) -> Any:
+        def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+            element = ir.DoubleType() if storage == "float64" else ir.FloatType()
+            t = ir.VectorType(element, simd.REGISTER_BYTES // (8 if storage == "float64" else 4))
+            vectors = _read(b, args[0], storage, t, args[1])
+            if storage == "bfloat16":
+                n = t.count
+                orders = [[i // 2 + n * (i % 2) for i in range(h, h + n)] for h in (0, n)]
+                vectors = [_shuffle(b, vectors[0], vectors[1], order) for order in orders]
+            for i, x in enumerate(vectors):
+                store_value(b, x, pointer(b, b.add(args[2], const(I64, i * simd.REGISTER_BYTES)), t))
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 3), codegen
+
+    return widen
 
 
 @intrinsic
-def widen_int8(typingctx: Any, source: Any, target: Any) -> Any:
-    """One vector of int8 -> float32."""
+def narrow_pairs(typingctx: Any, target: Any, even: Any, odd: Any) -> Any:
+    """Store two vectors as bfloat16, the numbers of one between those of the other."""
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        t = ir.VectorType(ir.FloatType(), simd.REGISTER_BYTES // 4)
-        x = load_value(b, pointer(b, args[0], ir.VectorType(I8, t.count)))
-        store_value(b, b.sitofp(b.sext(x, ir.VectorType(I32, t.count)), t), pointer(b, args[1], t))
+        t = ir.VectorType(I32, args[1].type.count)
+        low = b.lshr(simd.round_bits(b, args[1], 16), const(t, 16))
+        words = b.or_(low, b.and_(simd.round_bits(b, args[2], 16), const(t, -0x10000)))
+        store_value(b, words, pointer(b, args[0], t))
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64), codegen
-
-
-@intrinsic
-def widen_int4(typingctx: Any, source: Any, scale: Any, target: Any) -> Any:
-    """16 bytes -> the 32 numbers in them, times `scale`, as float32."""
-
-    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        source, scale, target = args
-        lanes = simd.REGISTER_BYTES // 4
-        t, it = ir.VectorType(ir.FloatType(), lanes), ir.VectorType(I32, lanes)
-        factor = splat_value(b, t, scale)
-        if lanes == 16:
-            # The 16 numbers times the scale are a table that one instruction looks up 16 times.
-            table = b.fmul(ir.Constant(t, [float(i - 8) for i in range(16)]), factor)
-            look_up = simd.cgutils.get_or_insert_function(
-                b.module, ir.FunctionType(t, [t, it]), "llvm.x86.avx512.permvar.sf.512"
-            )
-        for first in range(0, 16, lanes):
-            raw = load_value(b, pointer(b, b.add(source, const(I64, first)), ir.VectorType(I8, lanes)))
-            raw = b.zext(raw, it)
-            for half in range(2):
-                x = b.lshr(raw, const(it, 4)) if half else raw
-                if lanes == 16:
-                    y = b.call(look_up, [table, x])
-                else:
-                    x = b.and_(x, const(it, 15)) if not half else x
-                    y = b.fmul(b.sitofp(b.sub(x, const(it, 8)), t), factor)
-                shift = const(I64, (first + 16 * half) * 4)
-                store_value(b, y, pointer(b, b.add(target, shift), t))
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.float32, types.int64), codegen
+    return types.void(types.int64, even, odd), codegen

@@ -21,38 +21,51 @@ from .tiles import ROW_BYTES
 
 KEYS = 128
 """Keys of one S^T, 32 KB. Fewer move the sums through registers too often, more leave the cache."""
+BYTES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
+"""Of a number in memory."""
 
 
 def _from_rows(
     lanes: int,
     element: Any,
-    emit: Callable[[Any, Any, Any], None],
+    emit: Callable[..., None],
     join: Callable[[Any, Any, Any], Any] | None = None,
+    scaled: bool = False,
+    ahead: int = 0,
 ) -> Any:
     """``read(table, offset, target)``: `emit(builder, column, address)` for each column of a square.
 
     Row r's vector lies at ``table[r] + offset``, and column c's address is ``target + c * ROW_BYTES``. With
-    `join`, row r is what `join(builder, vector, following)` makes of it and the vector that follows.
+    `join`, row r is what `join(builder, vector, following)` makes of it and the vector that follows. Where
+    `scaled`, `read` takes one number more, and `emit` gets it in all lanes. What lies so many bytes `ahead`
+    in each row is asked for meanwhile.
     """
     t = ir.VectorType(element, lanes)
 
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        table, offset, target, *factors = args
+        factors = [simd.splat_value(b, ir.VectorType(x.type, lanes), x) for x in factors]
+        rows = []
+        for r in range(lanes):
+            a = b.add(load_value(b, pointer(b, b.add(table, const(I64, 8 * r)), I64)), offset)
+            place = pointer(b, a, t)
+            x = load_value(b, place)
+            rows.append(join(b, x, load_value(b, b.gep(place, [const(I64, 1)]))) if join else x)
+            if ahead:
+                simd.prefetch_value(b, b.add(a, const(I64, ahead)))
+        for c, column in enumerate(simd.transpose_values(b, rows)):
+            emit(b, column, b.add(target, const(I64, c * ROW_BYTES)), *factors)
+        return context.get_dummy_value()
+
     @intrinsic
     def read(typingctx: Any, table: Any, offset: Any, target: Any) -> Any:
-        def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-            table, offset, target = args
-            rows = []
-            for r in range(lanes):
-                start = load_value(b, pointer(b, b.add(table, const(I64, 8 * r)), I64))
-                place = pointer(b, b.add(start, offset), t)
-                x = load_value(b, place)
-                rows.append(join(b, x, load_value(b, b.gep(place, [const(I64, 1)]))) if join else x)
-            for c, column in enumerate(simd.transpose_values(b, rows)):
-                emit(b, column, b.add(target, const(I64, c * ROW_BYTES)))
-            return context.get_dummy_value()
-
         return types.void(*[types.int64] * 3), codegen
 
-    return read
+    @intrinsic
+    def read_scaled(typingctx: Any, table: Any, offset: Any, target: Any, factor: Any) -> Any:
+        return types.void(*[types.int64] * 3, factor), codegen
+
+    return read if not scaled else read_scaled
 
 
 def rows_in(lanes: int, storage: str) -> Any:
@@ -80,54 +93,64 @@ def words_in(lanes: int, storage: str) -> Any:
 
 
 def bias_in(lanes: int, storage: str, compute: Any) -> Any:
-    """``read(table, offset, target)``: add a square of biases to the scores; -inf masks even a NaN."""
+    """``read(table, offset, target, scale)``: scale the scores at `target` and add a square of biases."""
 
-    def emit(b: Any, column: Any, address: Any) -> None:
+    def emit(b: Any, column: Any, address: Any, scale: Any) -> None:
         x = simd.widen_value(b, column, storage)
         if x.type.element != compute:
-            t = ir.VectorType(compute, lanes)
-            x = b.fpext(x, t) if str(compute) == "double" else b.fptrunc(x, t)
+            x = b.fpext(x, scale.type) if str(compute) == "double" else b.fptrunc(x, scale.type)
         place = pointer(b, address, x.type)
-        low = const(x.type, float("-inf"))
-        total = b.fadd(load_value(b, place), x)
-        store_value(b, b.select(b.fcmp_ordered("==", x, low), low, total), place)
+        store_value(b, simd.fma_value(b, load_value(b, place), scale, x), place)
 
-    return _from_rows(lanes, simd.stored(storage), emit)
+    return _from_rows(lanes, simd.stored(storage), emit, scaled=True, ahead=KEYS * BYTES[storage])
 
 
-def rows_out(lanes: int, storage: str) -> Any:
-    """``write(source, divisor, table, offset, count)``: transpose `source` over `divisor` into rows.
+def rows_out(lanes: int, storage: str) -> tuple[Any, Any]:
+    """``divide(source, divisor, table, offset, count)``: transpose `source` over `divisor` into rows, and
+    ``write(source, table, offset, count)``, the same without a divisor.
 
     Row c of the source holds column c; `divisor` is the address of one number per row of the result.
     """
     number = ir.DoubleType() if storage == "float64" else ir.FloatType()
     t = ir.VectorType(number, lanes)
 
-    @intrinsic
-    def write(typingctx: Any, source: Any, divisor: Any, table: Any, offset: Any, count: Any) -> Any:
-        def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-            source, divisor, table, offset, count = args
-            total = load_value(b, pointer(b, divisor, t))
+    def emit(b: Any, source: Any, total: Any, table: Any, offset: Any, count: Any) -> None:
+        columns = [
+            load_value(b, pointer(b, b.add(source, const(I64, c * ROW_BYTES)), t)) for c in range(lanes)
+        ]
+        if total is not None:
             inverse = b.fdiv(const(t, 1.0), total)
-            columns = []
-            for c in range(lanes):
-                x = load_value(b, pointer(b, b.add(source, const(I64, c * ROW_BYTES)), t))
-                columns.append(simd.quotient_value(b, x, total, inverse))
-            done = b.append_basic_block("done")
-            for r, row in enumerate(simd.transpose_values(b, columns)):
-                start = load_value(b, pointer(b, b.add(table, const(I64, 8 * r)), I64))
-                x = simd.narrow_value(b, row, storage)
-                store_value(b, x, pointer(b, b.add(start, offset), x.type))
-                following = b.append_basic_block("row")
-                b.cbranch(b.icmp_signed(">", count, const(I64, r + 1)), following, done)
-                b.position_at_end(following)
-            b.branch(done)
-            b.position_at_end(done)
+            columns = [simd.quotient_value(b, x, total, inverse) for x in columns]
+        done = b.append_basic_block("done")
+        for r, row in enumerate(simd.transpose_values(b, columns)):
+            start = load_value(b, pointer(b, b.add(table, const(I64, 8 * r)), I64))
+            x = simd.narrow_value(b, row, storage)
+            store_value(b, x, pointer(b, b.add(start, offset), x.type))
+            following = b.append_basic_block("row")
+            b.cbranch(b.icmp_signed(">", count, const(I64, r + 1)), following, done)
+            b.position_at_end(following)
+        b.branch(done)
+        b.position_at_end(done)
+
+    @intrinsic
+    def divide(typingctx: Any, source: Any, divisor: Any, table: Any, offset: Any, count: Any) -> Any:
+        def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+            source, divisor, *rest = args
+            emit(b, source, load_value(b, pointer(b, divisor, t)), *rest)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 5), codegen
 
-    return write
+    @intrinsic
+    def write(typingctx: Any, source: Any, table: Any, offset: Any, count: Any) -> Any:
+        def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+            source, *rest = args
+            emit(b, source, None, *rest)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 4), codegen
+
+    return divide, write
 
 
 def _pair_words(b: Any, low: Any, high: Any) -> Any:

@@ -1,7 +1,8 @@
 """What happens to scores s^T between the product and the softmax: scale, softcap, bias, ALiBi, masks.
 
 Each step is one pass over a tile in the first-level cache, and a call pays only for the steps it asks for.
-A bias lies query by query in memory; squares of it are transposed in registers.
+The scale goes into the first one. A bias lies query by query in memory; squares of it are transposed in
+registers.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ get_int, _ = simd.scalars(types.int64)
 
 def build(jit: Any, inline: Any, dtype: Any, storage: str) -> tuple[Any, Any, Any]:
     """The compiled functions ``look`` of `masks.build`; ``adjust(p, w, key0, keys, rows, vectors, all_first,
-    all_last, seen)``, which turns raw products into scores where the mask showed `seen`; and ``visible(p, w,
-    r, j)``, whether row r sees key j at all.
+    all_last, seen, careful)``, which turns raw products into scores where the mask showed `seen`; and
+    ``visible(p, w, r, j)``, whether row r sees key j at all. Without `careful`, a bias of -inf leaves a score
+    of NaN or inf NaN.
 
     `p` is the call's parameters, `w` the block's scratch (`attention.Scratch`).
     """
@@ -33,49 +35,53 @@ def build(jit: Any, inline: Any, dtype: Any, storage: str) -> tuple[Any, Any, An
     compute = ir.DoubleType() if size == 8 else ir.FloatType()
     load, store, get, put = simd.loads("float64" if size == 8 else "float32")
     get_index, _ = simd.scalars(types.int64 if size == 8 else types.int32)
-    fma, mul, sub, add, splat = simd.fma, simd.mul, simd.sub, simd.add, simd.splat
+    fma, mul, sub, splat = simd.fma, simd.mul, simd.sub, simd.splat
     look, hide, masked = masks.build(jit, dtype)
 
     @jit
-    def scale_and_cap(p, s, keys, vectors):
-        if p.softcap == 0:
-            scale = splat(dtype(p.scale))
-            for j in range(keys):
-                for v in range(vectors):
-                    a = s + j * ROW_BYTES + v * register
-                    store(a, mul(load(a), scale))
-            return
-        inner, cap = splat(dtype(p.scale / p.softcap)), splat(dtype(p.softcap))
+    def multiply(s, scale, keys, vectors):
         for j in range(keys):
             for v in range(vectors):
                 a = s + j * ROW_BYTES + v * register
-                store(a, mul(cap, simd.tanh(mul(load(a), inner))))
+                store(a, mul(load(a), splat(scale)))
 
     @jit
-    def add_alibi(w, s, key0, keys, vectors):
+    def cap(p, s, keys, vectors):
+        inner, outer = splat(dtype(p.scale / p.softcap)), splat(dtype(p.softcap))
+        for j in range(keys):
+            for v in range(vectors):
+                a = s + j * ROW_BYTES + v * register
+                store(a, mul(outer, simd.tanh(mul(load(a), inner))))
+
+    @jit
+    def add_alibi(w, s, scale, key0, keys, vectors):
         for v in range(vectors):
             slope, position = load(w.slope + v * register), load(w.position + v * register)
             for j in range(keys):
                 a = s + j * ROW_BYTES + v * register
-                store(a, fma(slope, sub(splat(dtype(key0 + j)), position), load(a)))
+                term = mul(slope, sub(splat(dtype(key0 + j)), position))
+                store(a, fma(load(a), splat(scale), term))
 
     def bias_adder(kind: str) -> tuple[Any, Any]:
         read = simd.loads(kind)[2]
         bytes_ = 2 if kind in ("float16", "bfloat16") else np.dtype(kind).itemsize
 
         @jit
-        def add_numbers(p, table, s, key0, from_key, keys, rows):
+        def add_numbers(p, table, s, scale, key0, from_key, added, keys, rows):
+            """Add the biases of keys from `added` on. One of -inf masks, also a NaN, from `from_key` on."""
             for r in range(rows):
                 a = get_int(table + 8 * r) + key0 * p.bias_k
                 for j in range(from_key, keys):
-                    x = dtype(read(a + j * p.bias_k))
                     t = s + j * ROW_BYTES + r * size
-                    # A bias of -inf masks, also a NaN.
-                    put(t, -infinity if x == -infinity else get(t) + x)
+                    x = dtype(read(a + j * p.bias_k))
+                    if x == -infinity:
+                        put(t, x)
+                    elif j >= added:
+                        put(t, get(t) * scale + x)
 
         @jit
-        def add_numbers_only(p, table, s, key0, keys, rows, vectors):
-            add_numbers(p, table, s, key0, 0, keys, rows)
+        def add_numbers_only(p, table, s, scale, key0, keys, rows, vectors, careful):
+            add_numbers(p, table, s, scale, key0, 0, 0, keys, rows)
 
         # Biases of a third dtype are rare, and squares would add to every cold compile.
         if kind not in (storage, np.dtype(dtype).name):
@@ -83,42 +89,51 @@ def build(jit: Any, inline: Any, dtype: Any, storage: str) -> tuple[Any, Any, An
         add_square = panels.bias_in(lanes, kind, compute)
 
         @jit
-        def add_bias(p, table, s, key0, keys, rows, vectors):
+        def add_bias(p, table, s, scale, key0, keys, rows, vectors, careful):
             if p.bias_same_rows:
                 a = get_int(table) + key0 * p.bias_k
                 for j in range(keys):
                     x = dtype(read(a + j * p.bias_k))
                     for v in range(vectors):
                         t = s + j * ROW_BYTES + v * register
-                        store(t, splat(-infinity) if x == -infinity else add(load(t), splat(x)))
+                        y = splat(-infinity) if x == -infinity else fma(load(t), splat(scale), splat(x))
+                        store(t, y)
                 return
             squares = keys // lanes if p.bias_k == bytes_ else 0
             for v in range(vectors):
                 for c in range(squares):
                     j = c * lanes
-                    add_square(table + v * lanes * 8, (key0 + j) * bytes_, s + j * ROW_BYTES + v * register)
-            add_numbers(p, table, s, key0, squares * lanes, keys, rows)
+                    t = s + j * ROW_BYTES + v * register
+                    add_square(table + v * lanes * 8, (key0 + j) * bytes_, t, scale)
+            added = squares * lanes
+            add_numbers(p, table, s, scale, key0, 0 if careful else added, added, keys, rows)
 
         return read, add_bias
 
     (read0, add0), (read1, add1), (read2, add2), (read3, add3) = (bias_adder(kind) for kind in STORAGE_DTYPES)
 
     @inline
-    def adjust(p, w, key0, keys, rows, vectors, all_first, all_last, seen):
+    def adjust(p, w, key0, keys, rows, vectors, all_first, all_last, seen, careful):
         s = w.s
         if not p.plain:
-            scale_and_cap(p, s, keys, vectors)
+            scale = dtype(p.scale)
+            if p.softcap != 0:
+                cap(p, s, keys, vectors)
+                scale = dtype(1)
             if p.bias != 0:
                 if p.bias_kind == 0:
-                    add0(p, w.biases, s, key0, keys, rows, vectors)
+                    add0(p, w.biases, s, scale, key0, keys, rows, vectors, careful)
                 elif p.bias_kind == 1:
-                    add1(p, w.biases, s, key0, keys, rows, vectors)
+                    add1(p, w.biases, s, scale, key0, keys, rows, vectors, careful)
                 elif p.bias_kind == 2:
-                    add2(p, w.biases, s, key0, keys, rows, vectors)
+                    add2(p, w.biases, s, scale, key0, keys, rows, vectors, careful)
                 else:
-                    add3(p, w.biases, s, key0, keys, rows, vectors)
+                    add3(p, w.biases, s, scale, key0, keys, rows, vectors, careful)
+                scale = dtype(1)
             if p.alibi_slopes != 0:
-                add_alibi(w, s, key0, keys, vectors)
+                add_alibi(w, s, scale, key0, keys, vectors)
+            elif scale != 1:
+                multiply(s, scale, keys, vectors)
         if seen == masks.SOME:
             hide(w, keys, vectors)
         if key0 < all_first or key0 + keys > all_last:
