@@ -163,7 +163,7 @@ def scaled_dot_product_attention(
                          alibi_slopes, sinks, compute_dtype),
     )  # fmt: skip
     shape = (batch, heads, queries, v.shape[3])
-    result = check.check_out(out, shape[missing:], q.dtype, _inputs(query, key, value, problem))
+    result = check.check_out(out, shape[missing:], q.dtype, _inputs((query, key, value, mask, bias), problem))
     lse = np.empty(shape[:3], problem.compute) if check.check_flag(return_lse, "return_lse") else None
     weights = _weights(problem, heads) if check.check_flag(return_weights, "return_weights") else None
     _run(module, problem, result[(None,) * missing], lse, weights)
@@ -275,7 +275,9 @@ def varlen_attention(
         starts=(q_starts, k_starts),
     )  # fmt: skip
     total, heads, _ = q.shape
-    result = check.check_out(out, (total, heads, v.shape[2]), q.dtype, _inputs(query, key, value, problem))
+    result = check.check_out(
+        out, (total, heads, v.shape[2]), q.dtype, _inputs((query, key, value, mask, bias), problem)
+    )
     lse = np.empty((total, heads), problem.compute) if check.check_flag(return_lse, "return_lse") else None
     weights = _weights(problem, heads) if check.check_flag(return_weights, "return_weights") else None
     _run(module, problem, result.transpose(1, 0, 2)[None], None if lse is None else lse.T[None], weights)
@@ -417,9 +419,9 @@ def _check_starts(starts: ArrayLike, name: str, total: int, what: str) -> NDArra
     return array
 
 
-def _inputs(query: Any, key: Any, value: Any, problem: Problem) -> tuple[NDArray[Any] | None, ...]:
+def _inputs(given: tuple[Any, ...], problem: Problem) -> tuple[NDArray[Any] | None, ...]:
     """Every array that `out` must not overlap, the caller's own ones where a copy was made."""
-    own = tuple(x for x in (query, key, value) if isinstance(x, np.ndarray))
+    own = tuple(x for x in given if isinstance(x, np.ndarray))
     options = (problem.mask, problem.bias, problem.alibi_slopes, problem.sinks)
     return (*own, problem.query, problem.key, problem.value, *options)
 
