@@ -9,7 +9,6 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from . import problem as check
 from .attention import AttentionOutput
-from .decode import Options
 from .store import Places, Store, check_size, refuse
 
 
@@ -192,7 +191,7 @@ class KVCache:
         TypeError, ValueError
             As `scaled_dot_product_attention`; ValueError also where a ring no longer holds what a query sees.
         """
-        options = Options(mask, bias, is_causal, window_size, scale, softcap, alibi_slopes, sinks)
+        options = (mask, bias, is_causal, window_size, scale, softcap, alibi_slopes, sinks)
         return self._store.attend(self._places, query, options, lengths, return_lse, out, backend)
 
     def truncate(self, lengths: ArrayLike) -> None:

@@ -10,7 +10,6 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from . import problem as check
 from .attention import AttentionOutput
-from .decode import Options
 from .store import PLANS, Places, Store, check_size
 
 _INT = frozenset((int,))
@@ -216,7 +215,7 @@ class PagedKVCache:
         ndarray or AttentionOutput
             As `KVCache.attend`.
         """
-        options = Options(mask, bias, is_causal, window_size, scale, softcap, alibi_slopes, sinks)
+        options = (mask, bias, is_causal, window_size, scale, softcap, alibi_slopes, sinks)
         places = self._places(self._handles(sequences))
         return self._store.attend(places, query, options, lengths, return_lse, out, backend)
 

@@ -153,7 +153,7 @@ class Store:
         self,
         places: Places,
         query: ArrayLike,
-        options: Options,
+        given: tuple[Any, ...],
         lengths: ArrayLike | None,
         return_lse: bool,
         out: NDArray[Any] | None,
@@ -162,17 +162,18 @@ class Store:
         """Attention of the last positions' queries, as `KVCache.attend` says."""
         layout = None
         if lengths is out is backend is None:
-            layout = _layout(query, options, return_lse)
+            layout = _layout(query, given, return_lse)
             if (known := places.readers.get(layout)) is not None:
                 return known(query)
+        options = Options(*given)
         module = check.backend_module("decode", backend or self.backend)
         q = check_query(query, self.pages, len(places.lengths))
         counts = check_counts(lengths, len(places.lengths), q.shape[2])
         offset = places.lengths - counts
         # Queries of a quantised cache are float32, before they turn.
-        given = q if self.pages.key_scales is None else q.astype(np.float32, copy=False)
+        wide = q if self.pages.key_scales is None else q.astype(np.float32, copy=False)
         problem = cache_problem(
-            self.turned(given, offset, backend),
+            self.turned(wide, offset, backend),
             self.pages,
             page_table=places.table,
             ring=places.ring,
@@ -272,11 +273,14 @@ class Store:
 _PLAIN = frozenset((bool, int, float, type(None)))
 
 
-def _layout(query: Any, options: Options, return_lse: Any) -> Any:
+def _layout(query: Any, options: tuple[Any, ...], return_lse: Any) -> Any:
     """Everything but the query's numbers that decides how a call goes, as a key; None where it cannot be."""
     mask, bias, is_causal, window, scale, softcap, slopes, sinks = options
     if type(query) is not np.ndarray or mask is not None or bias is not None:
         return None
+    layout = (query.shape, query.strides, query.dtype, query.flags.aligned)
+    if is_causal is True and return_lse is False and window is scale is softcap is slopes is sinks is None:
+        return layout
     numbers: tuple[Any, ...] = (is_causal, scale, softcap, return_lse)
     if window is not None:
         if type(window) is not tuple:
@@ -293,7 +297,7 @@ def _layout(query: Any, options: Options, return_lse: Any) -> Any:
             heads += (x.dtype, x.shape, x.tobytes())
         else:
             heads += (None,)
-    return query.shape, query.strides, query.dtype, query.flags.aligned, numbers, types, heads
+    return layout, numbers, types, heads
 
 
 def check_counts(lengths: ArrayLike | None, batch: int, most: int) -> NDArray[np.int64]:
