@@ -212,7 +212,7 @@ def columns(rows: Iterable[Row]) -> list[str]:
 
 
 def speeds(rows: Sequence[Row]) -> str:
-    """Ratios, rate and share of the limit, for rows of one suite."""
+    """Ratios, time, rate and share of the limit, for rows of one suite."""
     peers, case = columns(rows), rows[0].case
     lines = []
     for row in rows:
@@ -221,9 +221,10 @@ def speeds(rows: Sequence[Row]) -> str:
         best, limit = row.best(), known.get(LIMIT)
         lines.append([
             row.case.name, f"{best.median:.2f}" if best else "-", *cells,
+            f"{1e3 * row.seconds(OURS):.3g}" if row.rounds else "wrong",
             f"{row.rate():.1f}" if row.rounds else "wrong", f"{limit.median:.2f}" if limit else "-",
         ])  # fmt: skip
-    return table([rows[0].case.suite, "best peer", *peers, case.unit, f"of {case.limit}"], lines)
+    return table([rows[0].case.suite, "best peer", *peers, "ms", case.unit, f"of {case.limit}"], lines)
 
 
 def _cell(value: Ratio | None, trouble: str | None) -> str:

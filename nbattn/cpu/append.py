@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from ..problem import INT4_GROUP, AppendProblem, storage_name
 from . import runtime, simd
 
-BLOCK = 16
+BLOCK = 64
 """Tokens of a sequence worth taking from the counter."""
 SERIAL = 1 << 19
 """Numbers below which a call is not worth a second thread: 230 us."""
@@ -390,6 +390,15 @@ def _build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
         place = _quantising(jit, inline)
 
     @jit
+    def place_rows(p, source, target, scales, steps, rows, count):
+        """Rows -> their places in one page."""
+        if p.kind == AS_IT_IS and steps[0] == count * stored == steps[1]:
+            copy(target, source, rows * count * stored)
+        else:
+            for r in range(rows):
+                place(p, source + r * steps[0], target + r * steps[1], scales + r * steps[2], count)
+
+    @jit
     def write(p, w, b, first, end):
         """Some rows of sequence b, all heads; a head's rows one after another, as they often lie."""
         turned, table = w, w + p.row_bytes
@@ -405,27 +414,35 @@ def _build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
             key, value = p.key + b * p.key_b + h * p.key_h, p.value + b * p.value_b + h * p.value_h
             key_to, value_to = p.key_pages + h * p.key_pages_h, p.value_pages + h * p.value_pages_h
             key_scale, value_scale = p.key_scales + h * p.key_scales_h, p.value_scales + h * p.value_scales_h
-            for i in range(first, end):
-                page, row = b, i
+            i = first
+            while i < end:
+                page, row, run = b, i, end - i  # rows that one page takes
                 if p.starts:
                     slot = get_int(p.starts + 8 * b) + i
                     if p.ring:
                         slot %= p.ring
+                        run = min(run, p.ring - slot)
                     row = slot % p.page_size
+                    run = min(run, p.page_size - row)
                     page = get_int(p.page_table + b * p.page_table_b + slot // p.page_size * 8)
-                a, target = key + i * p.key_s, key_to + page * p.key_pages_p + row * p.key_pages_r
-                cosines = table + (i - first) * 2 * p.table_bytes
-                if p.pairs and p.kind == AS_IT_IS:
-                    turn(p, cosines, cosines + p.table_bytes, a, target)
+                source, target = key + i * p.key_s, key_to + page * p.key_pages_p + row * p.key_pages_r
+                scales = key_scale + page * p.key_scales_p + row * p.key_scales_r
+                if p.pairs:
+                    for r in range(run):
+                        cosines = table + (i + r - first) * 2 * p.table_bytes
+                        to = target + r * p.key_pages_r if p.kind == AS_IT_IS else turned
+                        turn(p, cosines, cosines + p.table_bytes, source + r * p.key_s, to)
+                        if p.kind != AS_IT_IS:
+                            place(p, to, target + r * p.key_pages_r, scales + r * p.key_scales_r, p.head_dim)
                 else:
-                    if p.pairs:
-                        turn(p, cosines, cosines + p.table_bytes, a, turned)
-                        a = turned
-                    place(p, a, target, key_scale + page * p.key_scales_p + row * p.key_scales_r, p.head_dim)
+                    steps = p.key_s, p.key_pages_r, p.key_scales_r
+                    place_rows(p, source, target, scales, steps, run, p.head_dim)
                 if p.value_dim:
-                    target = value_to + page * p.value_pages_p + row * p.value_pages_r
-                    scale = value_scale + page * p.value_scales_p + row * p.value_scales_r
-                    place(p, value + i * p.value_s, target, scale, p.value_dim)
+                    source, target = value + i * p.value_s, value_to + page * p.value_pages_p
+                    scales = value_scale + page * p.value_scales_p + row * p.value_scales_r
+                    steps = p.value_s, p.value_pages_r, p.value_scales_r
+                    place_rows(p, source, target + row * p.value_pages_r, scales, steps, run, p.value_dim)
+                i += run
 
     def work(address):
         p = parameters_at(address)
