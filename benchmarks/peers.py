@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     Case = Attention | Decode | Append | Softmax
 
 OURS, LIMIT = "nbattn", "limit"
+SUITES = ("prefill", "decode", "softmax")
 TURN = 0.003
 MOST_ROUNDS = 25
 SLOW = 4
@@ -360,7 +361,8 @@ def _parser() -> _Parser:
     parser.add_argument("--threads", type=_threads, default=processors(), metavar="N", help="default: all")
     dtypes = ("float32", "bfloat16", "float16", "float64", "int8", "int4")
     parser.add_argument("--dtype", choices=dtypes, help="only rows of this dtype")
-    parser.add_argument("--suite", choices=("prefill", "decode", "softmax", "all"), default="all")
+    told = "default: all, with --quick all but decode, which takes a minute of its own"
+    parser.add_argument("--suite", choices=(*SUITES, "all"), help=told)
     pattern = "only rows whose name holds this, with * for anything, as in 'f32 8x1024*causal'"
     parser.add_argument("--rows", default="", metavar="PATTERN", help=pattern)
     parser.add_argument("--json", type=_file, metavar="FILE", help="also write every figure there")
@@ -372,12 +374,13 @@ def chosen(options: argparse.Namespace) -> list[Case]:
     """The rows that the options ask for."""
     from benchmarks import cases, decode_cases
 
+    suites = {None: ("prefill", "softmax") if options.quick else SUITES, "all": SUITES}
     return [
         case
         for case in (*cases.rows(), *decode_cases.rows())
         if (case.quick or not options.quick)
         and options.dtype in (None, case.precision)
-        and options.suite in ("all", case.suite)
+        and case.suite in suites.get(options.suite, (options.suite,))
         and fnmatch.fnmatchcase(case.name, f"*{options.rows}*")
     ]
 
