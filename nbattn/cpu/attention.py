@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..problem import STORAGE_DTYPES, Problem, storage_name
-from . import blocks, runtime
+from . import blocks, decode, runtime
 from .blocks import PARAMETERS, STATE_ROWS, TABLES
 from .masks import WORDS
 from .panels import KEYS
@@ -32,6 +33,41 @@ def forward(
     problem: Problem, out: NDArray[Any], lse: NDArray[Any] | None, weights: NDArray[Any] | None
 ) -> None:
     """Write attention to `out` (B, Hq, Sq, Dv), `lse` (B, Hq, Sq) and `weights` (B, Hq, Sq, Sk)."""
+    if weights is not None:
+        _forward(problem, out, lse, weights)
+    elif problem.query_starts is not None:
+        _forward_packed(problem, out, lse)
+    elif decode.is_few(problem, problem.max_queries, problem.max_keys):
+        decode.forward(decode.as_cache(problem), out, lse)
+    else:
+        _forward(problem, out, lse, None)
+
+
+def _forward_packed(p: Problem, out: NDArray[Any], lse: NDArray[Any] | None) -> None:
+    """Each sequence by its own length alone, so that no other one changes its bits."""
+    starts, key_starts = cast(Any, p.query_starts), cast(Any, p.key_starts)
+    counts = np.diff(starts)
+    few = decode.is_few(p, counts, np.diff(key_starts))
+    if p.mask is not None or p.bias is not None or not few.any():
+        _forward(p, out, lse, None)
+        return
+    decode.attend_packed(p, few & (counts > 0), out, lse)
+    # What lies between them keeps to the tiles, one run of sequences after the other.
+    edges = np.flatnonzero(np.diff(np.concatenate(([True], few, [True]))))
+    for i, j in edges.reshape(-1, 2):
+        rows, keys = slice(starts[i], starts[j]), slice(key_starts[i], key_starts[j])
+        run = replace(
+            p, query=p.query[:, :, rows], key=p.key[:, :, keys], value=p.value[:, :, keys], batch=int(j - i),
+            max_queries=int(counts[i:j].max()), max_keys=int(np.diff(key_starts[i : j + 1]).max()),
+            offset=p.offset[i:j], key_lengths=p.key_lengths[i:j],
+            query_starts=starts[i : j + 1] - starts[i], key_starts=key_starts[i : j + 1] - key_starts[i],
+        )  # fmt: skip
+        _forward(run, out[:, :, rows], None if lse is None else lse[:, :, rows], None)
+
+
+def _forward(
+    problem: Problem, out: NDArray[Any], lse: NDArray[Any] | None, weights: NDArray[Any] | None
+) -> None:
     words, keep_alive = _parameters(problem, out, lse, weights)
     _run(_kernel_of(problem), words, _is_small(problem), (problem, out, lse, weights, keep_alive))
 
@@ -40,12 +76,19 @@ class Repeat:
     """A call to be made again with other arrays of the same layout: only their addresses change."""
 
     def __init__(self, problem: Problem, out: NDArray[Any]) -> None:
+        self.plan = None
+        if decode.is_few(problem, problem.max_queries, problem.max_keys):
+            self.plan = decode.Plan(decode.as_cache(problem), out)
+            return
         self.kernel = _kernel_of(problem)
         self.words, _ = _parameters(problem, out, None, None)
         self.keep_alive = problem.offset, problem.key_lengths
         self.is_small = _is_small(problem)
 
     def forward(self, query: NDArray[Any], key: NDArray[Any], value: NDArray[Any], out: NDArray[Any]) -> None:
+        if self.plan is not None:
+            self.plan.forward(query, out, pages=(key, value))
+            return
         words = self.words.copy()
         words[QUERY], words[KEY] = runtime.address(query), runtime.address(key)
         words[VALUE], words[OUT] = runtime.address(value), runtime.address(out)

@@ -76,7 +76,7 @@ class Scratch(NamedTuple):
     outs: int  # of its output
     factor: int  # one vector a group each: what older sums are multiplied by,
     slope: int  # of ALiBi,
-    back: int  # the query's position less the lane's place in a run
+    back: int  # the query's position from the sequence's start on, less the lane's place in a run
     q: int  # the queries, a group after the other
     s: int  # scores, then weights: KEYS * rows of a vector, a group after the other
     wide: int  # widened keys, then values: together they would not fit the first-level cache
@@ -148,9 +148,6 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
         aside = wide + KEYS * padded(max(p.head_dim, p.value_dim)) * size
         wide_keys = vectors + VECTORS * vector
         wide_values = wide_keys + 8 * KEYS
-        for j in range(KEYS):
-            put_int(wide_keys + 8 * j, wide + j * padded(p.head_dim) * size)
-            put_int(wide_values + 8 * j, wide + j * padded(p.value_dim) * size)
         return Scratch(w, w + table, w + 2 * table, w + 3 * table, wide_keys, wide_values,
                        rows, rows + 8 * ROWS, rows + 16 * ROWS, rows + 24 * ROWS, rows + 32 * ROWS,
                        vectors, vectors + vector, vectors + 2 * vector, q, s, wide, aside)  # fmt: skip
@@ -204,7 +201,7 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
                 slope = get(p.alibi_slopes + h * size)
                 for c in range(run):
                     put(w.slope + g * register + (lane + c) * size, slope)
-                    put(w.back + g * register + (lane + c) * size, dtype(i + offset - c))
+                    put(w.back + g * register + (lane + c) * size, dtype(i + offset - starts - c))
             a = p.query + b * p.query_b + h * p.query_h + i * p.query_s
             t = w.q + g * together * depth * size + lane * size
             widen_query(a, p.head_dim, w.wide)
@@ -395,7 +392,7 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
         return s + (r // together * together * KEYS + lane) * size
 
     @jit
-    def adjust(p, w, k0, keys, groups, together, all_first, all_last):
+    def adjust(p, w, start, k0, keys, groups, together, all_first, all_last):
         """Scale, softcap, bias, ALiBi, masks; hide keys that a row does not see, and what pads the tile."""
         padding = padded(keys)
         rows = groups * together
@@ -411,7 +408,7 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
                     if p.softcap != 0:
                         x = mul(cap, simd.tanh(x))
                     if p.bias == 0 and p.alibi_slopes != 0:
-                        x = fma(slope, sub(splat(dtype(k0 + j)), back), x)
+                        x = fma(slope, sub(splat(dtype(k0 + j - start)), back), x)
                     store(t, x)
             if p.bias != 0:
                 for r in range(rows):
@@ -424,7 +421,7 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
                         x = read_bias(p, a + j * p.bias_k)
                         t = place(w.s, r, j, together)
                         # A bias of -inf masks, also a NaN.
-                        y = get(t) + x + slope * (dtype(k0 + j) - position)
+                        y = get(t) + x + slope * (dtype(k0 + j - start) - position)
                         put(t, -infinity if x == -infinity else y)
         if p.mask != 0:
             for r in range(rows):
@@ -607,7 +604,7 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
                 score_stored(p, w, keys_at, key_scales, values_at, padding, groups, together)
             if int8:
                 scale_by(key_scales, w.s, padding, groups, together)
-            adjust(p, w, k0, keys, groups, together, all_first, all_last)
+            adjust(p, w, get_int(p.key_starts + 8 * b), k0, keys, groups, together, all_first, all_last)
             soften(p, w, state, padding, groups, together)
             if careful:
                 set_aside(p, w, values_at, value_scales, padding)
@@ -733,6 +730,11 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
             skipped = (first - start) // CHUNK
             chunks = max(1, (last - start + CHUNK - 1) // CHUNK - skipped)
             if number < chunks:
+                # A helper that comes late finds no task, and must not touch memory that others use by then.
+                if ready < 0:
+                    for j in range(KEYS):
+                        put_int(w.wide_keys + 8 * j, w.wide + j * padded(p.head_dim) * size)
+                        put_int(w.wide_values + 8 * j, w.wide + j * padded(p.value_dim) * size)
                 if ready != unit:
                     all_first, all_last = set_up(p, w, b, head, row0, rows, together)
                     ready = unit

@@ -10,12 +10,12 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from ..problem import STORAGE_DTYPES, CacheProblem, storage_name
-from . import chunks, runtime, simd
+from ..problem import STORAGE_DTYPES, CacheProblem, Problem, storage_name
+from . import blocks, chunks, runtime, simd
 from .chunks import CHUNK, PARAMETERS, ROWS
 
 _WORDS = {name: PARAMETERS.fields[name][1] // 8 for name in PARAMETERS.names}  # type: ignore[index, union-attr]
-QUERY, OUT, LSE = (_WORDS[name] for name in ("query", "out", "lse"))
+QUERY, KEY, VALUE, OUT, LSE = (_WORDS[name] for name in ("query", "key", "value", "out", "lse"))
 TASKS, CHUNKS, PARTIALS = (_WORDS[name] for name in ("tasks", "chunks", "partials"))
 WORKSPACE, WORKSPACE_BYTES = (_WORDS[name] for name in ("workspace", "workspace_bytes"))
 SERIAL_WORK = 1 << 19
@@ -32,7 +32,7 @@ class Plan:
 
     The problem's arrays but its query are read where they lie each time, so that a cache may change lengths,
     starts, offsets and its page table in place. Queries, outputs and lse keep their layout: `out` and `lse`
-    are examples of it, contiguous where there is none.
+    are examples of it, contiguous where there is none. Pages and their scales are the caller's to keep alive.
     """
 
     def __init__(
@@ -45,7 +45,10 @@ class Plan:
             out = np.empty((batch, heads, queries, value_dim), p.query.dtype)
         if lse is None:
             lse = np.empty((batch, heads, queries), p.compute)
-        self.problem = p
+        self.max_keys = p.max_keys
+        self.keep_alive = (
+            p.page_table, p.key_starts, p.key_lengths, p.offset, p.mask, p.bias, p.alibi_slopes, p.sinks
+        )  # fmt: skip
         self.kernel = kernel(f"decode-{p.storage}")
         kv_heads = p.key_pages.shape[2]
         rows = heads // kv_heads * queries if kv_heads else 0
@@ -69,7 +72,7 @@ class Plan:
             "partial_bytes": self.partial_bytes,
             "bias_kind": 0 if p.bias is None else STORAGE_DTYPES.index(cast(str, storage_name(p.bias.dtype))),
             "table_width": p.page_table.shape[1],
-            "page_size": p.key_pages.shape[1],
+            "page_size": max(p.key_pages.shape[1], 1),
             "ring": p.ring,
             "queries": queries,
             "head_dim": head_dim,
@@ -111,9 +114,13 @@ class Plan:
         out: NDArray[Any],
         lse: NDArray[Any] | None = None,
         max_keys: int | None = None,
+        pages: tuple[NDArray[Any], NDArray[Any]] | None = None,
     ) -> None:
-        """Attend `query`; no sequence has more than `max_keys` keys (the problem's where None is given)."""
-        keys = self.problem.max_keys if max_keys is None else max_keys
+        """Attend `query`; no sequence has more than `max_keys` keys (the problem's where None is given).
+
+        `pages` are other keys and values of the problem's layout.
+        """
+        keys = self.max_keys if max_keys is None else max_keys
         chunks = max(1, min(-(-keys // CHUNK), (self.span - 1) // CHUNK + 2))
         tasks = self.units * chunks
         if tasks == 0:
@@ -121,6 +128,8 @@ class Plan:
         words = self.words.copy()
         words[QUERY], words[OUT] = runtime.address(query), runtime.address(out)
         words[LSE] = 0 if lse is None else runtime.address(lse)
+        if pages is not None:
+            words[KEY], words[VALUE] = runtime.address(pages[0]), runtime.address(pages[1])
         words[TASKS], words[CHUNKS] = tasks, chunks
         helpers = 0
         if self.work_per_key * min(keys, self.span) >= SERIAL_WORK:
@@ -128,8 +137,88 @@ class Plan:
         partials = tasks * self.partial_bytes
         memory, start = runtime.scratch(partials + (helpers + 1) * self.workspace_bytes)
         words[PARTIALS], words[WORKSPACE] = start, start + partials
-        runtime.run(self.kernel, words, helpers, (query, out, lse, self, memory))
+        runtime.run(self.kernel, words, helpers, (query, out, lse, pages, self, memory))
         runtime.keep(memory)
+
+
+# --- attention of few queries that keeps no cache -----------------------------------------------------------
+
+
+def is_few(p: Problem, queries: Any, keys: Any) -> Any:
+    """Whether so many queries a sequence and key head (numbers or arrays) are better read off than tiled.
+
+    Measured against the prefill kernel with 1, 4 and 8 heads a group: up to 32 rows of float32 it is 1.0 to 5
+    times as fast, up to 16 of bfloat16 where that has products of its own; masks and biases are read number
+    by number here.
+    """
+    rows = p.query.shape[1] // max(p.key.shape[1], 1) * queries
+    limit = 16 if blocks.multiplies(p.storage, False) == "pairs" else 32
+    if p.bias is not None:
+        limit //= 8
+    elif p.mask is not None:
+        limit //= 2
+    # Under a causal mask most of a short square is not worth reading.
+    return (rows <= limit) & (queries <= np.maximum(16, keys // 8)) & (not p.bfloat16_products)
+
+
+def as_cache(p: Problem) -> CacheProblem:
+    """The same call with each sequence's keys and values as one page."""
+    return _cache_problem(
+        p, p.query, np.arange(p.batch)[:, None], np.zeros(p.batch, np.int64), p.key_lengths, p.offset
+    )
+
+
+def attend_packed(p: Problem, few: NDArray[np.bool_], out: NDArray[Any], lse: NDArray[Any] | None) -> None:
+    """Attend those of a packed problem's sequences that have few queries."""
+    starts, key_starts = cast(Any, p.query_starts), cast(Any, p.key_starts)
+    counts = np.diff(starts)
+    for count in np.unique(counts[few]):
+        chosen = np.flatnonzero(few & (counts == count))
+        rows = starts[chosen, None] + np.arange(count)  # (sequences, count)
+        query = np.ascontiguousarray(p.query[0][:, rows].swapaxes(0, 1))
+        first = key_starts[chosen]
+        problem = _cache_problem(
+            p, query, np.zeros((len(chosen), 1), np.int64), first,
+            first + p.key_lengths[chosen], first + p.offset[chosen],
+        )  # fmt: skip
+        part = np.empty((*query.shape[:3], out.shape[3]), out.dtype)
+        part_lse = None if lse is None else np.empty(query.shape[:3], lse.dtype)
+        forward(problem, part, part_lse)
+        out[0][:, rows] = part.swapaxes(0, 1)
+        if lse is not None:
+            lse[0][:, rows] = cast(Any, part_lse).swapaxes(0, 1)
+
+
+def _cache_problem(
+    p: Problem,
+    query: NDArray[Any],
+    page_table: NDArray[np.int64],
+    starts: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    offset: NDArray[np.int64],
+) -> CacheProblem:
+    return CacheProblem(
+        query=query,
+        key_pages=p.key.transpose(0, 2, 1, 3),
+        value_pages=p.value.transpose(0, 2, 1, 3),
+        key_scales=None,
+        value_scales=None,
+        storage=p.storage,
+        page_table=page_table,
+        ring=0,
+        key_starts=starts,
+        key_lengths=lengths,
+        max_keys=int((lengths - starts).max(initial=0)),
+        scale=p.scale,
+        softcap=p.softcap,
+        left=p.left,
+        right=p.right,
+        offset=offset,
+        mask=p.mask,
+        bias=p.bias,
+        alibi_slopes=p.alibi_slopes,
+        sinks=p.sinks,
+    )
 
 
 def kernel_names(dtypes: Sequence[str]) -> list[str]:
