@@ -100,7 +100,8 @@ def cascade_attention(
     """
     q, k, v = check.check_inputs(query, prefix_key, prefix_value)
     _check_prefix(q, k, v)
-    arrays: tuple[Any, ...] = (query, prefix_key, prefix_value, key, value, mask, bias, q, k, v)
+    pages = key._store.pages if isinstance(key, (KVCache, PagedKVCache)) else ()
+    arrays: tuple[Any, ...] = (query, prefix_key, prefix_value, key, value, mask, bias, q, k, v, *pages)
     own = tuple(x for x in arrays if isinstance(x, np.ndarray))
     result = check.check_out(out, (*q.shape[:3], v.shape[2]), q.dtype, own)
     after: Any

@@ -116,8 +116,8 @@ def paged_attention(
         offset=check.check_offset(query_offset, queries, lengths),
         options=options,
     )
-    own = tuple(x for x in (query, key_pages, value_pages) if isinstance(x, np.ndarray))
-    result, lse = run(module, problem, q.dtype, check.check_flag(return_lse, "return_lse"), out, own)
+    given = (query, key_pages, value_pages, key_scales, value_scales, *options)
+    result, lse = run(module, problem, q.dtype, check.check_flag(return_lse, "return_lse"), out, given)
     return result if lse is None else AttentionOutput(result, None, lse)
 
 
@@ -226,15 +226,16 @@ def run(
     dtype: np.dtype[Any],
     return_lse: bool,
     out: NDArray[Any] | None,
-    own: tuple[NDArray[Any] | None, ...],
+    given: tuple[Any, ...],
 ) -> tuple[NDArray[Any], NDArray[Any] | None]:
     """Let the backend write the output, in the caller's dtype, and the log-sum-exp where it is wanted.
 
-    `own` are the arrays, besides the problem's, that `out` must not overlap.
+    `given` is what the caller passed: `out` must not overlap it, though a copy be what is read.
     """
     p = problem
     shape = (*p.query.shape[:3], p.value_pages.shape[3] * (2 if p.storage == "int4" else 1))
     scales = (p.key_scales, p.value_scales)
+    own = (x for x in given if isinstance(x, np.ndarray))
     inputs = (*own, p.query, p.key_pages, p.value_pages, *scales, p.mask, p.bias, p.alibi_slopes, p.sinks)
     result = check.check_out(out, shape, dtype, inputs)
     lse = np.empty(shape[:3], p.compute) if return_lse else None

@@ -185,8 +185,8 @@ class Store:
         )
         if places.ring:
             self._check_held(places, offset, problem.left)
-        own = (query if isinstance(query, np.ndarray) else None,)
-        result, lse = run(module, problem, q.dtype, check.check_flag(return_lse, "return_lse"), out, own)
+        is_wanted = check.check_flag(return_lse, "return_lse")
+        result, lse = run(module, problem, q.dtype, is_wanted, out, (query, *given))
         for b in np.flatnonzero(counts < q.shape[2]):
             result[b, :, counts[b] :] = 0
             if lse is not None:

@@ -245,3 +245,12 @@ def test_out_overlaps(name):
     array = memory[: GOOD[name].size].reshape(GOOD[name].shape)
     with pytest.raises(ValueError, match="out shares memory"):
         cascade_attention(**GOOD | {name: array}, out=memory[:144].reshape(2, 4, 3, 6), backend="reference")
+
+
+def test_out_in_the_cache():
+    cache = KVCache(2, 2, 7, 8, value_dim=6, backend="reference")
+    cache.append(GOOD["key"], GOOD["value"])
+    out = np.lib.stride_tricks.as_strided(cache._store.pages.value, (2, 4, 3, 6), (288, 72, 24, 4))
+    call = {name: GOOD[name] for name in ("query", "prefix_key", "prefix_value")}
+    with pytest.raises(ValueError, match="out shares memory"):
+        cascade_attention(**call, key=cache, out=out)

@@ -381,9 +381,12 @@ def test_bad_pages(backend, case):
     assert (out == 7).all()
 
 
-@pytest.mark.parametrize("name", ["query", "key_pages", "value_pages"])
-def test_out_overlaps(backend, name):
-    array = GOOD[name].copy()
-    out = array.reshape(-1)[:64].reshape(2, 4, 1, 8)
+@pytest.mark.parametrize("name", ["query", "key_pages", "value_pages", "bias", "sinks"])
+@pytest.mark.parametrize("step", [1, 2], ids=["read", "copied"])
+def test_out_overlaps(backend, name, step):
+    arrays = GOOD | {"bias": np.zeros((2, 4, 1, 12), np.float32), "sinks": np.zeros(4, np.float32)}
+    shape = arrays[name].shape
+    memory = np.zeros(1024, np.float32)
+    array = memory[: step * arrays[name].size].reshape(*shape[:-1], step * shape[-1])[..., ::step]
     with pytest.raises(ValueError, match="out shares memory"):
-        paged_attention(**GOOD | {name: array}, out=out, backend=backend)
+        paged_attention(**arrays | {name: array}, out=memory[:64].reshape(2, 4, 1, 8), backend=backend)
