@@ -212,6 +212,25 @@ class TestThreads:
         attend(x, x, x)
         until(lambda: os.sched_getaffinity(helper) == cpus)  # free again, once it is awake
 
+    def test_helpers_that_are_awake_are_reached_without_python(self, rng, monkeypatch):
+        x = rng.standard_normal((4, 300, 64))
+        monkeypatch.setattr(runtime, "_team", runtime._Team())
+        monkeypatch.setattr(runtime, "threads", lambda: 3)
+        expected, offer, awake = attend(x, x, x), runtime._Call.offer, []
+
+        def counted(call, helpers):
+            awake.append(offer(call, helpers))
+            return awake[-1]
+
+        monkeypatch.setattr(runtime._Call, "offer", counted)
+
+        def reached():
+            np.testing.assert_array_equal(attend(x, x, x), expected)
+            return any(awake)
+
+        until(reached)
+        assert max(awake) <= 2
+
 
 def until(condition):
     end = time.monotonic() + 10
@@ -405,7 +424,7 @@ class TestCache:
         assert [p.communicate(timeout=300)[1] for p in processes] == [""] * 6
         assert [p.returncode for p in processes] == [0] * 6
         files = {path.name for path in tmp_path.rglob("*") if path.is_file()}
-        assert files - {"runtime-linger"} == {"attention-float32"}  # helpers need the other
+        assert files - {"runtime-handover"} == {"attention-float32"}  # helpers need the other
 
     @pytest.mark.parametrize(
         "damage",

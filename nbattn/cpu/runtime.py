@@ -41,7 +41,7 @@ from numpy.typing import NDArray
 
 WORK = [("tasks", np.int64), ("next_task", np.int64, 8), ("tasks_done", np.int64, 8)]
 """The head of every kernel's parameters. Padded, so that the two counters share no cache line."""
-TASKS, NEXT_TASK = 0, 1  # in words of 8 bytes
+TASKS, NEXT_TASK, TASKS_DONE = 0, 1, 9  # in words of 8 bytes
 
 SIGNATURE = types.int64(types.int64)
 
@@ -295,17 +295,18 @@ class _Team:
         self.sent_away: dict[int, set[int]] = {}
         """Where helpers that `send_away` moved may run once they are awake."""
         self.lock = threading.RLock()  # a signal handler may call while this thread holds it
-        self.announced = np.zeros(1, np.int64)
-        """Changes with every call, for helpers that are still awake."""
+        self.board = np.zeros((BOARD_SLOTS, 8), np.int64)
+        """A cache line for each of the first helpers, where calls reach it while it is awake (`handover`)."""
 
     def grow(self, size: int) -> int:
         """Have `size` helpers where that many can be had; return how many there are."""
-        linger = compiled(LINGER, _build_linger)
+        _hand_over()
         with self.lock:
             while self.size < size:
                 self.size += 1
+                mine = self, self.size - 1
                 try:
-                    threading.Thread(target=_help, args=(self, linger), name="nbattn", daemon=True).start()
+                    threading.Thread(target=_help, args=mine, name="nbattn", daemon=True).start()
                 except RuntimeError:  # the system's limit, or the interpreter is at its end
                     self.size -= 1
                     break
@@ -327,17 +328,29 @@ class _Team:
                 os.sched_setaffinity(helper, others)
 
 
+BOARD_SLOTS = 64
 SENT_AWAY = 3
 """The most helpers that are sent away, at 2 us each; among more cores the system finds an idle one."""
 _current_cpu = getattr(ctypes.CDLL(None), "sched_getcpu", None) if sys.platform == "linux" else None
 
 
+LINGER, OFFER, SETTLE = range(3)
+"""What `handover` is asked for: the first word of its record. A helper's record holds its slot's address."""
+BOARD, SLOTS, WANTED, ENTRY, PARAMETERS, DONE, TICKETS = range(1, 8)
+"""Words of a caller's record: where the slots lie, how many, how many helpers are wanted; the kernel's entry
+and parameters, where the number of done tasks lies; then for each slot the round it was offered in, or 0."""
+RUNNING, TAKEN_BACK, FINISHED = range(3)
+"""What SETTLE answers: helpers of the board are in the call; they are not, but others are; it is done."""
+
+
 class _Call:
     """One kernel call under way; holds its parameters for helpers that come late."""
 
-    __slots__ = ("abandoned", "address", "entered", "finished", "keep_alive", "kernel", "left", "parameters")
+    __slots__ = ("abandoned", "address", "entered", "finished", "keep_alive", "kernel", "left", "parameters",
+                 "record", "team")  # fmt: skip
 
-    def __init__(self, kernel: Any, parameters: Any, keep_alive: Any) -> None:
+    def __init__(self, team: _Team, kernel: Any, parameters: Any, keep_alive: Any) -> None:
+        self.team = team
         self.kernel = kernel
         self.address = address(parameters)
         self.parameters = parameters
@@ -348,6 +361,21 @@ class _Call:
         # One entry per helper: appending is atomic, counting is not.
         self.entered: list[None] = []
         self.left: list[None] = []
+        slots = min(team.size, BOARD_SLOTS)
+        self.record = np.zeros(TICKETS + slots, np.int64)
+        self.record[BOARD:TICKETS] = (
+            address(team.board), slots, 0, _entry(kernel), self.address, self.address + 8 * TASKS_DONE,
+        )  # fmt: skip
+
+    def offer(self, helpers: int) -> int:
+        """Offer the call to so many helpers that are awake; return how many there were."""
+        self.record[0], self.record[WANTED] = OFFER, helpers
+        return _hand_over()(address(self.record))
+
+    def settle(self) -> int:
+        """Take the call back from those that have not begun, and wait a while for the others."""
+        self.record[0] = SETTLE
+        return _hand_over()(address(self.record))
 
     def help(self) -> None:
         self.entered.append(None)
@@ -360,16 +388,17 @@ class _Call:
         self.abandoned = True
         words = self.parameters.view(np.int64)
         words[NEXT_TASK] = words[TASKS]
-        while len(self.left) < len(self.entered):
+        while self.settle() == RUNNING or len(self.left) < len(self.entered):
             with suppress(KeyboardInterrupt):  # one is on its way already
                 time.sleep(0.001)
 
 
-def _help(team: _Team, linger: Any) -> None:
-    me = threading.get_native_id()
+def _help(team: _Team, number: int) -> None:
+    me, hand_over = threading.get_native_id(), _hand_over()
+    record = np.array([LINGER, address(team.board[number:])])
     while True:
-        if team.calls.empty():
-            linger(address(team.announced))
+        if number < BOARD_SLOTS and team.calls.empty():
+            hand_over(address(record))
         team.asleep.add(me)
         call = team.calls.get()
         team.asleep.discard(me)
@@ -380,15 +409,23 @@ def _help(team: _Team, linger: Any) -> None:
         del call  # its arrays must not live until the next call
 
 
-LINGER = "runtime-linger"
-TURNS = 2000
-"""How often a helper looks for another call before it sleeps: some 30 us, what waking it would take."""
+HAND_OVER = "runtime-handover"
 
 
-def _build_linger(jit: Any, inline: Any) -> Callable[[Any], Any]:
-    from .simd import await_change
+def _hand_over() -> Any:
+    try:
+        return _kernels[HAND_OVER]
+    except KeyError:
+        from .handover import build
 
-    return lambda announced: await_change(announced, TURNS)
+        return compiled(HAND_OVER, build)
+
+
+@cache
+def _entry(kernel: Any) -> int:
+    """Where the kernel's machine code begins."""
+    result = kernel.overloads[SIGNATURE.args]
+    return result.library.get_pointer_to_function(result.fndesc.llvm_func_name)
 
 
 _team = _Team()
@@ -427,13 +464,17 @@ def run(kernel: Any, parameters: Any, helpers: int, keep_alive: Any) -> None:
     if helpers <= 0:
         kernel(address(parameters))
         return
-    call = _Call(kernel, parameters, keep_alive)
-    _team.send_away()
+    call = _Call(_team, kernel, parameters, keep_alive)
     try:
-        for _ in range(helpers):
-            _team.calls.put(call)
-        _team.announced += 1
-        if not kernel(call.address):
+        awake = call.offer(helpers)
+        if awake < helpers:
+            _team.send_away()
+            for _ in range(helpers - awake):
+                _team.calls.put(call)
+        kernel(call.address)
+        while (state := call.settle()) == RUNNING:
+            time.sleep(50e-6)  # a helper may wait for this very core
+        if state == TAKEN_BACK:
             call.finished.acquire()
         # Helpers that come late look at the parameters alone.
         call.keep_alive = None
@@ -448,13 +489,13 @@ def run(kernel: Any, parameters: Any, helpers: int, keep_alive: Any) -> None:
 
 def kernel_names(dtypes: Sequence[str]) -> list[str]:
     """The kernels that calls with these dtypes need."""
-    return [LINGER, *(name for stem in _stems() for name in stem.kernel_names(dtypes))]
+    return [HAND_OVER, *(name for stem in _stems() for name in stem.kernel_names(dtypes))]
 
 
 def compile_kernel(name: str) -> str:
     """Make one kernel ready; say whether it was "compiled" or found "cached"."""
-    if name == LINGER:
-        return "cached" if compiled(LINGER, _build_linger)._cache.hit else "compiled"
+    if name == HAND_OVER:
+        return "cached" if _hand_over()._cache.hit else "compiled"
     stem = next(stem for stem in _stems() if name.startswith(stem.__name__.rpartition(".")[2] + "-"))
     return "cached" if stem.kernel(name)._cache.hit else "compiled"
 

@@ -641,31 +641,11 @@ def fetch_add(typingctx: Any, address: Any) -> Any:
     return types.int64(types.int64), codegen
 
 
-@intrinsic
-def await_change(typingctx: Any, address: Any, turns: Any) -> Any:
-    """Look at the int64 at an address until it changes, at most `turns` times, at little cost to others."""
-
-    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        place = pointer(b, args[0], I64)
-        first = b.load_atomic(place, "monotonic", 8)
-        before, head, again = b.block, b.append_basic_block("look"), b.append_basic_block("again")
-        after = b.append_basic_block("changed")
-        b.branch(head)
-        b.position_at_end(head)
-        turn = b.phi(I64)
-        turn.add_incoming(I64(0), before)
-        same = b.icmp_signed("==", b.load_atomic(place, "monotonic", 8), first)
-        b.cbranch(b.and_(same, b.icmp_signed("<", turn, args[1])), again, after)
-        b.position_at_end(again)
-        if _x86:
-            pause = ir.FunctionType(ir.VoidType(), [])
-            b.call(cgutils.get_or_insert_function(b.module, pause, "llvm.x86.sse2.pause"), [])
-        turn.add_incoming(b.add(turn, I64(1)), again)
-        b.branch(head)
-        b.position_at_end(after)
-        return turn
-
-    return types.int64(types.int64, types.int64), codegen
+def pause_value(b: ir.IRBuilder) -> None:
+    """What a thread does while it waits for another; nothing where there is no such instruction."""
+    if _x86:
+        pause = ir.FunctionType(ir.VoidType(), [])
+        b.call(cgutils.get_or_insert_function(b.module, pause, "llvm.x86.sse2.pause"), [])
 
 
 def record(fields: Any) -> Any:
