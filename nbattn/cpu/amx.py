@@ -61,18 +61,21 @@ def release(typingctx: Any) -> Any:
     return types.void(), codegen
 
 
-def _tile(columns: int, add: bool) -> Any:
+def _tile(columns: int, add: bool, planes: int) -> Any:
     """``c = a @ b``, or ``c +=`` that, for one tile of a and `columns` of b.
 
-    So a, which lies in larger caches, is read once. Its rows lie `a_row` bytes apart.
+    So a, which lies in larger caches, is read once. Its rows lie `a_row` bytes apart. With two planes numbers
+    are sums of two bfloat16; a product of the smaller ones is left out where older sums hide it.
     """
-    sums, left = [I8(j) for j in range(columns)], I8(4)
-    rights = [I8(5 + j % 3) for j in range(columns)]
+    sums, lefts = [I8(j) for j in range(columns)], [I8(4 + i) for i in range(planes)]
+    spare = [I8(i) for i in range(4 + planes, 8)]
 
     @intrinsic
-    def tile(typingctx: Any, a: Any, a_row: Any, b: Any, c: Any, depth: Any) -> Any:
+    def tile(
+        typingctx: Any, a: Any, a_row: Any, a_plane: Any, b: Any, b_plane: Any, c: Any, depth: Any
+    ) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            a, a_row, b, c, depth = args
+            a, a_row, a_plane, b, b_plane, c, depth = args
             step = const(I64, ROW_BYTES)
 
             def at(base: Any, shift: Any) -> Any:
@@ -90,11 +93,17 @@ def _tile(columns: int, add: bool) -> Any:
             builder.position_at_end(head)
             k = builder.phi(I64)
             k.add_incoming(const(I64, 0), before)
-            emit(builder, "tileloadd64", left, at(a, builder.mul(k, const(I64, ROW // ROWS))), a_row)
+            column = builder.add(a, builder.mul(k, const(I64, ROW // ROWS)))
+            for i, left in enumerate(lefts):
+                emit(builder, "tileloadd64", left, at(column, builder.mul(a_plane, const(I64, i))), a_row)
             row = builder.add(b, builder.mul(k, step))
-            for j, (total, right) in enumerate(zip(sums, rights, strict=True)):
-                emit(builder, "tileloadd64", right, at(row, const(I64, j * ROW)), step)
-                emit(builder, "tdpbf16ps", total, left, right)
+            for j, total in enumerate(sums):
+                for i in range(planes):
+                    right = spare[(j * planes + i) % len(spare)]
+                    shift = builder.add(builder.mul(b_plane, const(I64, i)), const(I64, j * ROW))
+                    emit(builder, "tileloadd64", right, at(row, shift), step)
+                    for left in lefts[:1] if add and i else lefts:
+                        emit(builder, "tdpbf16ps", total, left, right)
             following = builder.add(k, const(I64, ROWS))
             k.add_incoming(following, head)
             builder.cbranch(builder.icmp_signed("<", following, depth), head, after)
@@ -103,30 +112,31 @@ def _tile(columns: int, add: bool) -> Any:
                 emit(builder, "tilestored64", total, place, step)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 5), codegen
+        return types.void(*[types.int64] * 7), codegen
 
     return tile
 
 
-def product(jit: Any, add: bool) -> Any:
-    """The compiled function ``multiply(a, a_row, rows, b, c, vectors, depth)``.
+def product(jit: Any, add: bool, planes: int) -> Any:
+    """The compiled function ``multiply(a, a_row, a_plane, rows, b, b_plane, c, vectors, depth)``.
 
     ``c[rows, :] = a[rows, depth] @ b[depth, :]``, or ``c +=`` that, over up to four vectors of columns. Rows
-    of a lie `a_row` bytes apart; `rows` and `depth`, in words, are multiples of 16 and at least that.
+    of a lie `a_row` bytes apart, planes `a_plane` and `b_plane`; `rows` and `depth`, in words, are multiples
+    of 16 and at least that.
     """
-    tile1, tile2, tile3, tile4 = (_tile(columns, add) for columns in (1, 2, 3, 4))
+    tile1, tile2, tile3, tile4 = (_tile(columns, add, planes) for columns in (1, 2, 3, 4))
 
     @jit
-    def multiply(a, a_row, rows, b, c, vectors, depth):
+    def multiply(a, a_row, a_plane, rows, b, b_plane, c, vectors, depth):
         for r in range(0, rows, ROWS):
             left, sums = a + r * a_row, c + r * ROW_BYTES
             if vectors == 4:
-                tile4(left, a_row, b, sums, depth)
+                tile4(left, a_row, a_plane, b, b_plane, sums, depth)
             elif vectors == 3:
-                tile3(left, a_row, b, sums, depth)
+                tile3(left, a_row, a_plane, b, b_plane, sums, depth)
             elif vectors == 2:
-                tile2(left, a_row, b, sums, depth)
+                tile2(left, a_row, a_plane, b, b_plane, sums, depth)
             else:
-                tile1(left, a_row, b, sums, depth)
+                tile1(left, a_row, a_plane, b, b_plane, sums, depth)
 
     return multiply

@@ -172,9 +172,10 @@ def _parameters(
         per_unit, tasks = 0, int(first_task[-1])
     multiplies = blocks.multiplies(p.storage, p.bfloat16_products)
     # Panels hold KEYS rows of numbers, or of half as many words; keys that are stored as pairs need none.
-    as_words = multiplies in ("pairs", "amx")
+    as_words = multiplies in ("pairs", "amx", "split")
+    planes = 2 if multiplies == "split" else 1
     query_rows, value_rows = -(-head_dim // 2) if as_words else head_dim, value_dim
-    if multiplies == "amx":
+    if multiplies in ("amx", "split"):
         query_rows, value_rows = (-(-x // 16) * 16 for x in (query_rows, value_rows))
     as_stored = multiplies == p.storage and not p.bfloat16_products
     keys_lie_as_words = (
@@ -185,10 +186,12 @@ def _parameters(
     value_panel = KEYS // 2 * value_rows if as_words else KEYS * per_word * -(-value_dim // per_word)
     if as_stored and packed_heads * p.max_queries < PANEL_BLOCKS * rows * runtime.threads():
         value_panel = 0
+    key_panel, value_panel = planes * key_panel, planes * value_panel
     slot_bytes = -(-(key_panel + value_panel) * itemsize // 64) * 64
     kept = PANEL_BYTES // runtime.threads()
     slots = min(-(-p.max_keys // KEYS), max(1, kept // slot_bytes)) if slot_bytes else 0
-    scratch = ROW_BYTES * (query_rows + value_rows + KEYS + STATE_ROWS)
+    score_rows = blocks.score_rows(multiplies)
+    scratch = ROW_BYTES * (planes * query_rows + value_rows + score_rows + STATE_ROWS)
     scratch += 8 * (rows * TABLES + WORDS) + 64 * -(-slots // 8)
     # With an ordinary scale the softmax takes the raw products, and the scale goes into its exponent.
     plain = (

@@ -53,6 +53,11 @@ SUMS, CAREFUL_SUMS, WEIGHTS = range(3)
 """What a pass over the keys is for."""
 
 
+def score_rows(operands: str) -> int:
+    """Rows that a block's scores take in scratch, and the second plane of its weights in a split."""
+    return KEYS * 3 // 2 if operands == "split" else KEYS
+
+
 class Operand(NamedTuple):
     """Values as the tiles multiply them, with strides in words of `pairs`, or numbers."""
 
@@ -94,7 +99,12 @@ WORKERS = PARAMETERS.fields["workers"][1]  # type: ignore[index]
 
 
 def multiplies(storage: str, bfloat16_products: bool) -> str:
-    """What is multiplied: "float32", "float64", "pairs" of bfloat16, or such pairs on the tiles of "amx"."""
+    """What is multiplied: "float32", "float64", "pairs" of bfloat16, or such pairs on the tiles of "amx".
+
+    A float16 has 11 bits, those of two bfloat16: "split" multiplies them exactly on the tiles.
+    """
+    if simd.AMX and storage == "float16":
+        return "split"
     if (simd.AMX or simd.PAIRS) and (storage == "bfloat16" or bfloat16_products):
         return "amx" if simd.AMX else "pairs"
     return "float64" if storage == "float64" else "float32"
@@ -103,9 +113,12 @@ def multiplies(storage: str, bfloat16_products: bool) -> str:
 def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Callable[[Any], Any]:
     """The kernel for arrays of one storage dtype, as a function of its parameters' address."""
     operands = multiplies(storage, bfloat16_products)
-    tiled = operands == "amx"
+    split = operands == "split"
+    tiled = split or operands == "amx"
+    planes = panels.parts(operands)
     pairs = tiled or operands == "pairs"
     per_operand = 2 if pairs else 1
+    len_planes, rows_of_scores = len(planes), score_rows(operands)
     whole_run = 32 if tiled else 16  # keys that are multiplied together
     rounds = bfloat16_products and not pairs  # operands rounded to bfloat16, multiplied as float32
     converts = operands != storage or rounds
@@ -124,7 +137,7 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
     put_index = simd.scalars(types.int64 if size == 8 else types.int32)[1]
     index = np.int64 if size == 8 else np.int32
     if tiled:
-        fresh, accumulate = amx.product(jit, add=False), amx.product(jit, add=True)
+        fresh, accumulate = (amx.product(jit, add, len(planes)) for add in (False, True))
     else:
         fresh = product(jit, number, rescale=False, pairs=pairs)
         accumulate = product(jit, number, rescale=True, pairs=pairs)
@@ -132,7 +145,10 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
     panel = panels.build(jit, storage, operands, converts, as_operand)
     look, adjust, visible = scores.build(jit, inline, dtype, storage)
     read_square = panels.rows_in(lanes, storage)
-    read_words: Any = panels.words_in(lanes, storage) if pairs else None
+    read_words: Any = panels.words_in(lanes, storage, planes[0][0]) if pairs else None
+    read_rest: Any = panels.words_in(lanes, storage, planes[-1][0]) if pairs else None
+    first, second = planes[0][1], planes[-1][1]
+    low_weights = KEYS * ROW_BYTES  # where the second plane of weights lies behind the first
     write_square = panels.rows_out(lanes, storage)[0]
     write_weight_square = panels.rows_out(lanes, "float64" if size == 8 else "float32")[1]
     pack = panels.pair_words(vector=False)
@@ -143,9 +159,9 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
 
     @jit
     def scratch_at(p, q):
-        o = q + p.query_rows * ROW_BYTES
+        o = q + len_planes * p.query_rows * ROW_BYTES
         s = o + p.value_rows * ROW_BYTES
-        row = s + KEYS * ROW_BYTES
+        row = s + rows_of_scores * ROW_BYTES
         table, step = row + STATE_ROWS * ROW_BYTES, block_rows * 8
         seen = table + TABLES * step
         tags = seen + WORDS * 8
@@ -229,15 +245,25 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
             whole = p.head_dim // (2 * lanes) * lanes
             for v in range(vectors):
                 for c in range(0, whole, lanes):
-                    read_words(queries + v * lanes * 8, 2 * c * stored, w.q + c * ROW_BYTES + v * register)
+                    t = w.q + c * ROW_BYTES + v * register
+                    read_words(queries + v * lanes * 8, 2 * c * stored, t)
+                    if split:
+                        read_rest(queries + v * lanes * 8, 2 * c * stored, t + p.query_rows * ROW_BYTES)
             for r in range(vectors * lanes):
                 a = get_int(queries + 8 * r)
                 for c in range(whole, (p.head_dim + 1) // 2):
+                    low = get_stored(a + 2 * c * stored)
                     high = get_stored(a + (2 * c + 1) * stored) if 2 * c + 1 < p.head_dim else dtype(0)
-                    pack(w.q + c * ROW_BYTES + r * size, get_stored(a + 2 * c * stored), high)
+                    t = w.q + c * ROW_BYTES + r * size
+                    pack(t, first(low), first(high))
+                    if split:
+                        pack(t + p.query_rows * ROW_BYTES, second(low), second(high))
             for c in range((p.head_dim + 1) // 2, p.query_rows):
                 for v in range(vectors):
-                    store(w.q + c * ROW_BYTES + v * register, splat(dtype(0)))
+                    t = w.q + c * ROW_BYTES + v * register
+                    store(t, splat(dtype(0)))
+                    if split:
+                        store(t + p.query_rows * ROW_BYTES, splat(dtype(0)))
             return
         whole = p.head_dim // lanes * lanes
         for v in range(vectors):
@@ -259,7 +285,8 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
         if tiled:
             row = p.query_rows * size
             a = converted + key0 % KEYS * row
-            fresh(a, row, (keys + 15) // 16 * 16, w.q, w.s, vectors, p.query_rows)
+            rows = (keys + 15) // 16 * 16
+            fresh(a, row, KEYS * row, rows, w.q, p.query_rows * ROW_BYTES, w.s, vectors, p.query_rows)
             return
         depth = p.query_rows
         if converts and p.key_panel_bytes > 0:
@@ -267,6 +294,29 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
         else:
             a, stride = key + key0 * p.key_s * stored, p.key_s // 2 if pairs else p.key_s
         fresh(a, 2 * stride, stride, 1, keys, w.q, w.s, vectors, depth, 0)
+
+    @jit
+    def mend_scores(p, w, key, key0, keys, rows):
+        """Multiply anew where the parts of an infinite number have met a 0 or each other."""
+        for j in range(keys):
+            k = key + (key0 + j) * p.key_s * stored
+            for r in range(rows):
+                t = w.s + j * ROW_BYTES + r * size
+                if get(t) != get(t):
+                    q, total = get_int(w.queries + 8 * r), dtype(0)
+                    for d in range(p.head_dim):
+                        total += get_stored(q + d * stored) * get_stored(k + d * stored)
+                    put(t, total)
+
+    @jit
+    def put_weights(t, x, y):
+        """Two weights of each query as a word."""
+        if split:
+            upper_x, upper_y = simd.upper(x), simd.upper(y)
+            panels.pack_weights(t, upper_x, upper_y)
+            panels.pack_weights(t + low_weights, sub(x, upper_x), sub(y, upper_y))
+        else:
+            panels.pack_weights(t, x, y)
 
     @jit
     def soften(p, w, keys, vectors):
@@ -294,7 +344,7 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
                 y = exp2_product(sub(load(c + (j + 1) * ROW_BYTES), zero_point), scale, floor)
                 even, odd = add(even, x), add(odd, y)
                 if pairs:
-                    panels.pack_weights(c + j // 2 * ROW_BYTES, x, y)
+                    put_weights(c + j // 2 * ROW_BYTES, x, y)
                 else:
                     store(c + j * ROW_BYTES, as_operand(x))
                     store(c + (j + 1) * ROW_BYTES, as_operand(y))
@@ -302,12 +352,14 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
                 x = exp2_product(sub(load(c + (keys - 1) * ROW_BYTES), zero_point), scale, floor)
                 even = add(even, x)
                 if pairs:
-                    panels.pack_weights(c + keys // 2 * ROW_BYTES, x, splat(dtype(0)))
+                    put_weights(c + keys // 2 * ROW_BYTES, x, splat(dtype(0)))
                 else:
                     store(c + (keys - 1) * ROW_BYTES, as_operand(x))
             if tiled:
                 for j in range((keys + 1) // 2, (keys + 31) // 32 * 16):
                     store(c + j * ROW_BYTES, splat(dtype(0)))
+                    if split:
+                        store(c + j * ROW_BYTES + low_weights, splat(dtype(0)))
             total = simd.fma(load(w.total + v * register), rescale, add(even, odd))
             store(w.maximum + v * register, top)
             store(w.total + v * register, total)
@@ -338,7 +390,8 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
                         t = w.o + d * ROW_BYTES + v * register
                         store(t, mul(load(t), rescale))
             depth = (keys + 31) // 32 * 16
-            accumulate(x.address, x.column * size, p.value_rows, w.s, w.o, vectors, depth)
+            plane = p.value_rows * x.column * size
+            accumulate(x.address, x.column * size, plane, p.value_rows, w.s, low_weights, w.o, vectors, depth)
             return
         depth = (keys + per_operand - 1) // per_operand
         accumulate(x.address, x.two, x.column, x.key, p.value_dim, w.s, w.o, vectors, depth, w.rescale)
@@ -354,10 +407,12 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
         """`add_values`, where what is not finite reaches only the rows that see it."""
         finite = Operand(w.finite, KEYS, KEYS // 2, 1) if tiled else Operand(w.finite, 2, 1, p.value_dim)
         multiplied = (keys + 31) // 32 * 32 if tiled else keys + keys % per_operand
-        for j in range(multiplied):
-            for d in range(p.value_dim):
-                y = get_operand(number_at(operand, j, d)) if j < keys else dtype(0)
-                put_operand(number_at(finite, j, d), y if y - y == 0 else dtype(0))
+        for plane in range(len_planes):
+            shift = plane * p.value_rows * (KEYS // 2) * size
+            for j in range(multiplied):
+                for d in range(p.value_dim):
+                    y = get_operand(number_at(operand, j, d) + shift) if j < keys else dtype(0)
+                    put_operand(number_at(finite, j, d) + shift, y if y - y == 0 else dtype(0))
         add_values(p, w, finite, keys, vectors)
         for j in range(keys):
             for d in range(p.value_dim):
@@ -368,7 +423,10 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
                     continue
                 for r in range(rows):
                     if visible(p, w, r, key0 + j):
-                        x = get_operand(w.s + j // per_operand * ROW_BYTES + r * size + j % per_operand * 2)
+                        a = w.s + j // per_operand * ROW_BYTES + r * size + j % per_operand * 2
+                        x = get_operand(a)
+                        if split:
+                            x += get_operand(a + low_weights)
                         t = w.o + d * ROW_BYTES + r * size
                         put(t, get(t) + x * y)
 
@@ -463,6 +521,8 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
                     continue
                 converted = panel(p, w, head, key0 // KEYS, key, value, length) if p.slots > 0 else 0
                 score(p, w, key, converted, key0, keys, vectors)
+                if split and careful:
+                    mend_scores(p, w, key, key0, keys, rows)
                 adjust(p, w, key0, keys, rows, vectors, all_first, all_last, seen, careful)
                 if stage == WEIGHTS:
                     write_weights(p, w, key0, keys, rows, vectors)

@@ -78,13 +78,17 @@ def rows_in(lanes: int, storage: str) -> Any:
     return _from_rows(lanes, simd.stored(storage), emit)
 
 
-def words_in(lanes: int, storage: str) -> Any:
-    """``read(table, offset, target)``: transpose a square of words of two bfloat16, rounded if need be."""
+def words_in(lanes: int, storage: str, part: Any) -> Any:
+    """``read(table, offset, target)``: transpose a square of words of two bfloat16.
+
+    Other numbers are widened, `part` is taken of them, and that rounded.
+    """
 
     def emit(b: Any, column: Any, address: Any) -> None:
         store_value(b, column, pointer(b, address, column.type))
 
     def round_pairs(b: Any, low: Any, high: Any) -> Any:
+        low, high = (part(b, simd.widen_value(b, x, storage)) for x in (low, high))
         return b.bitcast(simd.narrow_halves_value(b, low, high), ir.VectorType(I32, lanes))
 
     if storage == "bfloat16":
@@ -245,8 +249,10 @@ def pack_columns(typingctx: Any, address: Any, low: Any, high: Any) -> Any:
     return types.void(types.int64, low, high), codegen
 
 
-def square_of_pairs(storage: str) -> Any:
+def square_of_pairs(storage: str, part: Any) -> Any:
     """``turn(source, stride, target)``: 32 rows x 16 columns -> v^T, 16 rows of words of two of the rows.
+
+    Numbers that are no bfloat16 are widened, `part` is taken of them, and that rounded.
 
     Rows of the source lie `stride` bytes apart, those of the target `KEYS` / 2 words.
     """
@@ -267,6 +273,7 @@ def square_of_pairs(storage: str) -> Any:
                 if storage == "bfloat16":
                     pairs = b.shuffle_vector(x, y, order)
                 else:
+                    x, y = (part(b, simd.widen_value(b, z, storage)) for z in (x, y))
                     both = simd.narrow_halves_value(b, x, y)
                     pairs = b.shuffle_vector(both, ir.Constant(both.type, ir.Undefined), order)
                 words.append(b.bitcast(pairs, ir.VectorType(I32, n)))
@@ -279,6 +286,13 @@ def square_of_pairs(storage: str) -> Any:
     return turn
 
 
+def parts(operands: str) -> list[tuple[Any, Any]]:
+    """What bfloat16 are made of, as emitter and as function: numbers as they are, or cut into two."""
+    if operands == "split":
+        return [(simd.upper_value, simd.upper), (simd.rest_value, simd.rest)]
+    return [(lambda b, x: x, simd.same)]
+
+
 def build(jit: Any, storage: str, operands: str, converts: bool, as_operand: Any) -> Any:
     """The compiled function ``panel(p, w, head, tile, key, value, length)``.
 
@@ -286,17 +300,21 @@ def build(jit: Any, storage: str, operands: str, converts: bool, as_operand: Any
     that its slot still holds from another block of the same head is not converted again. `as_operand` is what
     each number goes through. Keys lie row by row; values as v^T in words of 8 bytes, which hold two columns
     of float32 or one of float64. For "pairs" and "amx" the panels hold words of two bfloat16: of two columns
-    of the keys and two rows of the values, for "amx" those as v^T, with 0 in what fills its tiles up.
+    of the keys and two rows of the values, for "amx" those as v^T, with 0 in what fills its tiles up; for
+    "split" a plane of what the number's upper bits are, then one of the rest.
     """
-    tiled = operands == "amx"
+    tiled = operands in ("amx", "split")
     pairs = tiled or operands == "pairs"
+    planes = parts(operands)
     size = 8 if storage == "float64" else 4
     stored = 2 if storage in ("float16", "bfloat16") else size
     lanes = simd.REGISTER_BYTES // size
     load_stored, _, get_stored, _ = simd.loads(storage)
     load, store, get, put = simd.loads("float64" if size == 8 else "float32")
     turn_square, square, per_word = square_of_words(), simd.REGISTER_BYTES // 8, 8 // size
-    turn_pairs: Any = square_of_pairs(storage) if tiled else None
+    turn_pairs: Any = square_of_pairs(storage, planes[0][0]) if tiled else None
+    turn_rest: Any = square_of_pairs(storage, planes[-1][0]) if tiled else None
+    split, first, second = operands == "split", planes[0][1], planes[-1][1]
     get_int, put_int = simd.scalars(types.int64)
     pack, pack_vectors = pair_words(vector=False), pair_words(vector=True)
 
@@ -339,9 +357,18 @@ def build(jit: Any, storage: str, operands: str, converts: bool, as_operand: Any
                 pack(t + c // 2 * size, get_stored(a + c * stored), high)
 
     @jit
+    def pack_parts(target, plane, low, high):
+        pack(target, first(low), first(high))
+        if split:
+            pack(target + plane, second(low), second(high))
+
+    @jit
     def tile_columns(source, stride, rows, columns, words, target):
         """`pair_columns` into rows of so many words, up to 16 more rows and words 0."""
+        plane = KEYS * words * size
         clear(target, (rows + 15) // 16 * 16 * words)
+        if split:
+            clear(target + plane, (rows + 15) // 16 * 16 * words)
         whole = columns // (2 * lanes) * (2 * lanes)
         for r in range(rows):
             a, t = source + r * stride * stored, target + r * words * size
@@ -349,27 +376,33 @@ def build(jit: Any, storage: str, operands: str, converts: bool, as_operand: Any
                 if storage == "bfloat16":
                     store(t + c // 2 * size, load(a + c * stored))
                 else:
-                    pack_columns(t + c // 2 * size, load_stored(a + c * stored),
-                                 load_stored(a + (c + lanes) * stored))  # fmt: skip
+                    x, y = load_stored(a + c * stored), load_stored(a + (c + lanes) * stored)
+                    pack_columns(t + c // 2 * size, first(x), first(y))
+                    if split:
+                        pack_columns(t + c // 2 * size + plane, second(x), second(y))
             for c in range(whole, columns, 2):
                 high = get_stored(a + (c + 1) * stored) if c + 1 < columns else np.float32(0)
-                pack(t + c // 2 * size, get_stored(a + c * stored), high)
+                pack_parts(t + c // 2 * size, plane, get_stored(a + c * stored), high)
 
     @jit
     def tile_rows(source, stride, rows, columns, target):
         """rows x columns -> v^T: for each column words of two rows that follow each other."""
         whole_rows, whole_columns = rows // 32 * 32, columns // 16 * 16
+        words = (columns + 15) // 16 * 16 * (KEYS // 2)
+        plane = words * size
         if rows < KEYS or whole_columns < columns:
-            clear(target, (columns + 15) // 16 * 16 * (KEYS // 2))
+            clear(target, 2 * words if split else words)
         for c in range(0, whole_columns, 16):
             for r in range(0, whole_rows, 32):
-                turn_pairs(source + (r * stride + c) * stored, stride * stored,
-                           target + (c * (KEYS // 2) + r // 2) * size)  # fmt: skip
+                a, t = source + (r * stride + c) * stored, target + (c * (KEYS // 2) + r // 2) * size
+                turn_pairs(a, stride * stored, t)
+                if split:
+                    turn_rest(a, stride * stored, t + plane)
         for c in range(columns):
             for r in range(whole_rows if c < whole_columns else 0, rows, 2):
                 a = source + (r * stride + c) * stored
                 high = get_stored(a + stride * stored) if r + 1 < rows else np.float32(0)
-                pack(target + (c * (KEYS // 2) + r // 2) * size, get_stored(a), high)
+                pack_parts(target + (c * (KEYS // 2) + r // 2) * size, plane, get_stored(a), high)
 
     @jit
     def pair_rows(source, stride, rows, columns, target):

@@ -69,11 +69,11 @@ def build(jit: Any, inline: Any, dtype: Any, storage: str) -> tuple[Any, Any, An
         @jit
         def add_numbers(p, table, s, scale, key0, from_key, added, keys, rows):
             """Add the biases of keys from `added` on. One of -inf masks, also a NaN, from `from_key` on."""
-            for r in range(rows):
-                a = get_int(table + 8 * r) + key0 * p.bias_k
-                for j in range(from_key, keys):
+            for j in range(from_key, keys):
+                along = (key0 + j) * p.bias_k
+                for r in range(rows):
                     t = s + j * ROW_BYTES + r * size
-                    x = dtype(read(a + j * p.bias_k))
+                    x = dtype(read(get_int(table + 8 * r) + along))
                     if x == -infinity:
                         put(t, x)
                     elif j >= added:

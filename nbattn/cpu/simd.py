@@ -198,6 +198,18 @@ def prefetch_value(b: ir.IRBuilder, address: Any) -> None:
     b.call(fn, [p, *(ir.Constant(I32, n) for n in (0, 3, 1))])  # for reading, into all caches, data
 
 
+def upper_value(b: ir.IRBuilder, x: Any) -> Any:
+    """float32 x cut to a bfloat16."""
+    it = _int_type(x.type)
+    return b.bitcast(b.and_(b.bitcast(x, it), const(it, -0x10000)), x.type)
+
+
+def rest_value(b: ir.IRBuilder, x: Any) -> Any:
+    """What `upper_value` cuts off, of a float16 a bfloat16 too; 0 of inf and NaN."""
+    low = b.fsub(x, upper_value(b, x))
+    return b.select(b.fcmp_ordered("==", low, low), low, const(x.type, 0.0))
+
+
 def greater_value(b: ir.IRBuilder, x: Any, y: Any) -> Any:
     """max(x, y), and y where x is NaN: one instruction on x86."""
     return b.select(b.fcmp_ordered(">", x, y), x, y)
@@ -518,6 +530,8 @@ round_bfloat16 = _elementwise(
 )
 if_above = _elementwise(lambda b, x, y, margin: b.select(b.fcmp_ordered(">", x, b.fadd(y, margin)), x, y), 3)
 """x where it is above y by more than the margin, else y."""
+upper = _elementwise(upper_value, 1)
+rest = _elementwise(rest_value, 1)
 finite_or_zero = _elementwise(
     lambda b, x: b.select(b.fcmp_ordered("==", x, const(x.type, float("-inf"))), const(x.type, 0.0), x), 1
 )
