@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..problem import STORAGE_DTYPES, CacheProblem, Problem, storage_name
+from ..problem import INT4_GROUP, STORAGE_DTYPES, CacheProblem, Problem, storage_name
+from ..reference.attention import merge_states
 from . import blocks, chunks, runtime, simd
 from .chunks import CHUNK, PARAMETERS, ROWS
 
@@ -18,8 +20,10 @@ _WORDS = {name: PARAMETERS.fields[name][1] // 8 for name in PARAMETERS.names}  #
 QUERY, KEY, VALUE, OUT, LSE = (_WORDS[name] for name in ("query", "key", "value", "out", "lse"))
 TASKS, CHUNKS, PARTIALS = (_WORDS[name] for name in ("tasks", "chunks", "partials"))
 WORKSPACE, WORKSPACE_BYTES = (_WORDS[name] for name in ("workspace", "workspace_bytes"))
-SERIAL_WORK = 1 << 19
-"""Multiply-adds below which a call is not worth a second thread."""
+SERIAL_WORK = 1 << 22
+"""Numbers read and multiplied, 60 us of them, below which a call is not worth a second thread.
+
+Reading a key counts as much as four query rows on it."""
 
 
 def forward(problem: CacheProblem, out: NDArray[Any], lse: NDArray[Any] | None) -> None:
@@ -35,11 +39,16 @@ class Plan:
     are examples of it, contiguous where there is none. Pages and their scales are the caller's to keep alive.
     """
 
+    many: CacheProblem | None = None
+
     def __init__(
         self, problem: CacheProblem, out: NDArray[Any] | None = None, lse: NDArray[Any] | None = None
     ) -> None:
         p = problem
         batch, heads, queries, head_dim = p.query.shape
+        if _is_many(p):
+            self.many = p
+            return
         value_dim = p.value_pages.shape[3] * (2 if p.storage == "int4" else 1)
         if out is None:
             out = np.empty((batch, heads, queries, value_dim), p.query.dtype)
@@ -106,7 +115,7 @@ class Plan:
             words[_WORDS[name]] = number
         self.words = np.array(words, np.int64)
         self.span = min(p.left + p.right + queries, 1 << 40)
-        self.work_per_key = batch * heads * queries * (head_dim + value_dim)
+        self.work_per_key = batch * kv_heads * (rows + 4 * blocks) * (head_dim + value_dim)
 
     def forward(
         self,
@@ -120,6 +129,9 @@ class Plan:
 
         `pages` are other keys and values of the problem's layout.
         """
+        if self.many is not None:
+            attend_many(replace(self.many, query=query), out, lse)
+            return
         keys = self.max_keys if max_keys is None else max_keys
         chunks = max(1, min(-(-keys // CHUNK), (self.span - 1) // CHUNK + 2))
         tasks = self.units * chunks
@@ -139,6 +151,105 @@ class Plan:
         words[PARTIALS], words[WORKSPACE] = start, start + partials
         runtime.run(self.kernel, words, helpers, (query, out, lse, pages, self, memory))
         runtime.keep(memory)
+
+
+# --- many queries over cached keys --------------------------------------------------------------------------
+
+RUN = 4096
+"""Positions that are gathered from pages at once."""
+
+
+def _is_many(p: CacheProblem) -> bool:
+    """Whether tiles are faster, as for a prompt's next part: from then on arithmetic counts, not bytes."""
+    rows = p.query.shape[1] // max(p.key_pages.shape[2], 1) * p.query.shape[2]
+    return rows > (
+        32 if p.storage in STORAGE_DTYPES and blocks.multiplies(p.storage, False) == "pairs" else 64
+    )
+
+
+def attend_many(p: CacheProblem, out: NDArray[Any], lse: NDArray[Any] | None) -> None:
+    """Attention on tiles: of pages as they lie where each holds a whole sequence, else of gathered runs."""
+    from .attention import forward as attend
+
+    batch = len(p.page_table)
+    in_order = p.page_table.shape[1] == 1 and (p.page_table[:, 0] == np.arange(batch)).all()
+    if in_order and p.storage in STORAGE_DTYPES and not p.ring and not p.key_starts.any():
+        whole = (x[:batch].transpose(0, 2, 1, 3)[:, :, : p.max_keys] for x in (p.key_pages, p.value_pages))
+        attend(_tiled(p, slice(0, batch), 0, *whole, first=True), out, lse, None)
+        return
+    queries = p.query.shape[2]
+    for b in range(batch):
+        one = slice(b, b + 1)
+        first = max(int(p.key_starts[b]), int(p.offset[b]) - p.left)
+        last = max(first, min(int(p.key_lengths[b]), int(p.offset[b]) + queries + p.right))
+        parts, sums = [], []
+        for start in range(first, max(last, first + 1), RUN):
+            key, value = _gather(p, b, start, min(start + RUN, last))
+            part = np.empty((1, *out.shape[1:]), p.compute if last - first > RUN else out.dtype)
+            part_lse = np.empty((1, *out.shape[1:3]), p.compute)
+            problem = _tiled(p, one, start, key, value, first=start == first)
+            wide = part.dtype != problem.query.dtype
+            target = np.empty(part.shape, problem.query.dtype) if wide else part
+            attend(problem, target, part_lse, None)
+            part[...] = target
+            parts.append(part)
+            sums.append(part_lse)
+        output, total = parts[0], sums[0]
+        if len(parts) > 1:
+            output, total = merge_states(np.array(parts), np.array(sums))
+        out[one] = output
+        if lse is not None:
+            lse[one] = total
+
+
+def _tiled(
+    p: CacheProblem, chosen: slice, start: int, key: NDArray[Any], value: NDArray[Any], *, first: bool
+) -> Problem:
+    """The problem of some sequences over keys from a position on; sinks count once, in the first."""
+    keys = key.shape[2]
+    mask, bias = (x if x is None else x[chosen, :, :, start : start + keys] for x in (p.mask, p.bias))
+    return Problem(
+        query=p.query[chosen],
+        key=key,
+        value=value,
+        storage="float32" if p.key_scales is not None else p.storage,
+        batch=len(key),
+        max_queries=p.query.shape[2],
+        max_keys=keys,
+        scale=p.scale,
+        softcap=p.softcap,
+        left=p.left,
+        right=p.right,
+        offset=p.offset[chosen] - start,
+        key_lengths=np.clip(p.key_lengths[chosen] - start, 0, keys),
+        mask=mask,
+        bias=bias,
+        alibi_slopes=p.alibi_slopes,
+        sinks=p.sinks if first else None,
+    )
+
+
+def _gather(p: CacheProblem, b: int, start: int, stop: int) -> list[NDArray[Any]]:
+    """The keys and values of positions, (1, Hkv, n, D), quantised ones as float32."""
+    slots = np.arange(start, stop)
+    if p.ring:
+        slots %= p.ring
+    page_size = p.key_pages.shape[1]
+    at = p.page_table[b, slots // page_size], slots % page_size
+    result = []
+    for pages, scales in ((p.key_pages, p.key_scales), (p.value_pages, p.value_scales)):
+        x = pages.swapaxes(1, 2)[at[0], :, at[1]]  # (n, Hkv, D)
+        if scales is not None:
+            factors = scales.swapaxes(1, 2)[at[0], :, at[1]]
+            x = _unpack(x, factors) if p.storage == "int4" else x * factors[..., None]
+        result.append(x.swapaxes(0, 1)[None])
+    return result
+
+
+def _unpack(packed: NDArray[Any], scales: NDArray[Any]) -> NDArray[Any]:
+    groups = packed.reshape(*scales.shape, INT4_GROUP // 2)
+    numbers = np.concatenate((groups & 15, groups >> 4), axis=-1).astype(np.float32) - np.float32(8)
+    return (numbers * scales[..., None]).reshape(*packed.shape[:-1], -1)
 
 
 # --- attention of few queries that keeps no cache -----------------------------------------------------------
