@@ -403,7 +403,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for i, case in enumerate(picked):
         left = QUICK_SECONDS - (time.perf_counter() - begin)
         seconds, plan = (
-            (left / (len(picked) - i), Rounds(3, 2)) if options.quick else (ROW_SECONDS, Rounds(7, 3))
+            (left / (len(picked) - i), Rounds(3, 1)) if options.quick else (ROW_SECONDS, Rounds(7, 3))
         )
         row = measure(case, libraries, options.threads, seconds, plan)
         rows.append(row)
