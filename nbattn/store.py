@@ -24,7 +24,7 @@ PLANS = 16
 PLAN_NUMBERS = 1 << 16
 """Numbers of a query that takes so long that the checks do not matter."""
 PLAN_ROWS = 32
-"""Rows a key head that a plan follows while the cache grows; more may go to tiles, which keep its first size."""
+"""Rows a key head that a plan follows while the cache grows; more may go to tiles, which do not."""
 
 
 class Places:
