@@ -247,6 +247,15 @@ class TestAttend:
                 with pytest.raises(TypeError):
                     cache.attend(query, **bad)
 
+    def test_many_queries_again_while_the_cache_grows(self, backend, rng):
+        """More of them than the decode kernel takes, where nothing is to be gathered."""
+        cache = KVCache(1, 1, 200, 16, backend=backend)
+        for _ in range(4):
+            new, query = normal(rng, (1, 1, 50, 16)), normal(rng, (1, 2, 50, 16))
+            cache.append(new, new)
+            with_mask = cache.attend(query, np.ones((1, cache.lengths[0]), bool))  # no shorter way
+            np.testing.assert_allclose(cache.attend(query), with_mask, rtol=1e-5, atol=1e-6)
+
     def test_sinks_that_change_in_place(self, backend, rng):
         cache, *_ = filled("float32", [20, 9], backend)
         query, sinks = normal(rng, (2, 4, 1, 32)), np.zeros(4, np.float32)

@@ -88,7 +88,7 @@ def scratch_bytes(dtype: Any, head_dim: int, value_dim: int) -> int:
     size = np.dtype(dtype).itemsize
     vectors = VECTORS * ROWS * simd.REGISTER_BYTES
     rows = ROWS * (head_dim + KEYS) * size + KEYS * (max(head_dim, value_dim) + value_dim) * size
-    tables = TABLES * (CHUNK + simd.lanes(dtype)) * 8 + ROW_TABLES * ROWS * 8 + 2 * KEYS * 8
+    tables = TABLES * CHUNK * 8 + ROW_TABLES * ROWS * 8 + 2 * KEYS * 8
     return tables + vectors + rows
 
 
@@ -111,6 +111,7 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
     register = simd.REGISTER_BYTES
     infinity = dtype(np.inf)
     lowest = simd.exp2_floor(dtype)
+    portion = max(lanes, dots.SCORED_AT_ONCE)  # keys that every tile takes a whole number of times
     wide_rows = dots.rows_per_vector(lanes)
     pair_rows = 2 if wide_rows > 2 else 0
 
@@ -137,8 +138,12 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
         return (n + lanes - 1) // lanes * lanes
 
     @jit
+    def filled(keys):
+        return (keys + portion - 1) // portion * portion
+
+    @jit
     def scratch_at(p, w):
-        table = (CHUNK + lanes) * 8
+        table = CHUNK * 8
         rows = w + TABLES * table
         vectors = rows + ROW_TABLES * ROWS * 8
         vector = ROWS * register
@@ -252,7 +257,7 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
             page, row = page + 1, 0
             if p.ring != 0 and page * p.page_size >= p.ring:
                 page = 0
-        while j % lanes != 0:
+        while j % portion != 0:
             for table in (w.keys, w.values):
                 put_int(table + 8 * j, get_int(table + 8 * j - 8))
             for table in (w.key_scales, w.value_scales):
@@ -394,7 +399,7 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
     @jit
     def adjust(p, w, start, k0, keys, groups, together, all_first, all_last):
         """Scale, softcap, bias, ALiBi, masks; hide keys that a row does not see, and what pads the tile."""
-        padding = padded(keys)
+        padding = filled(keys)
         rows = groups * together
         if not p.plain:
             inner = p.scale / p.softcap if p.softcap != 0 else p.scale
@@ -594,7 +599,7 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
         wide_keys, wide_values = not in_place(p, together), careful or p.value_dim % unit != 0
         for k0 in range(first, last, KEYS):
             t, keys = k0 - first, min(KEYS, last - k0)
-            padding = padded(keys)
+            padding = filled(keys)
             keys_at, values_at = w.keys + 8 * t, w.values + 8 * t
             key_scales, value_scales = w.key_scales + scale_bytes * t, w.value_scales + scale_bytes * t
             if wide_keys:
