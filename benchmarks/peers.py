@@ -419,13 +419,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _machine(libraries: Iterable[Any], threads: int) -> dict[str, str]:
     import nbattn
-    from nbattn.cpu import runtime, simd
+    from nbattn.cpu import emitters, runtime
 
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    kernels = f"{runtime.cpu_name()}, {emitters.DESCRIPTION}"
     machine = {
-        "CPU": f"{names[0] if names else platform.processor()} ({runtime.cpu_name()}, {simd.DESCRIPTION})",
+        "CPU": f"{names[0] if names else platform.processor()} ({kernels})",
         "threads": str(threads),
         "Python": platform.python_version(),
         "nbattn": nbattn.__version__,

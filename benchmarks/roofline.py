@@ -29,7 +29,7 @@ from numba.extending import intrinsic
 if not __package__:  # run as a file: Python has looked beside it, not above it
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from nbattn.cpu import amx, runtime, simd
+from nbattn.cpu import amx, emitters, runtime
 
 SUMS = 24
 """Independent sums: more than latency times throughput of any FMA unit, and they fit 32 registers."""
@@ -37,34 +37,34 @@ SUMS = 24
 
 def _fma_loop(kind: str) -> Callable[[int], None]:
     """A compiled loop of `SUMS` register-only vector multiply-adds per step."""
-    sums = SUMS if simd.REGISTERS == 32 else 12
+    sums = SUMS if emitters.REGISTERS == 32 else 12
     scalar = ir.DoubleType() if kind == "float64" else ir.FloatType()
-    t = ir.VectorType(scalar, simd.REGISTER_BYTES // (8 if kind == "float64" else 4))
+    t = ir.VectorType(scalar, emitters.REGISTER_BYTES // (8 if kind == "float64" else 4))
 
     @intrinsic
     def loop(typingctx: Any, steps: Any) -> Any:
         def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-            x = simd.splat_value(b, t, b.uitofp(args[0], scalar))
+            x = emitters.splat_value(b, t, b.uitofp(args[0], scalar))
             before, head, after = b.block, b.append_basic_block("head"), b.append_basic_block("after")
             b.branch(head)
             b.position_at_end(head)
-            k = b.phi(simd.I64)
+            k = b.phi(emitters.I64)
             running = [b.phi(t) for _ in range(sums)]
             if kind == "bfloat16":
-                pairs = b.bitcast(x, ir.VectorType(simd.I32, t.count))
-                grown = [simd.dot_pairs_value(b, y, pairs, pairs) for y in running]
+                pairs = b.bitcast(x, ir.VectorType(emitters.I32, t.count))
+                grown = [emitters.dot_pairs_value(b, y, pairs, pairs) for y in running]
             else:
-                grown = [simd.fma_value(b, y, x, x) for y in running]
-            following = b.add(k, ir.Constant(simd.I64, 1))
+                grown = [emitters.fma_value(b, y, x, x) for y in running]
+            following = b.add(k, ir.Constant(emitters.I64, 1))
             for phi, first, later in zip([k, *running], [0, *range(sums)], [following, *grown], strict=True):
-                phi.add_incoming(simd.const(phi.type, first), before)
+                phi.add_incoming(emitters.const(phi.type, first), before)
                 phi.add_incoming(later, head)
             b.cbranch(b.icmp_signed("<", following, args[0]), head, after)
             b.position_at_end(after)
             total = grown[0]
             for y in grown[1:]:
                 total = b.fadd(total, y)
-            return b.extract_element(total, ir.Constant(simd.I32, 0))
+            return b.extract_element(total, ir.Constant(emitters.I32, 0))
 
         return (types.float64 if kind == "float64" else types.float32)(types.int64), codegen
 
@@ -78,7 +78,7 @@ def _tile_loop() -> Callable[[int], None]:
     def products(typingctx: Any) -> Any:
         def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
             for i in range(4):
-                amx.emit(b, "tdpbf16ps", simd.I8(i), simd.I8(4 + i % 2), simd.I8(6 + i // 2))
+                amx.emit(b, "tdpbf16ps", emitters.I8(i), emitters.I8(4 + i % 2), emitters.I8(6 + i // 2))
             return context.get_dummy_value()
 
         return types.void(), codegen
@@ -123,15 +123,15 @@ def fma_peak(kind: str, threads: int, repeats: int = 7) -> float | None:
     """Operations per second (a multiply-add counts two) for float32, float64, bfloat16 (in vectors) or its
     tiles; None if the processor lacks it.
     """
-    lacking = {"bfloat16": "avx512bf16" not in runtime.cpu_features(), "tiles": not simd.AMX}
+    lacking = {"bfloat16": "avx512bf16" not in runtime.cpu_features(), "tiles": not emitters.AMX}
     if lacking.get(kind):
         return None
     loop, steps = _compiled(kind), 1_000_000
     if kind == "tiles":
         steps //= 4  # of 64 cycles
         return threads * steps * 4 * 16 * 16 * 64 / _best(lambda _: loop(steps), threads, repeats)
-    lanes = simd.REGISTER_BYTES // (8 if kind == "float64" else 4)
-    sums = SUMS if simd.REGISTERS == 32 else 12
+    lanes = emitters.REGISTER_BYTES // (8 if kind == "float64" else 4)
+    sums = SUMS if emitters.REGISTERS == 32 else 12
     operations = threads * steps * sums * lanes * (4 if kind == "bfloat16" else 2)
     return operations / _best(lambda _: loop(steps), threads, repeats)
 
@@ -175,7 +175,7 @@ def main() -> None:
     if options.json:
         print(json.dumps(limits))
         return
-    print(f"{runtime.cpu_name()}, {simd.DESCRIPTION}, {options.threads} threads")
+    print(f"{runtime.cpu_name()}, {emitters.DESCRIPTION}, {options.threads} threads")
     for name, rate in limits.items():
         unit = "GB/s read" if name == "read" else "GFLOP/s"
         print(

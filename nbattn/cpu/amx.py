@@ -15,7 +15,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .simd import I8, I64, const, pointer
+from .emitters import I8, I64, const, pointer
 from .tiles import ROW_BYTES
 
 ROWS = 16

@@ -20,7 +20,7 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from ..problem import INT4_GROUP, AppendProblem, storage_name
-from . import runtime, simd
+from . import emitters, runtime, simd
 
 BLOCK = 64
 """Tokens of a sequence worth taking from the counter."""
@@ -209,24 +209,26 @@ COS = (4.16666666666666019037e-02, -1.38888888888741095749e-03, 2.48015872894767
 
 def _sine_and_cosine(b: ir.IRBuilder, x: Any) -> tuple[Any, Any]:
     """sin(x) and cos(x) of float64, to one unit in the last place while |x| < 2**30."""
-    t, it = x.type, simd._int_type(x.type)
-    one, magic = simd.const(t, 1.0), simd.const(t, 1.5 * 2.0**52)
+    t, it = x.type, emitters.int_type(x.type)
+    one, magic = emitters.const(t, 1.0), emitters.const(t, 1.5 * 2.0**52)
     # The nearest whole number of quarter turns; its last bits are those of the sum.
-    shifted = b.fadd(b.fmul(x, simd.const(t, 2 / np.pi)), magic)
+    shifted = b.fadd(b.fmul(x, emitters.const(t, 2 / np.pi)), magic)
     n, bits = b.fsub(shifted, magic), b.bitcast(shifted, it)
     r = x
     for part in HALF_PI:
-        r = simd.fma_value(b, n, simd.const(t, -part), r)
+        r = emitters.fma_value(b, n, emitters.const(t, -part), r)
     z = b.fmul(r, r)
-    sine = simd.fma_value(b, b.fmul(r, z), simd._horner(b, z, SIN), r)
-    half = b.fmul(z, simd.const(t, 0.5))
+    sine = emitters.fma_value(b, b.fmul(r, z), emitters._horner(b, z, SIN), r)
+    half = b.fmul(z, emitters.const(t, 0.5))
     rest = b.fsub(one, half)
     lost = b.fsub(b.fsub(one, rest), half)
-    cosine = b.fadd(rest, simd.fma_value(b, b.fmul(z, z), simd._horner(b, z, COS), lost))
-    odd = b.icmp_unsigned("!=", b.and_(bits, simd.const(it, 1)), simd.const(it, 0))
+    cosine = b.fadd(rest, emitters.fma_value(b, b.fmul(z, z), emitters._horner(b, z, COS), lost))
+    odd = b.icmp_unsigned("!=", b.and_(bits, emitters.const(it, 1)), emitters.const(it, 0))
     results = []
-    for first, second, turned in ((sine, cosine, bits), (cosine, sine, b.add(bits, simd.const(it, 1)))):
-        sign = b.shl(b.and_(b.lshr(turned, simd.const(it, 1)), simd.const(it, 1)), simd.const(it, 63))
+    for first, second, turned in ((sine, cosine, bits), (cosine, sine, b.add(bits, emitters.const(it, 1)))):
+        sign = b.shl(
+            b.and_(b.lshr(turned, emitters.const(it, 1)), emitters.const(it, 1)), emitters.const(it, 63)
+        )
         chosen = b.bitcast(b.select(odd, second, first), it)
         results.append(b.bitcast(b.xor(chosen, sign), t))
     return results[0], results[1]
@@ -243,12 +245,12 @@ def _turns(double: bool) -> Any:
 
     def interleave(b: ir.IRBuilder, x: Any, y: Any) -> Any:
         order = [i // 2 + lanes * (i % 2) for i in range(2 * lanes)]
-        return b.shuffle_vector(x, y, ir.Constant(ir.VectorType(simd.I32, 2 * lanes), order))
+        return b.shuffle_vector(x, y, ir.Constant(ir.VectorType(emitters.I32, 2 * lanes), order))
 
     def put(b: ir.IRBuilder, x: Any, address: Any) -> None:
         if not double:
             x = b.fptrunc(x, ir.VectorType(ir.FloatType(), x.type.count))
-        simd.store_value(b, x, simd.pointer(b, address, x.type))
+        emitters.store_value(b, x, emitters.pointer(b, address, x.type))
 
     @intrinsic
     def turns(
@@ -256,10 +258,10 @@ def _turns(double: bool) -> Any:
     ) -> Any:
         def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
             position, frequencies, cosines, sines, interleaved = args
-            frequency = simd.load_value(b, simd.pointer(b, frequencies, wide))
-            where = simd.splat_value(b, wide, b.sitofp(position, ir.DoubleType()))
+            frequency = emitters.load_value(b, emitters.pointer(b, frequencies, wide))
+            where = emitters.splat_value(b, wide, b.sitofp(position, ir.DoubleType()))
             sine, cosine = _sine_and_cosine(b, b.fmul(where, frequency))
-            with b.if_else(b.icmp_signed("!=", interleaved, simd.I64(0))) as (paired, apart):
+            with b.if_else(b.icmp_signed("!=", interleaved, emitters.I64(0))) as (paired, apart):
                 with paired:
                     put(b, interleave(b, cosine, cosine), cosines)
                     put(b, interleave(b, b.fneg(sine), sine), sines)
@@ -279,7 +281,7 @@ def neighbours(typingctx: Any, x: Any) -> Any:
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         order = [i ^ 1 for i in range(args[0].type.count)]
-        return b.shuffle_vector(args[0], args[0], ir.Constant(ir.VectorType(simd.I32, len(order)), order))
+        return b.shuffle_vector(args[0], args[0], ir.Constant(ir.VectorType(emitters.I32, len(order)), order))
 
     return x(x), codegen
 
@@ -287,7 +289,7 @@ def neighbours(typingctx: Any, x: Any) -> Any:
 @intrinsic
 def first_lane(typingctx: Any, x: Any) -> Any:
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        return b.extract_element(args[0], simd.I32(0))
+        return b.extract_element(args[0], emitters.I32(0))
 
     return x.dtype(x), codegen
 
@@ -298,9 +300,9 @@ def put_bytes(typingctx: Any, address: Any, x: Any) -> Any:
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         address, x = args
-        numbers = b.fptosi(x, simd._like(x.type, simd.I32))
-        numbers = b.trunc(numbers, simd._like(x.type, simd.I8))
-        simd.store_value(b, numbers, simd.pointer(b, address, numbers.type))
+        numbers = b.fptosi(x, emitters._like(x.type, emitters.I32))
+        numbers = b.trunc(numbers, emitters._like(x.type, emitters.I8))
+        emitters.store_value(b, numbers, emitters.pointer(b, address, numbers.type))
         return context.get_dummy_value()
 
     return types.void(types.int64, x), codegen
@@ -312,7 +314,7 @@ def copy(typingctx: Any, target: Any, source: Any, count: Any) -> Any:
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         target, source, count = args
-        places = (simd.pointer(b, x, simd.I8) for x in (target, source))
+        places = (emitters.pointer(b, x, emitters.I8) for x in (target, source))
         cgutils.raw_memcpy(b, *places, count, 1)
         return context.get_dummy_value()
 
@@ -320,15 +322,15 @@ def copy(typingctx: Any, target: Any, source: Any, count: Any) -> Any:
 
 
 def _larger(b: ir.IRBuilder, x: Any, y: Any) -> Any:
-    it = simd._int_type(x.type)
+    it = emitters.int_type(x.type)
     return b.select(b.icmp_unsigned(">", b.bitcast(x, it), b.bitcast(y, it)), x, y)
 
 
-size = simd._elementwise(lambda b, x: simd.call(b, "fabs", x), 1)
+size = simd._elementwise(lambda b, x: emitters.call(b, "fabs", x), 1)
 larger = simd._elementwise(_larger, 2)
 """The larger of two sizes, a NaN if there is one: it has the largest bits."""
 across_larger = simd._across(_larger)
-nearest = simd._elementwise(simd._whole, 1)
+nearest = simd._elementwise(emitters._whole, 1)
 
 
 # --- the kernel ---------------------------------------------------------------------------------------------
@@ -341,7 +343,7 @@ def _build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
     stored = 2 if storage in ("float16", "bfloat16") else number
     lanes = simd.lanes(dtype)
     pairs = simd.lanes(np.float64)
-    register = simd.REGISTER_BYTES
+    register = emitters.REGISTER_BYTES
     load, _, get, _ = simd.loads("float64" if dtype is np.float64 else "float32")
     load_stored, store_stored, get_stored, put_stored = simd.loads(storage)
     turns = _turns(dtype is np.float64)

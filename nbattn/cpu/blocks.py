@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import types
 
-from . import amx, panels, runtime, scores, simd
+from . import amx, emitters, panels, runtime, scores, simd
 from .masks import EVERYTHING, NOTHING, WORDS
 from .panels import KEYS
 from .tiles import ROW_BYTES, product
@@ -103,10 +103,10 @@ def multiplies(storage: str, bfloat16_products: bool) -> str:
 
     A float16 has 11 bits, those of two bfloat16: "split" multiplies them exactly on the tiles.
     """
-    if simd.AMX and storage == "float16":
+    if emitters.AMX and storage == "float16":
         return "split"
-    if (simd.AMX or simd.PAIRS) and (storage == "bfloat16" or bfloat16_products):
-        return "amx" if simd.AMX else "pairs"
+    if (emitters.AMX or emitters.PAIRS) and (storage == "bfloat16" or bfloat16_products):
+        return "amx" if emitters.AMX else "pairs"
     return "float64" if storage == "float64" else "float32"
 
 
@@ -127,7 +127,7 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
     size = np.dtype(dtype).itemsize
     stored = 2 if storage in ("float16", "bfloat16") else size
     lanes = simd.lanes(dtype)
-    register = simd.REGISTER_BYTES
+    register = emitters.REGISTER_BYTES
     block_rows = ROW_BYTES // size
     infinity = dtype(np.inf)
 
@@ -155,7 +155,7 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
     get_operand, put_operand = simd.loads("bfloat16")[2:] if pairs else (get, put)
     sub, add, mul, greater, splat = simd.sub, simd.add, simd.mul, simd.greater, simd.splat
     exp2_product = simd.exp2_product_short if pairs else simd.exp2_product
-    lowest = simd.exp2_floor(dtype)
+    lowest = emitters.exp2_floor(dtype)
 
     @jit
     def scratch_at(p, q):

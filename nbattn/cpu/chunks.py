@@ -19,7 +19,7 @@ import numpy as np
 from numba import types
 
 from ..problem import STORAGE_DTYPES
-from . import dots, runtime, simd
+from . import dots, emitters, runtime, simd
 from .masks import get_byte
 
 CHUNK = 512
@@ -86,7 +86,7 @@ class Scratch(NamedTuple):
 def scratch_bytes(dtype: Any, head_dim: int, value_dim: int) -> int:
     """What `Scratch` takes; head dimensions are padded to whole vectors."""
     size = np.dtype(dtype).itemsize
-    vectors = VECTORS * ROWS * simd.REGISTER_BYTES
+    vectors = VECTORS * ROWS * emitters.REGISTER_BYTES
     rows = ROWS * (head_dim + KEYS) * size + KEYS * (max(head_dim, value_dim) + value_dim) * size
     tables = TABLES * CHUNK * 8 + ROW_TABLES * ROWS * 8 + 2 * KEYS * 8
     return tables + vectors + rows
@@ -94,7 +94,7 @@ def scratch_bytes(dtype: Any, head_dim: int, value_dim: int) -> int:
 
 def partial_bytes(dtype: Any, rows: int, value_dim: int) -> int:
     """The sums of a chunk: a vector of maxima and one of totals a group, and o (rows, value_dim)."""
-    return 2 * rows * simd.REGISTER_BYTES + rows * value_dim * np.dtype(dtype).itemsize
+    return 2 * rows * emitters.REGISTER_BYTES + rows * value_dim * np.dtype(dtype).itemsize
 
 
 def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
@@ -108,9 +108,9 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
     as_stored = storage in ("float32", "float64")
     pairs = storage == "bfloat16"  # read as even columns and odd ones
     lanes = simd.lanes(dtype)
-    register = simd.REGISTER_BYTES
+    register = emitters.REGISTER_BYTES
     infinity = dtype(np.inf)
-    lowest = simd.exp2_floor(dtype)
+    lowest = emitters.exp2_floor(dtype)
     portion = max(lanes, dots.SCORED_AT_ONCE)  # keys that every tile takes a whole number of times
     wide_rows = dots.rows_per_vector(lanes)
     pair_rows = 2 if wide_rows > 2 else 0
@@ -129,7 +129,7 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
     copy1, copy2, copy4 = (dots.copy_runs(number, lanes // n, "float32") for n in (1, 2, wide_rows))
     pair1, pair2, pair4 = (dots.copy_runs(number, lanes // n, storage) for n in (1, 2, wide_rows))
     widen_unit = dots.widen_unit(storage)
-    top1, top2, top4 = (dots.across(number, n, simd.greater_value) for n in (1, 2, wide_rows))
+    top1, top2, top4 = (dots.across(number, n, emitters.greater_value) for n in (1, 2, wide_rows))
     sum1, sum2, sum4 = (dots.across(number, n, lambda b, x, y: b.fadd(x, y)) for n in (1, 2, wide_rows))
     repeat1, repeat2, repeat4 = (dots.repeat(number, n) for n in (1, 2, wide_rows))
 

@@ -16,12 +16,13 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
-from . import simd
-from .simd import I8, I32, I64, const, fma_value, load_value, pointer, splat_value, store_value
+from . import emitters, simd
+from .emitters import I8, I32, I64, const, fma_value, load_value, pointer, splat_value, store_value
 
-UNDER_WAY = 16 if simd.REGISTERS == 32 else 8
+UNDER_WAY = 16 if emitters.REGISTERS == 32 else 8
 """Sums that a tile keeps in registers."""
 SCORED_AT_ONCE = 8
 """Keys whose addresses fit the general registers."""
@@ -41,7 +42,7 @@ def _add_up(b: Any, sums: list[Any], run: int) -> Any:
     lanes = sums[0].type.count
     bits = run.bit_length() - 1
     # Within 128 bits first, where a shuffle takes one cycle.
-    near = min(bits, 2 if simd.suffix(sums[0].type.element) == "f32" else 1)
+    near = min(bits, 2 if emitters.suffix(sums[0].type.element) == "f32" else 1)
     for low, width in ((0, near), (near, bits - near)):
         top, mask = 1 << (width - 1) if width else 0, ((1 << width) - 1) << low
         for _ in range(width):
@@ -60,7 +61,7 @@ def _add_up(b: Any, sums: list[Any], run: int) -> Any:
 
 def unit(storage: str) -> int:
     """Vectors of numbers that are read together from memory."""
-    return {"bfloat16": 2, "int4": 32 // (simd.REGISTER_BYTES // 4)}.get(storage, 1)
+    return {"bfloat16": 2, "int4": 32 // (emitters.REGISTER_BYTES // 4)}.get(storage, 1)
 
 
 def _unit_bytes(storage: str, lanes: int) -> int:
@@ -91,14 +92,14 @@ def _read(b: Any, address: Any, storage: str, t: Any, scales: Any, repeats: int 
         words = load(I32)
         return [b.bitcast(x, t) for x in (b.shl(words, const(it, 16)), b.and_(words, const(it, -0x10000)))]
     if storage == "float16":
-        return [simd.widen_value(b, load(simd.stored(storage)), storage)]
+        return [emitters.widen_value(b, load(emitters.stored(storage)), storage)]
     if storage == "int8":
         return [b.sitofp(b.sext(load(I8), it), t)]
     factor = splat_value(b, t, load_value(b, pointer(b, scales, ir.FloatType())))
     if lanes == 16:
         # The 16 numbers times the scale are a table that one instruction looks up 16 times.
         table = b.fmul(ir.Constant(t, [float(i - 8) for i in range(16)]), factor)
-        look_up = simd.cgutils.get_or_insert_function(
+        look_up = cgutils.get_or_insert_function(
             b.module, ir.FunctionType(t, [t, it]), "llvm.x86.avx512.permvar.sf.512"
         )
         raw = b.zext(load(I8), it)
@@ -120,7 +121,7 @@ def scores_tile(number: Any, rows: int, groups: int, storage: str) -> tuple[Any,
     apart.
     """
     size = number.bitwidth // 8
-    lanes = simd.REGISTER_BYTES // size
+    lanes = emitters.REGISTER_BYTES // size
     run = lanes // rows
     at_once = min(SCORED_AT_ONCE, UNDER_WAY // groups)
     keys = max(run, at_once)
@@ -151,9 +152,10 @@ def scores_tile(number: Any, rows: int, groups: int, storage: str) -> tuple[Any,
                 step = b.phi(I64)
                 step.add_incoming(const(I64, 0), before)
                 running = [[b.phi(t) for _ in range(at_once)] for _ in range(groups)]
-                shift = b.mul(step, const(I64, together * simd.REGISTER_BYTES))
+                register = emitters.REGISTER_BYTES
+                shift = b.mul(step, const(I64, together * register))
                 vectors = [
-                    [load_value(b, pointer(b, b.add(b.add(a, shift), const(I64, u * simd.REGISTER_BYTES)), t))
+                    [load_value(b, pointer(b, b.add(b.add(a, shift), const(I64, u * register)), t))
                      for u in range(together)]
                     for a in queries
                 ]  # fmt: skip
@@ -178,7 +180,7 @@ def scores_tile(number: Any, rows: int, groups: int, storage: str) -> tuple[Any,
                 target = b.add(s, b.mul(s_group, const(I64, g)))
                 for block in range(keys // run):
                     x = _add_up(b, sums[g][block * run : (block + 1) * run], run)
-                    shift = const(I64, block * simd.REGISTER_BYTES)
+                    shift = const(I64, block * emitters.REGISTER_BYTES)
                     store_value(b, x, pointer(b, b.add(target, shift), t))
             return context.get_dummy_value()
 
@@ -196,7 +198,7 @@ def values_tile(number: Any, rows: int, groups: int, columns: int, storage: str,
     rows that are wanted next: `ahead_bytes` of them are fetched for each vector.
     """
     size = number.bitwidth // 8
-    lanes = simd.REGISTER_BYTES // size
+    lanes = emitters.REGISTER_BYTES // size
     run = lanes // rows
     # The sums of one row would wait for each other.
     sets = 2 if rows * groups == 1 and run > 1 else 1
@@ -218,9 +220,9 @@ def values_tile(number: Any, rows: int, groups: int, columns: int, storage: str,
                 return splat_value(b, t, load_value(b, at))
 
             stored_column = b.sdiv(
-                b.mul(column, const(I64, unit_bytes)), const(I64, unit(storage) * simd.REGISTER_BYTES)
+                b.mul(column, const(I64, unit_bytes)), const(I64, unit(storage) * emitters.REGISTER_BYTES)
             )
-            ahead_column = b.sdiv(b.mul(column, const(I64, ahead_bytes)), const(I64, simd.REGISTER_BYTES))
+            ahead_column = b.sdiv(b.mul(column, const(I64, ahead_bytes)), const(I64, emitters.REGISTER_BYTES))
             weights = [b.add(p, b.mul(p_group, const(I64, g))) for g in range(groups)]
             before, head, after = b.block, b.append_basic_block("weigh"), b.append_basic_block("weighed")
             b.branch(head)
@@ -232,7 +234,7 @@ def values_tile(number: Any, rows: int, groups: int, columns: int, storage: str,
             here, factors, later = (
                 b.add(x, b.mul(block, const(I64, 8 * run))) for x in (table, scales, ahead)
             )
-            at = b.mul(block, const(I64, simd.REGISTER_BYTES))
+            at = b.mul(block, const(I64, emitters.REGISTER_BYTES))
             for k in range(run):
                 value = load_value(b, pointer(b, b.add(here, const(I64, 8 * k)), I64))
                 value = b.add(value, stored_column)
@@ -242,7 +244,7 @@ def values_tile(number: Any, rows: int, groups: int, columns: int, storage: str,
                     scale = b.add(scale, b.sdiv(column, const(I64, 32)))
                 wanted = load_value(b, pointer(b, b.add(later, const(I64, 8 * k)), I64))
                 for c in range(0, columns * ahead_bytes, 64):
-                    simd.prefetch_value(b, b.add(b.add(wanted, ahead_column), const(I64, c)))
+                    emitters.prefetch_value(b, b.add(b.add(wanted, ahead_column), const(I64, c)))
                 vectors = []
                 for u in range(columns // unit(storage)):
                     at_unit = b.add(value, const(I64, u * unit_bytes))
@@ -265,11 +267,11 @@ def values_tile(number: Any, rows: int, groups: int, columns: int, storage: str,
             i = 0
             for g in range(groups):
                 for r in range(rows):
-                    f = splat_at(factor, g * simd.REGISTER_BYTES + r * run * size)
+                    f = splat_at(factor, g * emitters.REGISTER_BYTES + r * run * size)
                     row = b.add(b.add(o, column), b.mul(o_row, const(I64, g * rows + r)))
                     for c in range(columns):
                         total = grown[i] if sets == 1 else b.fadd(grown[i], grown[each + i])
-                        place = pointer(b, b.add(row, const(I64, c * simd.REGISTER_BYTES)), t)
+                        place = pointer(b, b.add(row, const(I64, c * emitters.REGISTER_BYTES)), t)
                         # Last, so that small products add up before they meet the large sums of earlier keys.
                         store_value(b, fma_value(b, load_value(b, place), f, total), place)
                         i += 1
@@ -283,7 +285,7 @@ def values_tile(number: Any, rows: int, groups: int, columns: int, storage: str,
 def repeat(number: Any, rows: int) -> Any:
     """``repeat(address)``: `run` numbers for each of a vector's rows."""
     size = number.bitwidth // 8
-    lanes = simd.REGISTER_BYTES // size
+    lanes = emitters.REGISTER_BYTES // size
     run = lanes // rows
 
     @intrinsic
@@ -309,7 +311,7 @@ def copy_runs(number: Any, run: int, storage: str) -> Any:
             x = load_value(b, pointer(b, args[0], ir.VectorType(scalar, run * count)))
             for i in range(count):
                 y = x if count == 1 else _shuffle(b, x, x, list(range(i, 2 * run, 2)))
-                at = b.add(args[1], const(I64, i * simd.REGISTER_BYTES))
+                at = b.add(args[1], const(I64, i * emitters.REGISTER_BYTES))
                 store_value(b, y, pointer(b, at, y.type))
             return context.get_dummy_value()
 
@@ -320,7 +322,7 @@ def copy_runs(number: Any, run: int, storage: str) -> Any:
 
 def across(number: Any, rows: int, emit: Any) -> Any:
     """An intrinsic that joins each row's lanes by halves and leaves the result in all of them."""
-    lanes = simd.REGISTER_BYTES * 8 // number.bitwidth
+    lanes = emitters.REGISTER_BYTES * 8 // number.bitwidth
 
     @intrinsic
     def join(typingctx: Any, x: Any) -> Any:
@@ -356,14 +358,14 @@ def widen_unit(storage: str) -> Any:
     def widen(typingctx: Any, source: Any, scale: Any, target: Any) -> Any:
         def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
             element = ir.DoubleType() if storage == "float64" else ir.FloatType()
-            t = ir.VectorType(element, simd.REGISTER_BYTES // (8 if storage == "float64" else 4))
+            t = ir.VectorType(element, emitters.REGISTER_BYTES // (8 if storage == "float64" else 4))
             vectors = _read(b, args[0], storage, t, args[1])
             if storage == "bfloat16":
                 n = t.count
                 orders = [[i // 2 + n * (i % 2) for i in range(h, h + n)] for h in (0, n)]
                 vectors = [_shuffle(b, vectors[0], vectors[1], order) for order in orders]
             for i, x in enumerate(vectors):
-                store_value(b, x, pointer(b, b.add(args[2], const(I64, i * simd.REGISTER_BYTES)), t))
+                store_value(b, x, pointer(b, b.add(args[2], const(I64, i * emitters.REGISTER_BYTES)), t))
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 3), codegen
@@ -377,8 +379,8 @@ def narrow_pairs(typingctx: Any, target: Any, even: Any, odd: Any) -> Any:
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         t = ir.VectorType(I32, args[1].type.count)
-        low = b.lshr(simd.round_bits(b, args[1], 16), const(t, 16))
-        words = b.or_(low, b.and_(simd.round_bits(b, args[2], 16), const(t, -0x10000)))
+        low = b.lshr(emitters.round_bits(b, args[1], 16), const(t, 16))
+        words = b.or_(low, b.and_(emitters.round_bits(b, args[2], 16), const(t, -0x10000)))
         store_value(b, words, pointer(b, args[0], t))
         return context.get_dummy_value()
 

@@ -16,7 +16,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from . import simd
+from . import emitters, simd
+from .emitters import I64, pointer
 from .runtime import (
     BOARD,
     DONE,
@@ -32,7 +33,6 @@ from .runtime import (
     TICKETS,
     WANTED,
 )
-from .simd import I64, pointer
 
 SLOT_BYTES = 64
 ASLEEP, IDLE, CLAIMED, OFFERED, TAKEN = range(5)
@@ -85,7 +85,7 @@ def pause(typingctx: Any) -> Any:
     """Let the other thread of this core work for a moment."""
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        simd.pause_value(b)
+        emitters.pause_value(b)
         return context.get_dummy_value()
 
     return types.void(), codegen

@@ -14,9 +14,9 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from . import simd
+from . import emitters, simd
+from .emitters import I8, I64, const, load_value, pointer, store_value
 from .panels import KEYS
-from .simd import I8, I64, const, load_value, pointer, store_value
 from .tiles import ROW_BYTES
 
 NOTHING, SOME, EVERYTHING = range(3)
@@ -72,12 +72,12 @@ def turn_bits(typingctx: Any, address: Any) -> Any:
                         words[v + apart] = b.or_(b.and_(b.lshr(x, shift), keep), b.and_(y, b.not_(keep)))
                 continue
             lanes = range(8)
-            order = ir.Constant(ir.VectorType(simd.I32, 8), [lane ^ distance for lane in lanes])
+            order = ir.Constant(ir.VectorType(emitters.I32, 8), [lane ^ distance for lane in lanes])
             turns = ir.Constant(t, [64 - distance if lane & distance else distance for lane in lanes])
             own = ir.Constant(t, [_signed(low << distance if lane & distance else low) for lane in lanes])
             for v, x in enumerate(words):
                 y = b.shuffle_vector(x, x, order)
-                other = simd.call(b, "fshl", y, y, turns)
+                other = emitters.call(b, "fshl", y, y, turns)
                 words[v] = b.or_(b.and_(x, own), b.and_(other, b.not_(own)))
         for word, place in zip(words, places, strict=True):
             store_value(b, word, place)
@@ -101,7 +101,7 @@ def shown(typingctx: Any, x: Any, word: Any, first: Any) -> Any:
             bits = b.lshr(b.zext(load_value(b, pointer(b, place, I8)), I64), b.and_(first, const(I64, 7)))
             lanes = ir.VectorType(I64, count)
             each = ir.Constant(lanes, [1 << lane for lane in range(count)])
-            seen = b.icmp_unsigned("!=", b.and_(simd.splat_value(b, lanes, bits), each), const(lanes, 0))
+            seen = b.icmp_unsigned("!=", b.and_(emitters.splat_value(b, lanes, bits), each), const(lanes, 0))
         return b.select(seen, x, const(x.type, float("-inf")))
 
     return x(x, types.int64, types.int64), codegen
@@ -113,7 +113,7 @@ def build(jit: Any, dtype: Any) -> tuple[Any, Any, Any]:
 
     `p` is the call's parameters, `w` the block's scratch (`blocks.Scratch`).
     """
-    lanes, register = simd.lanes(dtype), simd.REGISTER_BYTES
+    lanes, register = simd.lanes(dtype), emitters.REGISTER_BYTES
     load, store, _, _ = simd.loads(np.dtype(dtype).name)
 
     @jit

@@ -15,8 +15,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from . import simd
-from .simd import I32, I64, const, load_value, pointer, store_value
+from . import emitters, simd
+from .emitters import I32, I64, const, load_value, pointer, store_value
 from .tiles import ROW_BYTES
 
 KEYS = 128
@@ -44,7 +44,7 @@ def _from_rows(
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         table, offset, target, *factors = args
-        factors = [simd.splat_value(b, ir.VectorType(x.type, lanes), x) for x in factors]
+        factors = [emitters.splat_value(b, ir.VectorType(x.type, lanes), x) for x in factors]
         rows = []
         for r in range(lanes):
             a = b.add(load_value(b, pointer(b, b.add(table, const(I64, 8 * r)), I64)), offset)
@@ -52,8 +52,8 @@ def _from_rows(
             x = load_value(b, place)
             rows.append(join(b, x, load_value(b, b.gep(place, [const(I64, 1)]))) if join else x)
             if ahead:
-                simd.prefetch_value(b, b.add(a, const(I64, ahead)))
-        for c, column in enumerate(simd.transpose_values(b, rows)):
+                emitters.prefetch_value(b, b.add(a, const(I64, ahead)))
+        for c, column in enumerate(emitters.transpose_values(b, rows)):
             emit(b, column, b.add(target, const(I64, c * ROW_BYTES)), *factors)
         return context.get_dummy_value()
 
@@ -72,10 +72,10 @@ def rows_in(lanes: int, storage: str) -> Any:
     """``read(table, offset, target)``: transpose a square of stored numbers, widened, to `target`."""
 
     def emit(b: Any, column: Any, address: Any) -> None:
-        x = simd.widen_value(b, column, storage)
+        x = emitters.widen_value(b, column, storage)
         store_value(b, x, pointer(b, address, x.type))
 
-    return _from_rows(lanes, simd.stored(storage), emit)
+    return _from_rows(lanes, emitters.stored(storage), emit)
 
 
 def words_in(lanes: int, storage: str, part: Any) -> Any:
@@ -88,25 +88,25 @@ def words_in(lanes: int, storage: str, part: Any) -> Any:
         store_value(b, column, pointer(b, address, column.type))
 
     def round_pairs(b: Any, low: Any, high: Any) -> Any:
-        low, high = (part(b, simd.widen_value(b, x, storage)) for x in (low, high))
-        return b.bitcast(simd.narrow_halves_value(b, low, high), ir.VectorType(I32, lanes))
+        low, high = (part(b, emitters.widen_value(b, x, storage)) for x in (low, high))
+        return b.bitcast(emitters.narrow_halves_value(b, low, high), ir.VectorType(I32, lanes))
 
     if storage == "bfloat16":
         return _from_rows(lanes, I32, emit)
-    return _from_rows(lanes, simd.stored(storage), emit, round_pairs)
+    return _from_rows(lanes, emitters.stored(storage), emit, round_pairs)
 
 
 def bias_in(lanes: int, storage: str, compute: Any) -> Any:
     """``read(table, offset, target, scale)``: scale the scores at `target` and add a square of biases."""
 
     def emit(b: Any, column: Any, address: Any, scale: Any) -> None:
-        x = simd.widen_value(b, column, storage)
+        x = emitters.widen_value(b, column, storage)
         if x.type.element != compute:
             x = b.fpext(x, scale.type) if str(compute) == "double" else b.fptrunc(x, scale.type)
         place = pointer(b, address, x.type)
-        store_value(b, simd.fma_value(b, load_value(b, place), scale, x), place)
+        store_value(b, emitters.fma_value(b, load_value(b, place), scale, x), place)
 
-    return _from_rows(lanes, simd.stored(storage), emit, scaled=True, ahead=KEYS * BYTES[storage])
+    return _from_rows(lanes, emitters.stored(storage), emit, scaled=True, ahead=KEYS * BYTES[storage])
 
 
 def rows_out(lanes: int, storage: str) -> tuple[Any, Any]:
@@ -124,11 +124,11 @@ def rows_out(lanes: int, storage: str) -> tuple[Any, Any]:
         ]
         if total is not None:
             inverse = b.fdiv(const(t, 1.0), total)
-            columns = [simd.quotient_value(b, x, total, inverse) for x in columns]
+            columns = [emitters.quotient_value(b, x, total, inverse) for x in columns]
         done = b.append_basic_block("done")
-        for r, row in enumerate(simd.transpose_values(b, columns)):
+        for r, row in enumerate(emitters.transpose_values(b, columns)):
             start = load_value(b, pointer(b, b.add(table, const(I64, 8 * r)), I64))
-            x = simd.narrow_value(b, row, storage)
+            x = emitters.narrow_value(b, row, storage)
             store_value(b, x, pointer(b, b.add(start, offset), x.type))
             following = b.append_basic_block("row")
             b.cbranch(b.icmp_signed(">", count, const(I64, r + 1)), following, done)
@@ -160,8 +160,8 @@ def rows_out(lanes: int, storage: str) -> tuple[Any, Any]:
 def _pair_words(b: Any, low: Any, high: Any) -> Any:
     """float32 low and high -> 32-bit words of two bfloat16, rounded to nearest even."""
     t = I32 if not isinstance(low.type, ir.VectorType) else ir.VectorType(I32, low.type.count)
-    first = b.lshr(simd.round_bits(b, low, 16), const(t, 16))
-    return b.or_(first, b.and_(simd.round_bits(b, high, 16), const(t, -0x10000)))
+    first = b.lshr(emitters.round_bits(b, low, 16), const(t, 16))
+    return b.or_(first, b.and_(emitters.round_bits(b, high, 16), const(t, -0x10000)))
 
 
 def pair_words(vector: bool) -> Any:
@@ -201,13 +201,13 @@ def interleave(typingctx: Any, address: Any, low: Any, high: Any) -> Any:
     """Store two registers of words: word c holds the 16-bit numbers (low[c], high[c])."""
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        n = simd.REGISTER_BYTES // 2
+        n = emitters.REGISTER_BYTES // 2
         t = ir.VectorType(ir.IntType(16), n)
         x, y = (load_value(b, pointer(b, a, t)) for a in args[1:])
         for half in range(2):
             take = [half * n // 2 + c // 2 + n * (c % 2) for c in range(n)]
             words = b.shuffle_vector(x, y, ir.Constant(ir.VectorType(I32, n), take))
-            store_value(b, words, pointer(b, b.add(args[0], const(I64, half * simd.REGISTER_BYTES)), t))
+            store_value(b, words, pointer(b, b.add(args[0], const(I64, half * emitters.REGISTER_BYTES)), t))
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 3), codegen
@@ -218,7 +218,7 @@ def square_of_words() -> Any:
 
     Rows of the source lie `stride` bytes apart, those of the target `KEYS` words.
     """
-    n = simd.REGISTER_BYTES // 8
+    n = emitters.REGISTER_BYTES // 8
     t = ir.VectorType(I64, n)
 
     @intrinsic
@@ -228,7 +228,7 @@ def square_of_words() -> Any:
             rows = [
                 load_value(b, pointer(b, b.add(source, b.mul(stride, const(I64, r))), t)) for r in range(n)
             ]
-            for c, x in enumerate(simd.transpose_values(b, rows)):
+            for c, x in enumerate(emitters.transpose_values(b, rows)):
                 store_value(b, x, pointer(b, b.add(target, const(I64, c * KEYS * 8)), t))
             return context.get_dummy_value()
 
@@ -242,7 +242,7 @@ def pack_columns(typingctx: Any, address: Any, low: Any, high: Any) -> Any:
     """Store two float32 vectors of columns that follow each other as words of two bfloat16."""
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        x = simd.narrow_halves_value(b, *args[1:])
+        x = emitters.narrow_halves_value(b, *args[1:])
         store_value(b, x, pointer(b, args[0], x.type))
         return context.get_dummy_value()
 
@@ -256,13 +256,13 @@ def square_of_pairs(storage: str, part: Any) -> Any:
 
     Rows of the source lie `stride` bytes apart, those of the target `KEYS` / 2 words.
     """
-    n = simd.REGISTER_BYTES // 4
+    n = emitters.REGISTER_BYTES // 4
 
     @intrinsic
     def turn(typingctx: Any, source: Any, stride: Any, target: Any) -> Any:
         def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
             source, stride, target = args
-            t = ir.VectorType(simd.stored(storage), n)
+            t = ir.VectorType(emitters.stored(storage), n)
             order = ir.Constant(ir.VectorType(I32, 2 * n), [c // 2 + n * (c % 2) for c in range(2 * n)])
             words = []
             for r in range(0, 2 * n, 2):
@@ -273,11 +273,11 @@ def square_of_pairs(storage: str, part: Any) -> Any:
                 if storage == "bfloat16":
                     pairs = b.shuffle_vector(x, y, order)
                 else:
-                    x, y = (part(b, simd.widen_value(b, z, storage)) for z in (x, y))
-                    both = simd.narrow_halves_value(b, x, y)
+                    x, y = (part(b, emitters.widen_value(b, z, storage)) for z in (x, y))
+                    both = emitters.narrow_halves_value(b, x, y)
                     pairs = b.shuffle_vector(both, ir.Constant(both.type, ir.Undefined), order)
                 words.append(b.bitcast(pairs, ir.VectorType(I32, n)))
-            for c, x in enumerate(simd.transpose_values(b, words)):
+            for c, x in enumerate(emitters.transpose_values(b, words)):
                 store_value(b, x, pointer(b, b.add(target, const(I64, c * KEYS * 2)), x.type))
             return context.get_dummy_value()
 
@@ -289,7 +289,7 @@ def square_of_pairs(storage: str, part: Any) -> Any:
 def parts(operands: str) -> list[tuple[Any, Any]]:
     """What bfloat16 are made of, as emitter and as function: numbers as they are, or cut into two."""
     if operands == "split":
-        return [(simd.upper_value, simd.upper), (simd.rest_value, simd.rest)]
+        return [(emitters.upper_value, simd.upper), (emitters.rest_value, simd.rest)]
     return [(lambda b, x: x, simd.same)]
 
 
@@ -308,10 +308,10 @@ def build(jit: Any, storage: str, operands: str, converts: bool, as_operand: Any
     planes = parts(operands)
     size = 8 if storage == "float64" else 4
     stored = 2 if storage in ("float16", "bfloat16") else size
-    lanes = simd.REGISTER_BYTES // size
+    lanes = emitters.REGISTER_BYTES // size
     load_stored, _, get_stored, _ = simd.loads(storage)
     load, store, get, put = simd.loads("float64" if size == 8 else "float32")
-    turn_square, square, per_word = square_of_words(), simd.REGISTER_BYTES // 8, 8 // size
+    turn_square, square, per_word = square_of_words(), emitters.REGISTER_BYTES // 8, 8 // size
     turn_pairs: Any = square_of_pairs(storage, planes[0][0]) if tiled else None
     turn_rest: Any = square_of_pairs(storage, planes[-1][0]) if tiled else None
     split, first, second = operands == "split", planes[0][1], planes[-1][1]

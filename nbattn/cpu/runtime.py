@@ -508,12 +508,12 @@ def _stems() -> list[Any]:
 
 def describe() -> dict[str, str]:
     """Label and text of what `nbattn info` says of the CPU."""
-    from . import simd
+    from . import emitters
 
     return {
         "CPU": cpu_name(),
         "CPU features": " ".join(sorted(cpu_features())) or "baseline",
-        "Kernels": f"{simd.DESCRIPTION}",
+        "Kernels": f"{emitters.DESCRIPTION}",
         "Threads": str(threads()),
         "Kernel cache": str(cache_folder() or "none (no writable folder: every process compiles)"),
     }

@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba import types
 
 from ..problem import STORAGE_DTYPES
-from . import masks, panels, simd
+from . import emitters, masks, panels, simd
 from .tiles import ROW_BYTES
 
 get_int, _ = simd.scalars(types.int64)
@@ -30,7 +30,7 @@ def build(jit: Any, inline: Any, dtype: Any, storage: str) -> tuple[Any, Any, An
     """
     size = np.dtype(dtype).itemsize
     lanes = simd.lanes(dtype)
-    register = simd.REGISTER_BYTES
+    register = emitters.REGISTER_BYTES
     infinity = dtype(np.inf)
     compute = ir.DoubleType() if size == 8 else ir.FloatType()
     load, store, get, put = simd.loads("float64" if size == 8 else "float32")

@@ -20,7 +20,7 @@ from numba import types
 from numpy.typing import NDArray
 
 from ..problem import STORAGE_DTYPES, storage_name
-from . import runtime, simd
+from . import emitters, runtime, simd
 
 SHORT = 256
 """Elements of a row from which on the lanes lie along it; 100 took 85 ns so and take 42 as columns."""
@@ -246,7 +246,7 @@ def _cut(x: NDArray[Any], out: NDArray[Any], fresh: bool) -> dict[str, int]:
     rows = n if segments == 1 else min(n, 2 * segment)  # the last segment takes what would be less than one
     units = outer * panels * segments
     per_task = max(1, TASK // (rows * min(inner, columns)))
-    state = vectors * simd.REGISTER_BYTES
+    state = vectors * emitters.REGISTER_BYTES
     scratch = (STATES + 1 + rows // chunk) * state
     cells = (-(-rows // lanes) if along else rows) * state
     return {
@@ -266,7 +266,7 @@ def _cut(x: NDArray[Any], out: NDArray[Any], fresh: bool) -> dict[str, int]:
         "ahead": ahead,
         "state_bytes": state,
         "scratch": scratch,
-        "workspace_bytes": -(-(scratch + cells + simd.REGISTER_BYTES) // 64) * 64,
+        "workspace_bytes": -(-(scratch + cells + emitters.REGISTER_BYTES) // 64) * 64,
     }
 
 
@@ -288,7 +288,7 @@ def _build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
     stored = 2 if storage in ("float16", "bfloat16") else size
     lanes = simd.lanes(dtype)
     line = 64 // stored
-    register = simd.REGISTER_BYTES
+    register = emitters.REGISTER_BYTES
     infinity = dtype(np.inf)
     largest = np.finfo(dtype).max
 

@@ -15,11 +15,11 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from . import simd
-from .simd import I32, I64, const, fma_value, load_value, pointer, splat_value, store_value
+from . import emitters
+from .emitters import I32, I64, const, fma_value, load_value, pointer, splat_value, store_value
 
 ROW_BYTES = 256
-WIDE = 4 if simd.REGISTERS == 32 else 2
+WIDE = 4 if emitters.REGISTERS == 32 else 2
 """Vectors of a full tile."""
 NARROW_ROWS = 12
 """Rows of a tile that is one vector wide: enough sums under way to hide the latency of an FMA."""
@@ -41,10 +41,10 @@ def _tile(number: Any, rows: int, vectors: int, rescale: bool, pairs: bool) -> A
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             a, a_two, a_row, a_col, b, c, depth, factor = args
             scalar = context.get_value_type(number)
-            t = ir.VectorType(scalar, simd.REGISTER_BYTES // size)
+            t = ir.VectorType(scalar, emitters.REGISTER_BYTES // size)
             operand = I32 if pairs else scalar
             operands = ir.VectorType(operand, t.count)
-            step = simd.dot_pairs_value if pairs else _multiply_add
+            step = emitters.dot_pairs_value if pairs else _multiply_add
             first_of_a = pointer(builder, a, operand)
             a_rows = []
             for r in range(rows):
@@ -52,7 +52,7 @@ def _tile(number: Any, rows: int, vectors: int, rescale: bool, pairs: bool) -> A
                 a_rows.append(builder.gep(first_of_a, [builder.add(below, a_row) if r % 2 else below]))
 
             def at(base: Any, r: int, j: int, t: Any = t) -> Any:
-                shift = const(I64, r * ROW_BYTES + j * simd.REGISTER_BYTES)
+                shift = const(I64, r * ROW_BYTES + j * emitters.REGISTER_BYTES)
                 return pointer(builder, builder.add(base, shift), t)
 
             places = [at(c, r, j) for r in range(rows) for j in range(vectors)]
@@ -71,7 +71,7 @@ def _tile(number: Any, rows: int, vectors: int, rescale: bool, pairs: bool) -> A
                 # The next rows, where they follow these without a gap: Intel's own prefetching loses track of
                 # six rows at once, which took 7 to 14 % of the products from the second-level cache and on.
                 following_rows = builder.add(a, builder.mul(a_two, const(I64, 3 * size)))
-                simd.prefetch_value(
+                emitters.prefetch_value(
                     builder, builder.add(following_rows, builder.mul(k, const(I64, 6 * size)))
                 )
             grown = []
@@ -124,7 +124,7 @@ def product(jit: Any, number: Any, rescale: bool, pairs: bool) -> Any:
     def multiply(a, a_two, a_row, a_col, rows, b, c, vectors, depth, factor):
         column = 0
         while column < vectors:
-            shift = column * simd.REGISTER_BYTES
+            shift = column * emitters.REGISTER_BYTES
             r = 0
             if vectors - column >= WIDE:
                 while rows - r >= 6 and rows - r != 8:  # 8 is two fours
