@@ -223,8 +223,14 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
             put(w.slope + r * size, get(p.alibi_slopes + h * size) if p.alibi_slopes != 0 else dtype(0))
             put(w.position + r * size, dtype(i + offset))
             query = p.query + (pb * p.query_b + h * p.query_h + (start + i) * p.query_s) * stored
+            out = p.out + (pb * p.out_b + h * p.out_h + (start + i) * p.out_s) * stored
             put_int(w.queries + 8 * r, query)
-            put_int(w.outs + 8 * r, p.out + (pb * p.out_b + h * p.out_h + (start + i) * p.out_s) * stored)
+            put_int(w.outs + 8 * r, out)
+            # Rows are read and written in turns of a line each, which no processor foresees.
+            for c in range(0, p.head_dim * stored, 64):
+                simd.prefetch(query + c)
+            for c in range(0, p.value_dim * stored, 64):
+                simd.prefetch(out + c)
             put_int(w.masks + 8 * r, p.mask + b * p.mask_b + h * p.mask_h + i * p.mask_q)
             put_int(
                 w.weights + 8 * r, p.weights + (b * p.weights_b + h * p.weights_h + i * p.weights_s) * size
