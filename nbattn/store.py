@@ -38,7 +38,7 @@ class Places:
         self.longest = 0
         self.went_back = False  # a ring, which then may hold less than its size
         self.writer: Any = None  # the plan of an append, which serves all layouts
-        self.readers: dict[Any, Callable[[Any], Any] | None] = {}  # by layout
+        self.readers: dict[Any, Callable[[Any, Any, Any], Any] | None] = {}  # by layout
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the plans, which know the addresses of these arrays, for copies and pickles."""
@@ -163,10 +163,10 @@ class Store:
     ) -> NDArray[Any] | AttentionOutput:
         """Attention of the last positions' queries, as `KVCache.attend` says."""
         layout = None
-        if lengths is out is backend is None:
+        if lengths is None and (backend is None or backend == (self.backend or "cpu")):
             layout = _layout(query, given, return_lse)
             if (known := places.readers.get(layout)) is not None:
-                return known(query)
+                return known(query, out, given)
         options = Options(*given)
         module = check.backend_module("decode", backend or self.backend)
         q = check_query(query, self.pages, len(places.lengths))
@@ -225,7 +225,10 @@ class Store:
         if self.frequencies is not None:
             rotate = check.backend_module("append", self.backend).rotate
 
-        def again(query: NDArray[Any]) -> NDArray[Any] | AttentionOutput:
+        def again(query: NDArray[Any], out: Any, given: Any) -> NDArray[Any] | AttentionOutput:
+            if out is not None:
+                arrays = (query, *given[-2:], *self.pages[:4])
+                check.check_out(out, shape, dtype, tuple(x for x in arrays if x is not None))
             # Threads that attend at once write the same numbers here.
             np.subtract(lengths, queries, offset)
             if is_long or places.went_back:
@@ -238,8 +241,11 @@ class Store:
                 query = turned
             output = np.empty(shape, stored)
             sums = np.empty(shape[:3], compute) if return_lse else None
-            forward(query, output, sums, places.longest)
-            if converts:
+            forward(query, output, sums, min(places.longest, places.ring or places.longest))
+            if out is not None:
+                out[...] = output
+                output = out
+            elif converts:
                 output = output.astype(dtype)
             return output if sums is None else AttentionOutput(output, None, sums)
 
@@ -285,14 +291,18 @@ def _layout(query: Any, options: tuple[Any, ...], return_lse: Any) -> Any:
     layout = (query.shape, query.strides, query.dtype, query.flags.aligned)
     if is_causal is True and return_lse is False and window is scale is softcap is slopes is sinks is None:
         return layout
-    numbers: tuple[Any, ...] = (is_causal, scale, softcap, return_lse)
-    if window is not None:
-        if type(window) is not tuple:
-            return None
-        numbers += ("window", *window)
+    sides: Any = () if window is None else window
+    if type(sides) not in (tuple, list):
+        return None
+    numbers: tuple[Any, ...] = (window is None, is_causal, scale, softcap, return_lse, *sides)
     types = tuple(map(type, numbers))  # True is no 1
     if not _PLAIN.issuperset(types):
-        return None
+        numbers = tuple(
+            x.item() if isinstance(x, np.generic) and x.dtype.kind in "biuf" else x for x in numbers
+        )
+        types = tuple(map(type, numbers))
+        if not _PLAIN.issuperset(types):
+            return None
     heads: tuple[Any, ...] = ()
     for x in (slopes, sinks):
         if x is not None:

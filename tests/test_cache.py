@@ -242,8 +242,49 @@ class TestAttend:
                 {"is_causal": 1},
                 {"scale": True},
                 {"window_size": (3.0, None)},
+                {"window_size": 3},
+                {"window_size": ()},
+                {"window_size": (np.float64(3), None)},
                 {"sinks": [1, 2, 3, 4]},
             ):
+                with pytest.raises(TypeError):
+                    cache.attend(query, **bad)
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"window_size": (3, None)},
+            {"window_size": [3, 0]},
+            {"window_size": (np.int64(3), -1)},
+            {"scale": 1 / np.sqrt(16)},
+            {"scale": np.float32(0.1)},
+            {"is_causal": np.True_},
+            {"return_lse": np.True_},
+            {"softcap": np.int32(2)},
+            {"backend": "cpu"},
+            {"window_size": (2, None), "scale": np.float64(2), "softcap": 3},
+        ],
+        ids=repr,
+    )
+    def test_ordinary_calls_are_remembered(self, options, rng):
+        cache, *_ = filled("float32", [20, 9], None)
+        for _ in range(4):
+            query = normal(rng, (2, 4, 1, 32))
+            expected = cache.attend(query, lengths=[1, 1], **options)  # no shorter way
+            np.testing.assert_array_equal(cache.attend(query, **options)[0], expected[0])
+        assert len(cache._places.readers) == 1
+        assert all(cache._places.readers.values())
+
+    def test_numbers_that_look_alike_stay_apart(self, rng):
+        cache, *_ = filled("float32", [20, 9], None)
+        query = normal(rng, (2, 4, 1, 32))
+        for _ in range(4):
+            for options in ({"scale": 1}, {"window_size": (1, 1)}, {"is_causal": np.False_}):
+                cache.attend(query, **options)
+            for bad in (
+                {"scale": True}, {"scale": np.True_}, {"window_size": (np.True_, 1)},
+                {"is_causal": np.int64(0)},                {"window_size": (1.0, 1)},
+            ):  # fmt: skip
                 with pytest.raises(TypeError):
                     cache.attend(query, **bad)
 
@@ -272,6 +313,30 @@ class TestAttend:
             out = np.full((2, 4, 1, 32), np.nan, np.float32)
             assert cache.attend(query, out=out) is out
             np.testing.assert_array_equal(out, cache.attend(query))
+
+    def test_out_of_repeated_calls(self, rng):
+        """Checked each time, and written whatever its layout; nothing is written where it is refused."""
+        for storage, dtype in (("float32", np.float32), ("int8", np.float16)):
+            cache, *_ = filled(storage, [20, 9], None)
+            query, sinks = normal(rng, (2, 4, 1, 32), dtype), normal(rng, 4)
+            for _ in range(4):
+                out = np.zeros((2, 1, 4, 64), dtype)[..., ::2].swapaxes(1, 2)
+                result = cache.attend(query, sinks=sinks, out=out)
+                assert result is out
+                assert_same_bits(out, cache.attend(query, lengths=[1, 1], sinks=sinks))
+                before = query.copy(), snapshot(cache._store.pages)
+                for bad in (query, query[:1], out.astype(np.float64), sinks, [1]):
+                    with pytest.raises((TypeError, ValueError), match="out "):
+                        cache.attend(query, sinks=sinks, out=bad)
+                assert_same_bits(query, before[0])
+                assert snapshot(cache._store.pages) == before[1]
+            assert len(cache._places.readers) == 1
+        memory = cache._store.pages.key_scales.swapaxes(1, 2).view(np.float16)
+        inside = np.lib.stride_tricks.as_strided(memory, query.shape, (8, 8, 8, 2))
+        for _ in range(4):
+            cache.attend(query)
+        with pytest.raises(ValueError, match="out shares memory"):
+            cache.attend(query, out=inside)
 
     @pytest.mark.parametrize("copied", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
     def test_copies_are_caches_of_their_own(self, backend, copied, rng):
@@ -440,6 +505,20 @@ class TestRing:
             line.hold(cache.attend(query)[0], None, query[0], window_size=(9, None))
         assert cache._store.pages.key.shape[1] == 10
         assert (cache.lengths == 100).all()
+
+    def test_a_long_stream_is_no_more_work(self, rng, monkeypatch):
+        """What a repeated call tells the kernel of its keys is what the ring holds."""
+        from nbattn.cpu import decode
+
+        seen, forward = [], decode.Plan.forward
+        monkeypatch.setattr(decode.Plan, "forward", lambda self, *a: seen.extend(a[3:]) or forward(self, *a))
+        cache = KVCache(1, 1, 10, 8, window=10)
+        for _ in range(40):
+            token = normal(rng, (1, 1, 1, 8))
+            cache.append(token, token)
+            cache.attend(token, is_causal=False)
+        assert len(seen) == 38
+        assert max(seen) == 10
 
     def test_window_counts_the_query_s_own_position(self, backend):
         cache = KVCache(1, 1, 4, 1, window=3, backend=backend)

@@ -5,8 +5,8 @@ key head, so each key and value is read from memory once. Within a chunk `KEYS` 
 softened and added up; the chunk leaves its sums, and who finishes a block's last chunk merges them, in their
 order. Chunks count from a sequence's first key, whatever the batch or the number of threads.
 
-float32 and float64 are read where they lie; other numbers are widened once into scratch that stays in the
-first-level cache, for all rows that use them.
+Numbers are read where they lie and widened in registers. Only keys whose bits cannot be repeated cheaply for
+several rows of a vector (float16, int8, int4), and rows that are no whole vectors, go through scratch.
 """
 
 from __future__ import annotations
@@ -18,14 +18,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import types
 
-from ..problem import STORAGE_DTYPES
-from . import dots, emitters, runtime, simd
-from .masks import get_byte
+from . import dots, emitters, lookup, runtime, seen, simd, sweeps
+from .dots import KEYS
 
 CHUNK = 512
 """Keys of a task. Fewer leave many sums to merge, more leave cores idle."""
-KEYS = 64
-"""Keys that are softened together: 16 KB of float32 with 64 columns."""
 ROWS = 32
 """Query rows of a block."""
 
@@ -111,16 +108,14 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
     register = emitters.REGISTER_BYTES
     infinity = dtype(np.inf)
     lowest = emitters.exp2_floor(dtype)
-    portion = max(lanes, dots.SCORED_AT_ONCE)  # keys that every tile takes a whole number of times
     wide_rows = dots.rows_per_vector(lanes)
     pair_rows = 2 if wide_rows > 2 else 0
 
     load, store, get, put = simd.loads("float64" if size == 8 else "float32")
-    load_outer, store_outer, get_outer, put_outer = simd.loads(outer)
+    _, store_outer, _, put_outer = simd.loads(outer)
     get_int, put_int = simd.scalars(types.int64)
     scale_bytes = size if int8 else 8
     stored_bits = {"int8": 8, "int4": 4}.get(storage, 8 * outer_bytes)  # of a number
-    get_float32 = simd.scalars(types.float32)[0]
     add, sub, mul, fma, greater, splat = simd.add, simd.sub, simd.mul, simd.fma, simd.greater, simd.splat
     exp2_product = simd.exp2_product
 
@@ -128,18 +123,16 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
     few_only = storage in ("float16", "int8", "int4")  # read in place for one row a vector alone
     copy1, copy2, copy4 = (dots.copy_runs(number, lanes // n, "float32") for n in (1, 2, wide_rows))
     pair1, pair2, pair4 = (dots.copy_runs(number, lanes // n, storage) for n in (1, 2, wide_rows))
-    widen_unit = dots.widen_unit(storage)
     top1, top2, top4 = (dots.across(number, n, emitters.greater_value) for n in (1, 2, wide_rows))
     sum1, sum2, sum4 = (dots.across(number, n, lambda b, x, y: b.fadd(x, y)) for n in (1, 2, wide_rows))
     repeat1, repeat2, repeat4 = (dots.repeat(number, n) for n in (1, 2, wide_rows))
-
-    @jit
-    def padded(n):
-        return (n + lanes - 1) // lanes * lanes
-
-    @jit
-    def filled(keys):
-        return (keys + portion - 1) // portion * portion
+    padded, filled, find, widen, widen_query = lookup.build(jit, storage)
+    adjust, visible, place = seen.build(jit, storage, filled)
+    score_stored = score_wide = sweeps.scorer(jit, number, storage, padded)
+    weigh_stored = weigh_wide = sweeps.weigher(jit, number, storage, stored_bits, padded)
+    if not as_stored:
+        score_wide = sweeps.scorer(jit, number, "float32", padded)
+        weigh_wide = sweeps.weigher(jit, number, "float32", stored_bits, padded)
 
     @jit
     def scratch_at(p, w):
@@ -229,78 +222,6 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
         return all_first, all_last
 
     @jit
-    def find(p, w, b, head, k0, keys):
-        """Fill the tables for `keys` positions from k0 on, padded with the last one."""
-        key, value = p.key + head * p.key_h, p.value + head * p.value_h
-        key_scales = p.key_scales + head * p.key_scales_h
-        value_scales = p.value_scales + head * p.value_scales_h
-        slot = k0 % p.ring if p.ring != 0 else k0
-        page, row = slot // p.page_size, slot % p.page_size
-        j = 0
-        while j < keys:
-            count = min(keys - j, p.page_size - row)
-            if p.ring != 0:
-                count = min(count, p.ring - page * p.page_size - row)
-            number = get_int(p.page_table + 8 * (b * p.table_width + page))
-            fill(w.keys + 8 * j, count, key + number * p.key_p + row * p.key_s, p.key_s)
-            fill(w.values + 8 * j, count, value + number * p.value_p + row * p.value_s, p.value_s)
-            if int8 or int4:
-                a = key_scales + number * p.key_scales_p + row * p.key_scales_s
-                c = value_scales + number * p.value_scales_p + row * p.value_scales_s
-                if int4:
-                    fill(w.key_scales + 8 * j, count, a, p.key_scales_s)
-                    fill(w.value_scales + 8 * j, count, c, p.value_scales_s)
-                else:
-                    collect(w.key_scales + size * j, count, a, p.key_scales_s)
-                    collect(w.value_scales + size * j, count, c, p.value_scales_s)
-            j += count
-            page, row = page + 1, 0
-            if p.ring != 0 and page * p.page_size >= p.ring:
-                page = 0
-        while j % portion != 0:
-            for table in (w.keys, w.values):
-                put_int(table + 8 * j, get_int(table + 8 * j - 8))
-            for table in (w.key_scales, w.value_scales):
-                if int8:
-                    put(table + size * j, get(table + size * j - size))
-                elif int4:
-                    put_int(table + 8 * j, get_int(table + 8 * j - 8))
-            j += 1
-
-    @jit
-    def fill(table, count, a, step):
-        for c in range(count):
-            put_int(table + 8 * c, a + c * step)
-
-    @jit
-    def collect(scales, count, a, step):
-        for c in range(count):
-            put(scales + size * c, dtype(get_float32(a + c * step)))
-
-    @jit
-    def widen(table, scales, keys, columns, target):
-        """Rows of stored numbers -> padded rows of `dtype`."""
-        width, whole = padded(columns), columns // unit * unit
-        for j in range(keys):
-            a, t = get_int(table + 8 * j), target + j * width * size
-            factors = get_int(scales + 8 * j) if int4 else 0
-            for c in range(0, whole, unit):
-                widen_unit(a + c * stored_bits // 8, factors + c // 8, t + c * size)
-            for c in range(whole, width):
-                x = dtype(0)
-                if c < columns and not int4:
-                    x = dtype(get_byte(a + c)) if int8 else get_outer(a + c * outer_bytes)
-                put(t + c * size, x)
-
-    @jit
-    def widen_query(a, columns, t):
-        whole = columns // lanes * lanes
-        for c in range(0, whole, lanes):
-            store(t + c * size, load_outer(a + c * outer_bytes))
-        for c in range(whole, padded(columns)):
-            put(t + c * size, get_outer(a + c * outer_bytes) if c < columns else dtype(0))
-
-    @jit
     def scale_by(factors, s, keys, groups, together):
         """Multiply each key's column of scores or weights by its factor."""
         run = lanes // together
@@ -314,133 +235,6 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
                 else:
                     y = repeat4(factors + j * size)
                 store(t, mul(load(t), y))
-
-    @jit
-    def ask(p, table, keys):
-        """Have the rows of some values brought into the caches."""
-        for j in range(keys):
-            a = get_int(table + 8 * j)
-            for c in range(0, p.value_bytes, 64):
-                simd.prefetch(a + c)
-
-    def scorer(kind: str) -> Any:
-        """The function that makes the raw products with keys of this storage."""
-        vectors = dots.unit(kind)
-        few = kind in ("float16", "int8", "int4")
-        score1, keys1 = dots.scores_tile(number, 1, 1, kind)
-        kind = number.name if few else kind
-        score2, keys2 = dots.scores_tile(number, 2, 1, kind)
-        score4, keys4 = dots.scores_tile(number, wide_rows, 1, kind)
-        score8, keys8 = dots.scores_tile(number, wide_rows, 2, kind)
-
-        @jit
-        def score(p, w, table, scales, values, keys, groups, together):
-            """The raw products of a tile's keys, whole vectors of them; asks for its values meanwhile."""
-            depth = padded(p.head_dim)
-            steps = depth * together // (lanes * vectors)
-            q_group, s_group = together * depth * size, together * KEYS * size
-            if together == 1:
-                for j in range(0, keys, keys1):
-                    ask(p, values + 8 * j, keys1)
-                    score1(table + 8 * j, scales + 8 * j, w.q, 0, w.s + j * size, 0, steps)
-                return
-            if few:
-                return
-            if together == pair_rows:
-                for j in range(0, keys, keys2):
-                    ask(p, values + 8 * j, keys2)
-                    score2(table + 8 * j, 0, w.q, 0, w.s + 2 * j * size, 0, steps)
-                return
-            for g in range(0, groups - 1, 2):
-                q, s = w.q + g * q_group, w.s + g * s_group
-                for j in range(0, keys, keys8):
-                    if g == 0:
-                        ask(p, values + 8 * j, keys8)
-                    score8(table + 8 * j, 0, q, q_group, s + j * wide_rows * size, s_group, steps)
-            if groups % 2 == 1:
-                q, s = w.q + (groups - 1) * q_group, w.s + (groups - 1) * s_group
-                for j in range(0, keys, keys4):
-                    if groups == 1:
-                        ask(p, values + 8 * j, keys4)
-                    score4(table + 8 * j, 0, q, 0, s + j * wide_rows * size, 0, steps)
-
-        return score
-
-    @jit
-    def read_bias(p, a):
-        if p.bias_kind == 0:
-            return dtype(read0(a))
-        if p.bias_kind == 1:
-            return dtype(read1(a))
-        return dtype(read2(a)) if p.bias_kind == 2 else dtype(read3(a))
-
-    read0, read1, read2, read3 = (simd.loads(kind)[2] for kind in STORAGE_DTYPES)
-
-    @jit
-    def masked(a):
-        """Whether the mask's element at an address says no."""
-        return get_byte(a) == 0
-
-    @jit
-    def visible(p, w, r, j):
-        if j < get_int(w.first + 8 * r) or j >= get_int(w.last + 8 * r):
-            return False
-        if p.mask != 0 and masked(get_int(w.masks + 8 * r) + j * p.mask_k):
-            return False
-        return p.bias == 0 or read_bias(p, get_int(w.biases + 8 * r) + j * p.bias_k) != -infinity
-
-    @jit
-    def place(s, r, j, together):
-        """Where row r's score of a tile's key j lies."""
-        run = lanes // together
-        lane = j // run * lanes + r % together * run + j % run
-        return s + (r // together * together * KEYS + lane) * size
-
-    @jit
-    def adjust(p, w, start, k0, keys, groups, together, all_first, all_last):
-        """Scale, softcap, bias, ALiBi, masks; hide keys that a row does not see, and what pads the tile."""
-        padding = filled(keys)
-        rows = groups * together
-        if not p.plain:
-            inner = p.scale / p.softcap if p.softcap != 0 else p.scale
-            factor, cap = splat(dtype(inner)), splat(dtype(p.softcap))
-            run = lanes // together
-            for g in range(groups):
-                slope, back = load(w.slope + g * register), load(w.back + g * register)
-                for j in range(0, padding, run):
-                    t = w.s + (g * together * KEYS + j * together) * size
-                    x = mul(load(t), factor)
-                    if p.softcap != 0:
-                        x = mul(cap, simd.tanh(x))
-                    if p.bias == 0 and p.alibi_slopes != 0:
-                        x = fma(slope, sub(splat(dtype(k0 + j - start)), back), x)
-                    store(t, x)
-            if p.bias != 0:
-                for r in range(rows):
-                    a = get_int(w.biases + 8 * r) + k0 * p.bias_k
-                    slope, position = dtype(0), dtype(0)
-                    if p.alibi_slopes != 0:
-                        lane = r // together * register + r % together * run * size
-                        slope, position = get(w.slope + lane), get(w.back + lane)
-                    for j in range(keys):
-                        x = read_bias(p, a + j * p.bias_k)
-                        t = place(w.s, r, j, together)
-                        # A bias of -inf masks, also a NaN.
-                        y = get(t) + x + slope * (dtype(k0 + j - start) - position)
-                        put(t, -infinity if x == -infinity else y)
-        if p.mask != 0:
-            for r in range(rows):
-                a = get_int(w.masks + 8 * r) + k0 * p.mask_k
-                for j in range(keys):
-                    if masked(a + j * p.mask_k):
-                        put(place(w.s, r, j, together), -infinity)
-        if k0 < all_first or k0 + keys > all_last or padding > keys:
-            for r in range(rows):
-                first, last = get_int(w.first + 8 * r) - k0, get_int(w.last + 8 * r) - k0
-                for j in range(min(first, padding)):
-                    put(place(w.s, r, j, together), -infinity)
-                for j in range(max(min(last, keys), 0), padding):
-                    put(place(w.s, r, j, together), -infinity)
 
     @jit
     def soften(p, w, state, keys, groups, together):
@@ -474,69 +268,6 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
             store(maximum, top)
             store(total, fma(load(total), factor, fresh))
             store(w.factor + g * register, factor)
-
-    def weigher(kind: str) -> Any:
-        """The function that adds up values of this storage."""
-        vectors, most = dots.unit(kind), dots.UNDER_WAY
-        bits = stored_bits * register // (8 * size)
-
-        def tiles(rows: int, groups: int) -> tuple[Any, Any, int]:
-            columns = max(min(4, most // (rows * groups)) // vectors, 1) * vectors
-            wide, narrow = (dots.values_tile(number, rows, groups, n, kind, bits) for n in (columns, vectors))
-            return wide, narrow, columns * register
-
-        weigh1, weigh1_few, bytes1 = tiles(1, 1)
-        weigh2, weigh2_few, bytes2 = tiles(2, 1)
-        weigh4, weigh4_few, bytes4 = tiles(wide_rows, 1)
-        weigh8, weigh8_few, bytes8 = tiles(wide_rows, 2)
-        few = vectors * register
-
-        @jit
-        def weigh(p, w, state, table, scales, ahead, keys, groups, together):
-            """o = o * factor + weights @ values; asks for the next tile's keys meanwhile."""
-            blocks = keys * together // lanes
-            o_row = padded(p.value_dim) * size
-            o = state + 2 * groups * register
-            s_group = together * KEYS * size
-            g = 0
-            while g < groups:
-                pair = together == wide_rows and g + 1 < groups
-                a, t, f = w.s + g * s_group, o + g * together * o_row, w.factor + g * register
-                c = 0
-                while c < o_row:
-                    left, count = o_row - c, few
-                    if together == 1:
-                        if left >= bytes1:
-                            weigh1(table, scales, ahead, c, a, 0, t, o_row, f, blocks)
-                            count = bytes1
-                        else:
-                            weigh1_few(table, scales, ahead, c, a, 0, t, o_row, f, blocks)
-                    elif together == pair_rows:
-                        if left >= bytes2:
-                            weigh2(table, scales, ahead, c, a, 0, t, o_row, f, blocks)
-                            count = bytes2
-                        else:
-                            weigh2_few(table, scales, ahead, c, a, 0, t, o_row, f, blocks)
-                    elif pair:
-                        if left >= bytes8:
-                            weigh8(table, scales, ahead, c, a, s_group, t, o_row, f, blocks)
-                            count = bytes8
-                        else:
-                            weigh8_few(table, scales, ahead, c, a, s_group, t, o_row, f, blocks)
-                    elif left >= bytes4:
-                        weigh4(table, scales, ahead, c, a, 0, t, o_row, f, blocks)
-                        count = bytes4
-                    else:
-                        weigh4_few(table, scales, ahead, c, a, 0, t, o_row, f, blocks)
-                    c += count
-                g += 2 if pair else 1
-
-        return weigh
-
-    score_stored, weigh_stored = scorer(storage), weigher(storage)
-    score_wide, weigh_wide = (score_stored, weigh_stored) if as_stored else (
-        scorer("float32"), weigher("float32")
-    )  # fmt: skip
 
     @jit
     def set_aside(p, w, table, scales, keys):

@@ -24,6 +24,8 @@ from .emitters import I8, I32, I64, const, fma_value, load_value, pointer, splat
 
 UNDER_WAY = 16 if emitters.REGISTERS == 32 else 8
 """Sums that a tile keeps in registers."""
+KEYS = 64
+"""Keys that are softened together: 16 KB of float32 with 64 columns."""
 SCORED_AT_ONCE = 8
 """Keys whose addresses fit the general registers."""
 

@@ -1,0 +1,121 @@
+"""Where the rows of cached keys and values lie, and copies of those that cannot be read in place."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import types
+
+from . import dots, simd
+from .masks import get_byte
+
+
+class Lookup(NamedTuple):
+    """The compiled functions of this file."""
+
+    padded: Any
+    filled: Any
+    find: Any
+    widen: Any
+    widen_query: Any
+
+
+def build(jit: Any, storage: str) -> Lookup:
+    """The functions for one storage dtype; `p` is the call's parameters, `w` a thread's `chunks.Scratch`."""
+    dtype: Any = np.float64 if storage == "float64" else np.float32
+    size = np.dtype(dtype).itemsize
+    lanes = simd.lanes(dtype)
+    int8, int4 = storage == "int8", storage == "int4"
+    outer = "float32" if int8 or int4 else storage  # of queries
+    outer_bytes = 2 if outer in ("float16", "bfloat16") else size
+    stored_bits = {"int8": 8, "int4": 4}.get(storage, 8 * outer_bytes)  # of a number
+    unit = dots.unit(storage) * lanes
+    portion = max(lanes, dots.SCORED_AT_ONCE)  # keys that every tile takes a whole number of times
+    _, store, get, put = simd.loads("float64" if size == 8 else "float32")
+    load_outer, _, get_outer, _ = simd.loads(outer)
+    get_int, put_int = simd.scalars(types.int64)
+    get_float32 = simd.scalars(types.float32)[0]
+    widen_unit = dots.widen_unit(storage)
+
+    @jit
+    def padded(n):
+        return (n + lanes - 1) // lanes * lanes
+
+    @jit
+    def filled(keys):
+        return (keys + portion - 1) // portion * portion
+
+    @jit
+    def find(p, w, b, head, k0, keys):
+        """Fill the tables for `keys` positions from k0 on, padded with the last one."""
+        key, value = p.key + head * p.key_h, p.value + head * p.value_h
+        key_scales = p.key_scales + head * p.key_scales_h
+        value_scales = p.value_scales + head * p.value_scales_h
+        slot = k0 % p.ring if p.ring != 0 else k0
+        page, row = slot // p.page_size, slot % p.page_size
+        j = 0
+        while j < keys:
+            count = min(keys - j, p.page_size - row)
+            if p.ring != 0:
+                count = min(count, p.ring - page * p.page_size - row)
+            number = get_int(p.page_table + 8 * (b * p.table_width + page))
+            fill(w.keys + 8 * j, count, key + number * p.key_p + row * p.key_s, p.key_s)
+            fill(w.values + 8 * j, count, value + number * p.value_p + row * p.value_s, p.value_s)
+            if int8 or int4:
+                a = key_scales + number * p.key_scales_p + row * p.key_scales_s
+                c = value_scales + number * p.value_scales_p + row * p.value_scales_s
+                if int4:
+                    fill(w.key_scales + 8 * j, count, a, p.key_scales_s)
+                    fill(w.value_scales + 8 * j, count, c, p.value_scales_s)
+                else:
+                    collect(w.key_scales + size * j, count, a, p.key_scales_s)
+                    collect(w.value_scales + size * j, count, c, p.value_scales_s)
+            j += count
+            page, row = page + 1, 0
+            if p.ring != 0 and page * p.page_size >= p.ring:
+                page = 0
+        while j % portion != 0:
+            for table in (w.keys, w.values):
+                put_int(table + 8 * j, get_int(table + 8 * j - 8))
+            for table in (w.key_scales, w.value_scales):
+                if int8:
+                    put(table + size * j, get(table + size * j - size))
+                elif int4:
+                    put_int(table + 8 * j, get_int(table + 8 * j - 8))
+            j += 1
+
+    @jit
+    def fill(table, count, a, step):
+        for c in range(count):
+            put_int(table + 8 * c, a + c * step)
+
+    @jit
+    def collect(scales, count, a, step):
+        for c in range(count):
+            put(scales + size * c, dtype(get_float32(a + c * step)))
+
+    @jit
+    def widen(table, scales, keys, columns, target):
+        """Rows of stored numbers -> padded rows of `dtype`."""
+        width, whole = padded(columns), columns // unit * unit
+        for j in range(keys):
+            a, t = get_int(table + 8 * j), target + j * width * size
+            factors = get_int(scales + 8 * j) if int4 else 0
+            for c in range(0, whole, unit):
+                widen_unit(a + c * stored_bits // 8, factors + c // 8, t + c * size)
+            for c in range(whole, width):
+                x = dtype(0)
+                if c < columns and not int4:
+                    x = dtype(get_byte(a + c)) if int8 else get_outer(a + c * outer_bytes)
+                put(t + c * size, x)
+
+    @jit
+    def widen_query(a, columns, t):
+        whole = columns // lanes * lanes
+        for c in range(0, whole, lanes):
+            store(t + c * size, load_outer(a + c * outer_bytes))
+        for c in range(whole, padded(columns)):
+            put(t + c * size, get_outer(a + c * outer_bytes) if c < columns else dtype(0))
+
+    return Lookup(padded, filled, find, widen, widen_query)
