@@ -54,6 +54,11 @@ class KVCache:
     Attributes
     ----------
     lengths : ndarray of int64, shape (B,)
+    batch, capacity : int
+    window : int or None
+    dtype : str
+    nbytes : int
+        The bytes that its keys and values take, with their scales.
 
     Raises
     ------
@@ -77,6 +82,17 @@ class KVCache:
     >>> query = rng.standard_normal((2, 8, 1, 16), np.float32)
     >>> cache.attend(query).shape, cache.lengths
     ((2, 8, 1, 16), array([8, 8]))
+
+    A long prompt goes into a ring in pieces of at most ``capacity - window + 1`` tokens:
+
+    >>> ring = KVCache(batch=2, kv_heads=2, capacity=100, head_dim=16, window=37)
+    >>> prompt = rng.standard_normal((2, 2, 500, 16), np.float32)
+    >>> for start in range(0, 500, 64):
+    ...     piece = prompt[:, :, start : start + 64]
+    ...     ring.append(piece, piece)
+    ...     output = ring.attend(piece)
+    >>> output.shape, ring
+    ((2, 2, 52, 16), KVCache(batch=2, capacity=100, window=37, float32))
     """
 
     def __init__(
@@ -105,6 +121,35 @@ class KVCache:
         rotary = (rotary_base, rotary_interleaved, rotary_dim)
         self._store = Store(sizes, dtype, rotary, self._window, backend)
         self._places = Places(np.arange(batch)[:, None], capacity if window is not None else 0)
+
+    @property
+    def batch(self) -> int:
+        """How many sequences there are."""
+        return len(self._places.lengths)
+
+    @property
+    def capacity(self) -> int:
+        """How many positions of each sequence there is memory for."""
+        return self._capacity
+
+    @property
+    def window(self) -> int | None:
+        """How many positions a query of a ring sees; None where the cache is none."""
+        return self._window
+
+    @property
+    def dtype(self) -> str:
+        """What the cache stores."""
+        return self._store.pages.storage
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that its keys and values take, with their scales."""
+        return self._store.nbytes
+
+    def __repr__(self) -> str:
+        ring = "" if self.window is None else f", window={self.window}"
+        return f"KVCache(batch={self.batch}, capacity={self.capacity}{ring}, {self.dtype})"
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -162,9 +207,11 @@ class KVCache:
         ----------
         query : array_like, shape (B, Hq, Sq, D)
             Query i of sequence b stands at position ``lengths[b] - Sq + i`` of the cache. In the cache's
-            dtype; for "int8" and "int4" float32, float16 or bfloat16.
+            dtype; for "int8" and "int4" float32, float16 or bfloat16. A query before position 0, of a
+            sequence shorter than Sq, sees nothing where attention is causal: output 0.
         mask, bias : array_like, optional
-            As in `scaled_dot_product_attention`, broadcastable to (B, Hq, Sq, longest length), by position.
+            As in `scaled_dot_product_attention`, broadcastable to (B, Hq, Sq, longest length), by position;
+            for a ring too, whose lengths are those of the whole stream.
         is_causal : bool
             True unless given.
         lengths : int array_like (B,), optional

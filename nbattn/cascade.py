@@ -126,6 +126,10 @@ def cascade_attention(
         lengths = check.check_key_lengths(key_lengths, limits)
         offset = check.check_offset(query_offset, np.full(len(q), q.shape[2]), lengths)
         before = q
+    kv_heads = store.pages.key.shape[2] if pages else check.as_array(key, "key").shape[1]
+    if kv_heads != len(k):
+        msg = f"prefix_key has {len(k)} heads but key has {kv_heads}; both must match"
+        raise ValueError(msg)
     if after.output.shape[3] != v.shape[2]:
         msg = f"prefix_value has head_dim {v.shape[2]} but value has {after.output.shape[3]}; both must match"
         raise ValueError(msg)

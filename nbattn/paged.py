@@ -10,7 +10,10 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from . import problem as check
 from .attention import AttentionOutput
-from .store import PLANS, Places, Store, check_size
+from .store import Places, Store, check_size
+
+GROUPS = 256
+"""Sequences that were appended or attended together, whose tables and plans a cache keeps."""
 
 _INT = frozenset((int,))
 
@@ -38,6 +41,10 @@ class PagedKVCache:
     lengths : dict of int to int
         How many positions each sequence has.
     free_pages : int
+    pages, page_size : int
+    dtype : str
+    nbytes : int
+        The bytes that its keys and values take, with their scales.
 
     Raises
     ------
@@ -96,6 +103,7 @@ class PagedKVCache:
         self._changes = 0  # of any page table
         self._groups: dict[tuple[int, ...], _Group] = {}
         self._rows: dict[int, int] = {}  # of each handle in what follows
+        self._free_rows: list[int] = []
         self._table = np.zeros((0, 0), np.int64)
         self._lengths = np.zeros(0, np.int64)
         self._held = np.zeros(0, np.int64)  # pages
@@ -106,14 +114,39 @@ class PagedKVCache:
         return {handle: int(self._lengths[row]) for handle, row in self._rows.items()}
 
     @property
+    def pages(self) -> int:
+        """How many pages there are."""
+        return len(self._uses)
+
+    @property
+    def page_size(self) -> int:
+        """How many positions a page holds."""
+        return self._page_size
+
+    @property
+    def dtype(self) -> str:
+        """What the cache stores."""
+        return self._store.pages.storage
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that its keys and values take, with their scales."""
+        return self._store.nbytes
+
+    def __repr__(self) -> str:
+        sizes = (
+            f"{len(self._rows)} sequences, {self.free_pages} of {self.pages} pages of {self.page_size} free"
+        )
+        return f"PagedKVCache({sizes}, {self.dtype})"
+
+    @property
     def free_pages(self) -> int:
         """How many pages no sequence holds."""
         return len(self._free)
 
     def add(self) -> int:
         """A new, empty sequence."""
-        used = set(self._rows.values())
-        row = next(i for i in range(len(used) + 1) if i not in used)
+        row = self._free_rows.pop() if self._free_rows else len(self._rows)
         self._widen(row + 1, 0)
         handle, self._next = self._next, self._next + 1
         self._rows[handle] = row
@@ -136,8 +169,10 @@ class PagedKVCache:
     def free(self, sequence: int) -> None:
         """End a sequence; pages that no other one holds are free again."""
         self._drop(self._row(sequence), 0)
-        del self._rows[sequence]
-        self._groups.clear()
+        handle = check.check_int(sequence, "sequence")
+        self._free_rows.append(self._rows.pop(handle))
+        for handles in [x for x in self._groups if handle in x]:
+            del self._groups[handles]
 
     def reset(self) -> None:
         """End all sequences."""
@@ -247,8 +282,9 @@ class PagedKVCache:
         """Where these sequences lie now."""
         group = self._groups.get(handles)
         if group is None or group.table.shape[1] != self._table.shape[1]:
-            if len(self._groups) >= PLANS:
-                self._groups.clear()
+            if len(self._groups) >= GROUPS:
+                oldest, *_ = self._groups  # at once, for threads may attend meanwhile
+                self._groups.pop(oldest, None)
             rows = np.array([self._row(handle) for handle in handles], np.int64)
             group = self._groups[handles] = _Group(self._table[rows], rows)
             group.changes = self._changes

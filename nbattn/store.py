@@ -87,6 +87,11 @@ class Store:
         self.pages = Pages(key, value, key_scales, value_scales, storage)
         self.checked: dict[Any, NDArray[np.int64]] = {}  # by layout: counts of appends that need no checks
 
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all keys, values and scales."""
+        return sum(x.nbytes for x in self.pages[:4] if x is not None)
+
     # --- writing --------------------------------------------------------------------------------------------
 
     def check_new(
@@ -342,7 +347,13 @@ def check_size(x: Any, name: str, least: int = 1) -> int:
 
 def _check_dtype(dtype: DTypeLike) -> tuple[str, np.dtype[Any]]:
     """What a cache of this dtype is called, and the dtype of its arrays."""
-    name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
+    name = str(dtype)
+    if dtype is not None and name not in CACHE_DTYPES:
+        try:
+            dtype = np.dtype(dtype)
+            name = dtype.name
+        except TypeError:
+            pass  # the name is what came
     if name not in CACHE_DTYPES:
         msg = f"dtype is {name}; expected {', '.join(CACHE_DTYPES)}"
         raise ValueError(msg)

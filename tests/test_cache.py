@@ -419,6 +419,8 @@ class TestStorage:
         for name, dtype in DTYPES.items():
             for given in (name, dtype, np.dtype(dtype)):
                 assert KVCache(1, 1, 4, 8, given)._store.pages.key.dtype == dtype
+        for given, name in (("f4", "float32"), ("<f2", "float16"), ("d", "float64"), (float, "float64")):
+            assert KVCache(1, 1, 4, 8, given).dtype == name
         assert KVCache(1, 1, 4, 8, np.int8)._store.pages.storage == "int8"
 
     def test_memory_is_its_arrays(self, rng):
@@ -446,6 +448,15 @@ class TestStorage:
             tracemalloc.stop()
         assert held - arrays < 1 << 20
         assert peak - held < 1 << 19
+
+    def test_what_it_says_of_itself(self):
+        cache = KVCache(3, 2, 10, 32, "int4", window=6)
+        assert repr(cache) == "KVCache(batch=3, capacity=10, window=6, int4)"
+        assert repr(KVCache(3, 2, 10, 8)) == "KVCache(batch=3, capacity=10, float32)"
+        assert (cache.batch, cache.capacity, cache.window, cache.dtype) == (3, 10, 6, "int4")
+        assert cache.nbytes == 3 * 2 * 10 * 2 * (16 + 4)
+        with pytest.raises(AttributeError):
+            cache.capacity = 20
 
 
 class TestRotary:
@@ -679,6 +690,8 @@ BAD_CACHES = {
     "heads": ({"kv_heads": 1.0}, TypeError, "kv_heads must be an integer, got float"),
     "dtype": ({"dtype": "int16"}, ValueError, "dtype is int16; expected float32, float64"),
     "dtype type": ({"dtype": np.int32}, ValueError, "dtype is int32"),
+    "no dtype": ({"dtype": None}, ValueError, "dtype is None; expected float32"),
+    "unknown dtype": ({"dtype": "half precision"}, ValueError, "dtype is half precision; expected float32"),
     "4 bits": (
         {"dtype": "int4", "head_dim": 40},
         ValueError,

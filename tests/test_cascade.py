@@ -195,6 +195,16 @@ BAD = {
         r"expected \(heads, P, 8\)",
     ),
     "prefix heads": ({"prefix_key": np.zeros((3, 5, 8), np.float32)}, ValueError, "heads that divide 4"),
+    "other key heads": (
+        {"prefix_key": np.zeros((4, 5, 8), np.float32), "prefix_value": np.zeros((4, 5, 6), np.float32)},
+        ValueError,
+        "prefix_key has 4 heads but key has 2; both must match",
+    ),
+    "other key heads than a cache": (
+        {"key": KVCache(2, 1, 7, 8, value_dim=6, backend="reference"), "value": None},
+        ValueError,
+        "prefix_key has 2 heads but key has 1",
+    ),
     "prefix lengths": (
         {"prefix_value": np.zeros((2, 4, 6), np.float32)},
         ValueError,

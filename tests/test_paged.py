@@ -260,6 +260,8 @@ class TestPages:
         expected = cache.attend([sequence], query)
         for one in (sequence, np.int64(sequence), np.array([sequence]), (sequence,)):
             assert_same_bits(cache.attend(one, query), expected)
+        cache.free(np.array(sequence))
+        assert cache.lengths == {}
 
     def test_handles_are_never_given_twice(self):
         cache = PagedKVCache(4, 4, 1, 8, backend="reference")
@@ -269,6 +271,34 @@ class TestPages:
             cache.free(handles[-1]), cache.free(handles[-2])
         assert len(set(handles)) == 40
         assert len(cache._lengths) < 8
+
+    def test_groups_are_kept(self):
+        """Twenty batches in turn keep their tables, and a sequence that ends takes only its own with it."""
+        cache = PagedKVCache(40, 4, 1, 8, backend="reference")
+        handles = [cache.add() for _ in range(20)]
+        query = np.zeros((1, 1, 1, 8), np.float32)
+        for handle in handles:
+            cache.attend([handle], query)
+        kept = dict(cache._groups)
+        cache.free(handles[3])
+        for handle in handles[:3] + handles[4:]:
+            cache.attend([handle], query)
+            assert cache._groups[(handle,)] is kept[(handle,)]
+        assert (handles[3],) not in cache._groups
+
+    def test_groups_are_bounded(self, monkeypatch):
+        monkeypatch.setattr("nbattn.paged.GROUPS", 3)
+        cache = PagedKVCache(40, 4, 1, 8, backend="reference")
+        for handle in [cache.add() for _ in range(5)]:
+            cache.attend([handle], np.zeros((1, 1, 1, 8), np.float32))
+        assert list(cache._groups) == [(2,), (3,), (4,)]
+
+    def test_what_it_says_of_itself(self):
+        cache = PagedKVCache(10, 4, 2, 8, "int8")
+        cache.add()
+        assert repr(cache) == "PagedKVCache(1 sequences, 10 of 10 pages of 4 free, int8)"
+        assert (cache.pages, cache.page_size, cache.dtype) == (10, 4, "int8")
+        assert cache.nbytes == 10 * 4 * 2 * 2 * (8 + 4)
 
 
 def rows(n=1, tokens=1, dim=32, heads=2, dtype=np.float32):
