@@ -112,6 +112,7 @@ def cascade_attention(
             msg = "query_offset and key_lengths are for arrays; a cache's queries stand at its end"
             raise ValueError(msg)
         store, places = key._parts(value)
+        kv_heads = store.pages.key.shape[2]
         backend = backend or store.backend
         after = store.attend(places, q, options, None, True, None, backend)
         offset = check.check_offset(query_offset, np.full(len(q), q.shape[2]), places.lengths)
@@ -122,11 +123,11 @@ def cascade_attention(
             q, key, value, query_offset=query_offset, key_lengths=key_lengths, return_lse=True,
             backend=backend, **options._asdict(),
         )  # fmt: skip
-        limits = np.full(len(q), check.as_array(key, "key").shape[2], np.int64)
+        kv_heads, keys = check.as_array(key, "key").shape[1:3]
+        limits = np.full(len(q), keys, np.int64)
         lengths = check.check_key_lengths(key_lengths, limits)
         offset = check.check_offset(query_offset, np.full(len(q), q.shape[2]), lengths)
         before = q
-    kv_heads = store.pages.key.shape[2] if pages else check.as_array(key, "key").shape[1]
     if kv_heads != len(k):
         msg = f"prefix_key has {len(k)} heads but key has {kv_heads}; both must match"
         raise ValueError(msg)

@@ -464,7 +464,9 @@ def check_out(
     if not out.flags.writeable:
         msg = "out is read-only; pass a writable array"
         raise ValueError(msg)
-    if any(stride == 0 and size > 1 for stride, size in zip(out.strides, out.shape, strict=True)):
+    if out.size and any(
+        stride == 0 and size > 1 for stride, size in zip(out.strides, out.shape, strict=True)
+    ):
         msg = "out has a broadcast axis (stride 0): several results would share one place; pass a plain array"
         raise ValueError(msg)
     if any(x is not None and _overlap(out, x) for x in inputs):

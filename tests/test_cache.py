@@ -111,25 +111,35 @@ class Walk:
             options["softcap"] = 2.0
         lengths = np.array([len(line) for line in self.lines])
         mask = rng.random((self.batch, 1, queries, lengths.max())) < 0.8 if rng.random() < 0.2 else None
+        if rng.random() < 0.2:
+            options["scale"] = float(rng.normal())
+        if rng.random() < 0.2:
+            options["is_causal"] = False
+        bias = None
+        if rng.random() < 0.2:
+            bias = normal(rng, (self.batch, int(rng.choice([1, heads])), queries, lengths.max()))
         left = options.get("window_size", (10**9,))[0]
         if self.window:
             left = min(left, self.window - 1)
             first = np.maximum(0, self.highest - self.capacity)
             if (np.maximum(0, lengths - each - left) < first).any():
                 with pytest.raises(ValueError, match="but the ring holds them from"):
-                    self.cache.attend(query, mask, lengths=counts, **options)
+                    self.cache.attend(query, mask, bias=bias, lengths=counts, **options)
                 return
-        result = self.cache.attend(query, mask, lengths=counts, return_lse=True, **options)
-        again = self.cache.attend(query, mask, lengths=counts, **options)
+        given = {"mask": mask, "bias": bias, "lengths": counts, **options}
+        result = self.cache.attend(query, return_lse=True, **given)
+        out = np.empty_like(result.output) if rng.random() < 0.5 else None
+        again = self.cache.attend(query, out=out, **given)
+        assert out is None or again is out
         assert_same_bits(again, result.output)
         if left < 10**9:
             options["window_size"] = (left, None)
         for b, (line, n) in enumerate(zip(self.lines, each, strict=True)):
             assert not result.output[b, :, n:].any()
             assert (result.lse[b, :, n:] == -np.inf).all()
-            seen = None if mask is None else mask[b : b + 1, :, :n, : len(line)]
+            seen, added = (None if x is None else x[b : b + 1, :, :n, : len(line)] for x in (mask, bias))
             output, lse = result.output[b, :, :n], result.lse[b, :, :n]
-            line.hold(output, lse, query[b, :, :n], seen, ulp=self.ulp, **options)
+            line.hold(output, lse, query[b, :, :n], seen, bias=added, ulp=self.ulp, **options)
 
     def go(self, steps):
         for _ in range(steps):
@@ -530,6 +540,20 @@ class TestRing:
             cache.attend(token, is_causal=False)
         assert len(seen) == 38
         assert max(seen) == 10
+
+    def test_alibi_of_a_long_stream(self, backend, rng):
+        """Distances are exact where positions are no float32 numbers any more."""
+        cache = KVCache(1, 1, 16, 1, window=8, backend=backend)
+        many = np.broadcast_to(np.float32(0), (1, 1, 2**25, 1))
+        cache.append(many, many)
+        line = Line(1, 1, 1, "float32")
+        for _ in range(9):
+            key, value, query = normal(rng, (3, 1, 1, 1, 1))
+            cache.append(key, value)
+            line.append(key[0], value[0])
+        slopes = np.ones(1, np.float32)
+        got = cache.attend(query, alibi_slopes=slopes, return_lse=True)
+        line.hold(got.output[0], got.lse[0], query[0], window_size=(7, None), alibi_slopes=slopes)
 
     def test_window_counts_the_query_s_own_position(self, backend):
         cache = KVCache(1, 1, 4, 1, window=3, backend=backend)

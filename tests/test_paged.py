@@ -115,11 +115,25 @@ class Walk:
         options = {"sinks": normal(rng, heads)} if rng.random() < 0.2 else {}
         if rng.random() < 0.2:
             options["window_size"] = (int(rng.integers(0, 9)), None)
-        result = self.cache.attend(handles, query, return_lse=True, **options)
-        assert_same_bits(self.cache.attend(handles, query, **options), result.output)
+        if rng.random() < 0.2:
+            options["scale"] = float(rng.normal())
+        if rng.random() < 0.2:
+            options["is_causal"] = False
+        longest, bias = max((len(self.lines[handle]) for handle in handles), default=0), None
+        if rng.random() < 0.2:
+            bias = normal(rng, (len(handles), int(rng.choice([1, heads])), queries, longest))
+        result = self.cache.attend(handles, query, bias=bias, return_lse=True, **options)
+        out = np.empty_like(result.output) if rng.random() < 0.5 else None
+        again = self.cache.attend(handles, query, bias=bias, out=out, **options)
+        assert out is None or again is out
+        assert_same_bits(again, result.output)
         for i, handle in enumerate(handles):
             ulp = 4 if self.rotary is None else 40
-            self.lines[handle].hold(result.output[i], result.lse[i], query[i], ulp=ulp, **options)
+            line, added = (
+                self.lines[handle],
+                None if bias is None else bias[i : i + 1, ..., : len(self.lines[handle])],
+            )
+            line.hold(result.output[i], result.lse[i], query[i], bias=added, ulp=ulp, **options)
 
     def go(self, steps):
         kinds = ["append"] * 8 + ["attend"] * 7 + ["fork", "fork", "truncate", "add", "add", "free", "reset"]
