@@ -23,8 +23,6 @@ PLANS = 16
 """Layouts of calls that a cache remembers, and groups of sequences."""
 PLAN_NUMBERS = 1 << 16
 """Numbers of a query that takes so long that the checks do not matter."""
-PLAN_ROWS = 32
-"""Rows a key head that a plan follows while the cache grows; more may go to tiles, which do not."""
 
 
 class Places:
@@ -198,9 +196,7 @@ class Store:
             result[b, :, counts[b] :] = 0
             if lse is not None:
                 lse[b, :, counts[b] :] = -np.inf
-        rows = q.shape[1] // self.pages.key.shape[2] * q.shape[2]
-        is_short = rows <= PLAN_ROWS and q.size <= PLAN_NUMBERS
-        if layout is not None and is_short and check.kernel_view(q) is q:
+        if layout is not None and q.size <= PLAN_NUMBERS and check.kernel_view(q) is q:
             self._remember(places, layout, module, problem, result, return_lse)
         return result if lse is None else AttentionOutput(result, None, lse)
 

@@ -130,7 +130,8 @@ class Plan:
         `pages` are other keys and values of the problem's layout.
         """
         if self.many is not None:
-            attend_many(replace(self.many, query=query), out, lse)
+            keys = self.many.max_keys if max_keys is None else max_keys
+            attend_many(replace(self.many, query=query, max_keys=keys), out, lse)
             return
         keys = self.max_keys if max_keys is None else max_keys
         chunks = max(1, min(-(-keys // CHUNK), (self.span - 1) // CHUNK + 2))
@@ -162,9 +163,8 @@ RUN = 4096
 def _is_many(p: CacheProblem) -> bool:
     """Whether tiles are faster, as for a prompt's next part: from then on arithmetic counts, not bytes."""
     rows = p.query.shape[1] // max(p.key_pages.shape[2], 1) * p.query.shape[2]
-    return rows > (
-        32 if p.storage in STORAGE_DTYPES and blocks.multiplies(p.storage, False) == "pairs" else 64
-    )
+    kind = blocks.multiplies(p.storage, False) if p.storage in STORAGE_DTYPES else ""
+    return rows > {"pairs": 32, "amx": 16, "split": 32}.get(kind, 64)
 
 
 def attend_many(p: CacheProblem, out: NDArray[Any], lse: NDArray[Any] | None) -> None:
@@ -259,17 +259,19 @@ def is_few(p: Problem, queries: Any, keys: Any) -> Any:
     """Whether so many queries a sequence and key head (numbers or arrays) are better read off than tiled.
 
     Measured against the prefill kernel with 1, 4 and 8 heads a group: up to 32 rows of float32 it is 1.0 to 5
-    times as fast, up to 16 of bfloat16 where that has products of its own; masks and biases are read number
-    by number here.
+    times as fast, up to 16 of bfloat16 where that has products of its own; against AMX up to 8 of bfloat16
+    and 32 of float16, a quarter of that under 2048 keys. Masks and biases are read number by number here.
     """
     rows = p.query.shape[1] // max(p.key.shape[1], 1) * queries
-    limit = 16 if blocks.multiplies(p.storage, False) == "pairs" else 32
+    kind = blocks.multiplies(p.storage, False)
+    limit = {"pairs": 16, "amx": 8}.get(kind, 32)
     if p.bias is not None:
         limit //= 8
     elif p.mask is not None:
         limit //= 2
+    limits = np.where(keys < 2048, limit // 4, limit) if kind in ("amx", "split") else limit
     # Under a causal mask most of a short square is not worth reading.
-    return (rows <= limit) & (queries <= np.maximum(16, keys // 8)) & (not p.bfloat16_products)
+    return (rows <= limits) & (queries <= np.maximum(16, keys // 8)) & (not p.bfloat16_products)
 
 
 def as_cache(p: Problem) -> CacheProblem:
