@@ -1,1 +1,14 @@
-"""Numba kernels for the CPU."""
+"""Numba kernels for the CPU.
+
+What a door calls has the door's name: `attention`, `decode`, `append` and `softmax` fill the parameters of a
+kernel and choose the threads. Below them, from what is shared to what one kernel alone needs:
+
+- `runtime` compiles, keeps and runs kernels, with `handover` for helpers that are awake; `emitters` write
+  LLVM code, and `simd` makes intrinsics of them;
+- many queries, whose lanes are queries: `blocks` is the kernel and `layout` where it keeps things; `tiles`
+  and `amx` are its products, `panels` reads and writes memory for them, `scores` (with `masks`) is what comes
+  between product and softmax;
+- few queries over long keys, whose lanes are numbers of a head: `chunks` is the kernel; `dots` are its
+  products, `sweeps` says which of them takes what, `lookup` finds rows in pages, `seen` is what `scores` is
+  for the others.
+"""

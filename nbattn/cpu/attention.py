@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..problem import STORAGE_DTYPES, Problem, storage_name
-from . import blocks, decode, runtime
-from .blocks import PARAMETERS, STATE_ROWS, TABLES
+from . import blocks, decode, layout, runtime
+from .layout import PARAMETERS, STATE_ROWS, TABLES
 from .masks import WORDS
 from .panels import KEYS
 from .tiles import ROW_BYTES
@@ -170,7 +170,7 @@ def _parameters(
         first_task = np.concatenate(([0], np.cumsum(each)))
         array("first_task", first_task)
         per_unit, tasks = 0, int(first_task[-1])
-    multiplies = blocks.multiplies(p.storage, p.bfloat16_products)
+    multiplies = layout.multiplies(p.storage, p.bfloat16_products)
     # Panels hold KEYS rows of numbers, or of half as many words; keys that are stored as pairs need none.
     as_words = multiplies in ("pairs", "amx", "split")
     planes = 2 if multiplies == "split" else 1
@@ -190,7 +190,7 @@ def _parameters(
     slot_bytes = -(-(key_panel + value_panel) * itemsize // 64) * 64
     kept = PANEL_BYTES // runtime.threads()
     slots = min(-(-p.max_keys // KEYS), max(1, kept // slot_bytes)) if slot_bytes else 0
-    score_rows = blocks.score_rows(multiplies)
+    score_rows = layout.score_rows(multiplies)
     scratch = ROW_BYTES * (planes * query_rows + value_rows + score_rows + STATE_ROWS)
     scratch += 8 * (rows * TABLES + WORDS) + 64 * -(-slots // 8)
     # With an ordinary scale the softmax takes the raw products, and the scale goes into its exponent.

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..problem import INT4_GROUP, STORAGE_DTYPES, CacheProblem, Problem, storage_name
 from ..reference.attention import merge_states
-from . import blocks, chunks, runtime, simd
+from . import chunks, layout, runtime, simd
 from .chunks import CHUNK, PARAMETERS, ROWS
 
 _WORDS = {name: PARAMETERS.fields[name][1] // 8 for name in PARAMETERS.names}  # type: ignore[index, union-attr]
@@ -163,7 +163,7 @@ RUN = 4096
 def _is_many(p: CacheProblem) -> bool:
     """Whether tiles are faster, as for a prompt's next part: from then on arithmetic counts, not bytes."""
     rows = p.query.shape[1] // max(p.key_pages.shape[2], 1) * p.query.shape[2]
-    kind = blocks.multiplies(p.storage, False) if p.storage in STORAGE_DTYPES else ""
+    kind = layout.multiplies(p.storage, False) if p.storage in STORAGE_DTYPES else ""
     return rows > {"pairs": 32, "amx": 16, "split": 32}.get(kind, 64)
 
 
@@ -263,7 +263,7 @@ def is_few(p: Problem, queries: Any, keys: Any) -> Any:
     and 32 of float16, a quarter of that under 2048 keys. Masks and biases are read number by number here.
     """
     rows = p.query.shape[1] // max(p.key.shape[1], 1) * queries
-    kind = blocks.multiplies(p.storage, False)
+    kind = layout.multiplies(p.storage, False)
     limit = {"pairs": 16, "amx": 8}.get(kind, 32)
     if p.bias is not None:
         limit //= 8

@@ -111,7 +111,7 @@ def build(jit: Any, dtype: Any) -> tuple[Any, Any, Any]:
     """The compiled functions ``look(p, w, key0, keys, rows)``, what the mask shows of a run of keys,
     ``hide(w, keys, vectors)``, which then makes scores -inf, and ``masked(p, w, r, j)``, for a single one.
 
-    `p` is the call's parameters, `w` the block's scratch (`blocks.Scratch`).
+    `p` is the call's parameters, `w` the block's scratch (`layout.Scratch`).
     """
     lanes, register = simd.lanes(dtype), emitters.REGISTER_BYTES
     load, store, _, _ = simd.loads(np.dtype(dtype).name)

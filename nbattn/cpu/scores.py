@@ -26,7 +26,7 @@ def build(jit: Any, inline: Any, dtype: Any, storage: str) -> tuple[Any, Any, An
     ``visible(p, w, r, j)``, whether row r sees key j at all. Without `careful`, a bias of -inf leaves a score
     of NaN or inf NaN.
 
-    `p` is the call's parameters, `w` the block's scratch (`attention.Scratch`).
+    `p` is the call's parameters, `w` the block's scratch (`layout.Scratch`).
     """
     size = np.dtype(dtype).itemsize
     lanes = simd.lanes(dtype)
