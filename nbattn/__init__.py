@@ -1,6 +1,8 @@
 """Attention inference for Python without a framework: NumPy arrays in, NumPy arrays out, Numba inside."""
 
+from . import masks
 from .attention import AttentionOutput, merge_states, scaled_dot_product_attention, varlen_attention
+from .block_mask import BlockMask
 from .cache import KVCache
 from .cascade import cascade_attention
 from .decode import paged_attention
@@ -9,11 +11,13 @@ from .softmax import log_softmax, logsumexp, softmax
 
 __all__ = [
     "AttentionOutput",
+    "BlockMask",
     "KVCache",
     "PagedKVCache",
     "cascade_attention",
     "log_softmax",
     "logsumexp",
+    "masks",
     "merge_states",
     "paged_attention",
     "scaled_dot_product_attention",
