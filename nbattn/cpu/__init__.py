@@ -5,9 +5,9 @@ kernel and choose the threads. Below them, from what is shared to what one kerne
 
 - `runtime` compiles, keeps and runs kernels, with `handover` for helpers that are awake; `emitters` write
   LLVM code, and `simd` makes intrinsics of them;
-- many queries, whose lanes are queries: `blocks` is the kernel and `layout` where it keeps things; `tiles`
-  and `amx` are its products, `panels` reads and writes memory for them, `scores` (with `masks`) is what comes
-  between product and softmax;
+- many queries, whose lanes are queries: `blocks` is the kernel and `layout` where it keeps things; `queries`
+  is what comes before the softmax, other kernels' too: `tiles` and `amx` are the products, `panels` reads and
+  writes memory for them, `scores` (with `masks`) makes scores of them;
 - few queries over long keys, whose lanes are numbers of a head: `chunks` is the kernel; `dots` are its
   products, `sweeps` says which of them takes what, `lookup` finds rows in pages, `seen` is what `scores` is
   for the others.

@@ -20,20 +20,9 @@ from typing import Any
 import numpy as np
 from numba import types
 
-from . import amx, emitters, panels, scores, simd
-from .layout import (
-    NEXT_TASK,
-    STATE_ROWS,
-    TABLES,
-    TASKS_DONE,
-    WORKERS,
-    Operand,
-    Scratch,
-    multiplies,
-    parameters_at,
-    score_rows,
-)
-from .masks import EVERYTHING, NOTHING, WORDS
+from . import amx, emitters, layout, panels, queries, simd
+from .layout import Operand
+from .masks import EVERYTHING, NOTHING
 from .panels import KEYS
 from .tiles import ROW_BYTES, product
 
@@ -43,207 +32,34 @@ SUMS, CAREFUL_SUMS, WEIGHTS = range(3)
 
 def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Callable[[Any], Any]:
     """The kernel for arrays of one storage dtype, as a function of its parameters' address."""
-    operands = multiplies(storage, bfloat16_products)
-    split = operands == "split"
-    tiled = split or operands == "amx"
-    planes = panels.parts(operands)
-    pairs = tiled or operands == "pairs"
-    per_operand = 2 if pairs else 1
-    len_planes, rows_of_scores = len(planes), score_rows(operands)
-    whole_run = 32 if tiled else 16  # keys that are multiplied together
-    rounds = bfloat16_products and not pairs  # operands rounded to bfloat16, multiplied as float32
-    converts = operands != storage or rounds
-    dtype: Any = np.float64 if storage == "float64" else np.float32
-    number = types.float64 if storage == "float64" else types.float32
-    size = np.dtype(dtype).itemsize
-    stored = 2 if storage in ("float16", "bfloat16") else size
-    lanes = simd.lanes(dtype)
+    form = layout.form(storage, bfloat16_products)
+    size, stored, lanes = form.size, form.stored, form.lanes
+    split, tiled, pairs, rounds = form.split, form.tiled, form.pairs, form.rounds
+    dtype: Any = form.dtype
+    per_operand, len_planes = 2 if pairs else 1, len(panels.parts(form.operands))
+    number = types.float64 if size == 8 else types.float32
     register = emitters.REGISTER_BYTES
-    block_rows = ROW_BYTES // size
     infinity = dtype(np.inf)
 
+    parts = queries.build(form, jit, inline)
+    find, set_up, transpose_queries, panel = parts.find, parts.set_up, parts.transpose_queries, parts.panel
+    score, mend_scores = parts.score, parts.mend_scores
+    look, adjust, visible = parts.look, parts.adjust, parts.visible
     load, store, get, put = simd.loads("float64" if size == 8 else "float32")
     _, _, get_stored, put_stored = simd.loads(storage)
-    get_int, put_int = simd.scalars(types.int64)
-    put_index = simd.scalars(types.int64 if size == 8 else types.int32)[1]
-    index = np.int64 if size == 8 else np.int32
+    get_int = simd.scalars(types.int64)[0]
     if tiled:
-        fresh, accumulate = (amx.product(jit, add, len(planes)) for add in (False, True))
+        accumulate = amx.product(jit, True, len_planes)
     else:
-        fresh = product(jit, number, rescale=False, pairs=pairs)
         accumulate = product(jit, number, rescale=True, pairs=pairs)
     as_operand = simd.round_bfloat16 if rounds else simd.same
-    panel = panels.build(jit, storage, operands, converts, as_operand)
-    look, adjust, visible = scores.build(jit, inline, dtype, storage)
-    read_square = panels.rows_in(lanes, storage)
-    read_words: Any = panels.words_in(lanes, storage, planes[0][0]) if pairs else None
-    read_rest: Any = panels.words_in(lanes, storage, planes[-1][0]) if pairs else None
-    first, second = planes[0][1], planes[-1][1]
     low_weights = KEYS * ROW_BYTES  # where the second plane of weights lies behind the first
     write_square = panels.rows_out(lanes, storage)[0]
     write_weight_square = panels.rows_out(lanes, "float64" if size == 8 else "float32")[1]
-    pack = panels.pair_words(vector=False)
     get_operand, put_operand = simd.loads("bfloat16")[2:] if pairs else (get, put)
     sub, add, mul, greater, splat = simd.sub, simd.add, simd.mul, simd.greater, simd.splat
     exp2_product = simd.exp2_product_short if pairs else simd.exp2_product
     lowest = emitters.exp2_floor(dtype)
-
-    @jit
-    def scratch_at(p, q):
-        o = q + len_planes * p.query_rows * ROW_BYTES
-        s = o + p.value_rows * ROW_BYTES
-        row = s + rows_of_scores * ROW_BYTES
-        table, step = row + STATE_ROWS * ROW_BYTES, block_rows * 8
-        seen = table + TABLES * step
-        tags = seen + WORDS * 8
-        converted = tags + 64 * ((p.slots + 7) // 8)
-        return Scratch(q, o, s, row, row + ROW_BYTES, row + 2 * ROW_BYTES, row + 3 * ROW_BYTES,
-                       row + 4 * ROW_BYTES, row + 5 * ROW_BYTES, row + 6 * ROW_BYTES,
-                       table, table + step, table + 2 * step, table + 3 * step, table + 4 * step,
-                       seen, tags, converted, converted + p.slots * p.slot_bytes)  # fmt: skip
-
-    @jit
-    def task(p, t):
-        """(sequence, unit of heads, block) of task t; last blocks first: causal ones see most keys."""
-        if p.first_task == 0:
-            b, t = t // (p.units * p.blocks), t % (p.units * p.blocks)
-            blocks = p.blocks
-        else:
-            b, end = 0, p.batch
-            while end - b > 1:
-                middle = (b + end) // 2
-                if get_int(p.first_task + 8 * middle) <= t:
-                    b = middle
-                else:
-                    end = middle
-            first = get_int(p.first_task + 8 * b)
-            blocks = (get_int(p.first_task + 8 * (b + 1)) - first) // p.units
-            t -= first
-        return b, t // blocks, blocks - 1 - t % blocks
-
-    @jit
-    def rows_of(p, b):
-        """(first query row, number of queries, first key row) of sequence b."""
-        if p.query_starts == 0:
-            return 0, p.queries, 0
-        start = get_int(p.query_starts + 8 * b)
-        return start, get_int(p.query_starts + 8 * (b + 1)) - start, get_int(p.key_starts + 8 * b)
-
-    @jit
-    def set_up(p, w, b, unit, row0, rows, queries, start):
-        """Fill the per-row state; (first, last) key that any row sees, (first, last) that all rows see.
-
-        Lanes beyond the last row repeat it.
-        """
-        pb = 0 if p.query_starts != 0 else b
-        offset, length = get_int(p.offset + 8 * b), get_int(p.key_lengths + 8 * b)
-        any_first, any_last, all_first, all_last = length, 0, 0, length
-        h, i = unit * p.packed_heads + row0 // queries, row0 % queries
-        for r in range((rows + lanes - 1) // lanes * lanes):
-            first = min(max(i + offset - p.left, 0), length)
-            last = min(max(i + offset + p.right + 1, 0), length)
-            if first < last:
-                any_first, any_last = min(any_first, first), max(any_last, last)
-                all_first, all_last = max(all_first, first), min(all_last, last)
-            else:
-                first, last, all_last = 0, 0, 0
-            put_index(w.first + r * size, index(first))
-            put_index(w.last + r * size, index(last))
-            put(w.maximum + r * size, get(p.sinks + h * size) if p.sinks != 0 else -infinity)
-            put(w.total + r * size, dtype(1) if p.sinks != 0 else dtype(0))
-            put(w.slope + r * size, get(p.alibi_slopes + h * size) if p.alibi_slopes != 0 else dtype(0))
-            put(w.position + r * size, dtype(i + offset))
-            query = p.query + (pb * p.query_b + h * p.query_h + (start + i) * p.query_s) * stored
-            out = p.out + (pb * p.out_b + h * p.out_h + (start + i) * p.out_s) * stored
-            put_int(w.queries + 8 * r, query)
-            put_int(w.outs + 8 * r, out)
-            # Rows are read and written in turns of a line each, which no processor foresees.
-            for c in range(0, p.head_dim * stored, 64):
-                simd.prefetch(query + c)
-            for c in range(0, p.value_dim * stored, 64):
-                simd.prefetch(out + c)
-            put_int(w.masks + 8 * r, p.mask + b * p.mask_b + h * p.mask_h + i * p.mask_q)
-            put_int(
-                w.weights + 8 * r, p.weights + (b * p.weights_b + h * p.weights_h + i * p.weights_s) * size
-            )
-            put_int(w.biases + 8 * r, p.bias + b * p.bias_b + h * p.bias_h + i * p.bias_q)
-            if r < rows - 1:
-                i += 1
-                if i == queries:
-                    h, i = h + 1, 0
-        # A start at a multiple of it keeps pairs of keys together, and tiles of them.
-        return any_first // whole_run * whole_run, any_last, all_first, all_last
-
-    @jit
-    def transpose_queries(p, w, vectors):
-        """q^T: numbers, or words of two numbers that lie side by side."""
-        queries = w.queries
-        if pairs:
-            whole = p.head_dim // (2 * lanes) * lanes
-            for v in range(vectors):
-                for c in range(0, whole, lanes):
-                    t = w.q + c * ROW_BYTES + v * register
-                    read_words(queries + v * lanes * 8, 2 * c * stored, t)
-                    if split:
-                        read_rest(queries + v * lanes * 8, 2 * c * stored, t + p.query_rows * ROW_BYTES)
-            for r in range(vectors * lanes):
-                a = get_int(queries + 8 * r)
-                for c in range(whole, (p.head_dim + 1) // 2):
-                    low = get_stored(a + 2 * c * stored)
-                    high = get_stored(a + (2 * c + 1) * stored) if 2 * c + 1 < p.head_dim else dtype(0)
-                    t = w.q + c * ROW_BYTES + r * size
-                    pack(t, first(low), first(high))
-                    if split:
-                        pack(t + p.query_rows * ROW_BYTES, second(low), second(high))
-            for c in range((p.head_dim + 1) // 2, p.query_rows):
-                for v in range(vectors):
-                    t = w.q + c * ROW_BYTES + v * register
-                    store(t, splat(dtype(0)))
-                    if split:
-                        store(t + p.query_rows * ROW_BYTES, splat(dtype(0)))
-            return
-        whole = p.head_dim // lanes * lanes
-        for v in range(vectors):
-            for c in range(0, whole, lanes):
-                read_square(queries + v * lanes * 8, c * stored, w.q + c * ROW_BYTES + v * register)
-        for r in range(vectors * lanes if whole < p.head_dim else 0):
-            a = get_int(queries + 8 * r)
-            for c in range(whole, p.head_dim):
-                put(w.q + c * ROW_BYTES + r * size, get_stored(a + c * stored))
-        if rounds:
-            for c in range(p.head_dim):
-                for v in range(vectors):
-                    a = w.q + c * ROW_BYTES + v * register
-                    store(a, as_operand(load(a)))
-
-    @jit
-    def score(p, w, key, converted, key0, keys, vectors):
-        """The raw products of one run of keys."""
-        if tiled:
-            row = p.query_rows * size
-            a = converted + key0 % KEYS * row
-            rows = (keys + 15) // 16 * 16
-            fresh(a, row, KEYS * row, rows, w.q, p.query_rows * ROW_BYTES, w.s, vectors, p.query_rows)
-            return
-        depth = p.query_rows
-        if converts and p.key_panel_bytes > 0:
-            a, stride = converted + key0 % KEYS * depth * size, depth
-        else:
-            a, stride = key + key0 * p.key_s * stored, p.key_s // 2 if pairs else p.key_s
-        fresh(a, 2 * stride, stride, 1, keys, w.q, w.s, vectors, depth, 0)
-
-    @jit
-    def mend_scores(p, w, key, key0, keys, rows):
-        """Multiply anew where the parts of an infinite number have met a 0 or each other."""
-        for j in range(keys):
-            k = key + (key0 + j) * p.key_s * stored
-            for r in range(rows):
-                t = w.s + j * ROW_BYTES + r * size
-                if get(t) != get(t):
-                    q, total = get_int(w.queries + 8 * r), dtype(0)
-                    for d in range(p.head_dim):
-                        total += get_stored(q + d * stored) * get_stored(k + d * stored)
-                    put(t, total)
 
     @jit
     def put_weights(t, x, y):
@@ -430,16 +246,7 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
 
     @inline
     def block(p, w, b, unit, number):
-        start, queries, key_start = rows_of(p, b)
-        row0 = number * block_rows
-        rows = min(block_rows, p.packed_heads * queries - row0)
-        vectors = (rows + lanes - 1) // lanes
-        pb = 0 if p.query_starts != 0 else b
-        shared = unit * p.packed_heads // p.group
-        head = b * p.units * p.packed_heads // p.group + shared
-        key = p.key + (pb * p.key_b + shared * p.key_h + key_start * p.key_s) * stored
-        value = p.value + (pb * p.value_b + shared * p.value_h + key_start * p.value_s) * stored
-        length = get_int(p.key_lengths + 8 * b)
+        start, queries, row0, rows, vectors, head, key, value, length = find(p, b, unit, number)
         stage, careful = SUMS, False
         while True:
             if stage != WEIGHTS:
@@ -483,26 +290,4 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
                     continue
             return
 
-    def attend(address):
-        p = parameters_at(address)
-        w = scratch_at(p, p.workspace + simd.fetch_add(address + WORKERS) * p.workspace_bytes)
-        finished_last = 0
-        started = False
-        while True:
-            t = simd.fetch_add(address + NEXT_TASK)
-            if t >= p.tasks:
-                if tiled and started:
-                    amx.release()
-                return finished_last
-            if not started:
-                if tiled:
-                    amx.configure()
-                for slot in range(p.slots):
-                    put_int(w.tags + 8 * slot, 0)
-                started = True
-            b, unit, number = task(p, t)
-            block(p, w, b, unit, number)
-            if simd.fetch_add(address + TASKS_DONE) + 1 == p.tasks:
-                finished_last = 1
-
-    return attend
+    return parts.kernel(block)

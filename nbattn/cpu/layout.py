@@ -1,10 +1,10 @@
-"""Where the tiled attention of `blocks` keeps things: its parameters, a block's scratch, and the form of the
-numbers that it multiplies.
+"""Where kernels whose lanes are queries keep things: their parameters, a block's scratch, and the form of the
+numbers that they multiply.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -74,6 +74,20 @@ class Scratch(NamedTuple):
     finite: int  # one run's values without NaN and inf
 
 
+class Block(NamedTuple):
+    """A task's queries and the keys that they share."""
+
+    start: int  # the sequence's first row
+    queries: int  # how many each of its heads has
+    row0: int  # the first row of the block, in the unit's packed heads
+    rows: int
+    vectors: int  # of lanes that hold them
+    head: int  # the head of keys, counted over the batch
+    key: int  # the addresses of its first key and value
+    value: int
+    length: int  # how many keys there are
+
+
 parameters_at = simd.record(PARAMETERS)
 
 NEXT_TASK = PARAMETERS.fields["next_task"][1]  # type: ignore[index]
@@ -91,3 +105,35 @@ def multiplies(storage: str, bfloat16_products: bool) -> str:
     if (emitters.AMX or emitters.PAIRS) and (storage == "bfloat16" or bfloat16_products):
         return "amx" if emitters.AMX else "pairs"
     return "float64" if storage == "float64" else "float32"
+
+
+class Form(NamedTuple):
+    """What a kernel's numbers are in memory and in its products."""
+
+    storage: str
+    operands: str  # as of `multiplies`
+    dtype: Any  # of scores and sums
+    size: int  # its bytes
+    stored: int  # the bytes of a number in memory
+    lanes: int
+    split: bool
+    tiled: bool  # multiplied by AMX
+    pairs: bool  # of bfloat16, as words
+    rounds: bool  # operands are rounded to bfloat16 and multiplied as float32
+    converts: bool  # operands are not what memory holds
+
+
+def form(storage: str, bfloat16_products: bool) -> Form:
+    """The numbers of the kernel for arrays of one storage dtype."""
+    operands = multiplies(storage, bfloat16_products)
+    split = operands == "split"
+    tiled = split or operands == "amx"
+    pairs = tiled or operands == "pairs"
+    rounds = bfloat16_products and not pairs
+    dtype = np.float64 if storage == "float64" else np.float32
+    size = np.dtype(dtype).itemsize
+    stored = 2 if storage in ("float16", "bfloat16") else size
+    converts = operands != storage or rounds
+    return Form(
+        storage, operands, dtype, size, stored, simd.lanes(dtype), split, tiled, pairs, rounds, converts
+    )
