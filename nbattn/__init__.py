@@ -1,6 +1,7 @@
 """Attention inference for Python without a framework: NumPy arrays in, NumPy arrays out, Numba inside."""
 
 from . import masks
+from .additive import additive_attention
 from .attention import AttentionOutput, merge_states, scaled_dot_product_attention, varlen_attention
 from .block_mask import BlockMask
 from .cache import KVCache
@@ -14,6 +15,7 @@ __all__ = [
     "BlockMask",
     "KVCache",
     "PagedKVCache",
+    "additive_attention",
     "cascade_attention",
     "log_softmax",
     "logsumexp",

@@ -501,9 +501,8 @@ def compile_kernel(name: str) -> str:
 
 
 def _stems() -> list[Any]:
-    return [
-        importlib.import_module(f"nbattn.cpu.{stem}") for stem in ("append", "attention", "decode", "softmax")
-    ]
+    stems = ("additive", "append", "attention", "decode", "softmax")
+    return [importlib.import_module(f"nbattn.cpu.{stem}") for stem in stems]
 
 
 def describe() -> dict[str, str]:
