@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import problem as check
+from .block_mask import BlockMask
 from .problem import Problem
 
 
@@ -34,7 +35,7 @@ def scaled_dot_product_attention(
     query: ArrayLike,
     key: ArrayLike,
     value: ArrayLike,
-    mask: ArrayLike | None = None,
+    mask: ArrayLike | BlockMask | None = None,
     *,
     bias: ArrayLike | None = None,
     is_causal: bool = False,
@@ -67,8 +68,9 @@ def scaled_dot_product_attention(
     key, value : array_like, shapes (B, Hkv, Sk, D) and (B, Hkv, Sk, Dv)
         Same dtype as the query. Hq must be a multiple of Hkv: with fewer key heads than query heads
         consecutive query heads share one (grouped-query and multi-query attention).
-    mask : array_like of bool or int, optional
-        Broadcastable to (B, Hq, Sq, Sk) from the right; nonzero means attend.
+    mask : array_like of bool or int, or BlockMask, optional
+        Broadcastable to (B, Hq, Sq, Sk) from the right; nonzero means attend. A `BlockMask` has shape
+        (B or 1, Hq or 1, Sq, Sk), and what it leaves empty takes no time.
     bias : array_like, optional
         Floating, broadcastable likewise, added to the scores. -inf masks.
     is_causal : bool
@@ -183,7 +185,7 @@ def varlen_attention(
     value: ArrayLike,
     cu_seqlens_q: ArrayLike,
     cu_seqlens_k: ArrayLike,
-    mask: ArrayLike | None = None,
+    mask: ArrayLike | BlockMask | None = None,
     *,
     bias: ArrayLike | None = None,
     is_causal: bool = False,
@@ -333,7 +335,7 @@ def merge_states(outputs: ArrayLike, lses: ArrayLike) -> tuple[NDArray[Any], NDA
 class _Options(NamedTuple):
     """The keyword arguments that both doors share, as the caller gave them."""
 
-    mask: ArrayLike | None
+    mask: ArrayLike | BlockMask | None
     bias: ArrayLike | None
     is_causal: bool
     window_size: Any
@@ -362,6 +364,7 @@ def _problem(
     heads = q.shape[1]
     shape = (len(query_lengths), heads, max_queries, max_keys)
     compute = np.float64 if storage == "float64" else np.float32
+    blocks = options.mask if isinstance(options.mask, BlockMask) else None
     left, right = check.check_window(options.window_size, check.check_flag(options.is_causal, "is_causal"))
     lengths = check.check_key_lengths(options.key_lengths, key_limits)
     return Problem(
@@ -378,7 +381,8 @@ def _problem(
         right=right,
         offset=check.check_offset(options.query_offset, query_lengths, lengths),
         key_lengths=lengths,
-        mask=check.check_mask(options.mask, shape),
+        mask=check.check_mask(options.mask, shape) if blocks is None else None,
+        blocks=None if blocks is None else blocks.fit(shape),
         bias=check.check_bias(options.bias, shape),
         alibi_slopes=check.check_per_head(options.alibi_slopes, "alibi_slopes", heads, compute),
         sinks=check.check_per_head(options.sinks, "sinks", heads, compute),

@@ -223,6 +223,17 @@ class BlockMask:
         """The dense mask: doors that know no blocks take that."""
         return self.to_dense().astype(bool if dtype is None else dtype, copy=False)
 
+    def fit(self, shape: tuple[int, int, int, int]) -> BlockMask:
+        """The mask itself, where it serves a call with (B, Hq, Sq, Sk) scores; else a ValueError."""
+        if self.shape[2:] != shape[2:] or any(
+            m not in (1, n) for m, n in zip(self.shape, shape, strict=True)
+        ):
+            msg = (
+                f"mask has shape {self.shape}; it must be (batch or 1, heads or 1, queries, keys) of {shape}"
+            )
+            raise ValueError(msg)
+        return self
+
     @property
     def sparsity(self) -> float:
         return float((self.table == NOTHING).mean()) if self.table.size else 0.0

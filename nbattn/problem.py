@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+if TYPE_CHECKING:
+    from .block_mask import BlockMask
 
 UNBOUNDED = 1 << 40
 """A window side that no sequence reaches; small enough that adding positions cannot overflow."""
@@ -44,6 +47,7 @@ class Problem:
     offset: NDArray[np.int64]  # (B,)
     key_lengths: NDArray[np.int64]  # (B,)
     mask: NDArray[Any] | None = None  # (B, Hq, Sq, Sk) as of `check_mask`, broadcast axes have stride 0
+    blocks: BlockMask | None = None  # in place of a mask, (B or 1, Hq or 1, Sq, Sk)
     bias: NDArray[Any] | None = None  # (B, Hq, Sq, Sk) floating, likewise
     alibi_slopes: NDArray[Any] | None = None  # (Hq,) in the compute dtype
     sinks: NDArray[Any] | None = None  # (Hq,) in the compute dtype

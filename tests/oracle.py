@@ -147,8 +147,12 @@ def assert_accurate(got, truth, plain, unit, *, ulp, what):
     assert error <= 2 * allowed + ulp, f"{what}: error {error:.3g} of {2 * allowed + ulp:.3g} allowed"
 
 
-def check(backend, query, key, value, mask=None, *, ulp=4, **options):
-    """Run attention in every form that the door has, and hold output, weights and lse to the rule."""
+def check(backend, query, key, value, mask=None, *, given=None, ulp=4, **options):
+    """Run attention in every form that the door has, and hold output, weights and lse to the rule.
+
+    The mask may be `given` to the door in another form.
+    """
+    given = mask if given is None else given
     attention = nbattn.scaled_dot_product_attention
     dtype = np.asarray(query).dtype
     compute = compute_dtype_of(dtype)
@@ -157,13 +161,13 @@ def check(backend, query, key, value, mask=None, *, ulp=4, **options):
     plain, exact = (formula(*wide, mask, compute=c, **options) for c in (compute, wider))
     oracle = attention(*wide, mask, backend="reference", return_weights=True, return_lse=True, **options)
 
-    call = {"mask": mask, "backend": backend, **options}
+    call = {"mask": given, "backend": backend, **options}
     alone = attention(query, key, value, **call)
     with_lse = attention(query, key, value, return_lse=True, **call)
     full = attention(query, key, value, return_weights=True, return_lse=True, **call)
     if backend == "cpu":  # which is the default, and may be quicker about a layout that it has met
         for _ in range(4):
-            assert_same_bits(attention(query, key, value, mask, **options), alone)
+            assert_same_bits(attention(query, key, value, given, **options), alone)
     assert alone.dtype == full.output.dtype == dtype
     assert full.weights.dtype == full.lse.dtype == with_lse.lse.dtype == compute
     assert with_lse.weights is None

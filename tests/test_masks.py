@@ -3,13 +3,17 @@
 import pickle
 import re
 
+import numba
 import numpy as np
 import pytest
 import scipy.sparse
 from hypothesis import given
 from hypothesis import strategies as st
+from ml_dtypes import finfo
+from oracle import DTYPES, assert_same_bits, check, hold, inputs, normal
 
-from nbattn import BlockMask, masks
+import nbattn
+from nbattn import BlockMask, masks, scaled_dot_product_attention, varlen_attention
 
 LENGTHS = [(1, 1), (64, 64), (63, 65), (65, 63), (130, 200), (200, 130), (257, 64), (3, 300), (256, 384)]
 lengths = pytest.mark.parametrize(("queries", "keys"), LENGTHS)
@@ -300,6 +304,172 @@ class TestLogic:
         assert mask != "mask"
         with pytest.raises(TypeError, match="unhashable"):
             hash(mask)
+
+
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: np.dtype(d).name)
+
+
+def check_mask(backend, query, key, value, mask, **options):
+    """Hold attention with a block mask to the rule, in all its forms."""
+    check(backend, query, key, value, mask.to_dense(), given=mask, **options)
+
+
+class TestAttention:
+    @pytest.mark.isa
+    @dtypes
+    def test_blocks_of_every_kind(self, backend, dtype, rng):
+        q, k, v = inputs(rng, 1, 2, 1, 140, 330, 8, dtype=dtype)
+        mask = BlockMask.from_dense(random_mask(rng, (1, 2, 140, 330)))
+        check_mask(backend, q, k, v, mask)
+        check_mask(backend, q, k, v, mask, window_size=(170, 9), query_offset=120, key_lengths=[261])
+
+    def test_with_other_options(self, backend, rng):
+        q, k, v = inputs(rng, 2, 4, 2, 140, 200, 8)
+        for shape in ((1, 1), (2, 1), (1, 4), (2, 4)):
+            mask = BlockMask.from_dense(random_mask(rng, (*shape, 140, 200)))
+            check_mask(backend, q, k, v, mask, query_offset=[20, -90], is_causal=True)
+        bias = np.where(rng.random((4, 140, 200)) < 0.5, -np.inf, 1.0)
+        check_mask(backend, q, k, v, mask, is_causal=True, query_offset="end", bias=bias, sinks=np.ones(4))
+        check_mask(backend, q, k, v, mask, softcap=2.0, alibi_slopes=rng.random(4), key_lengths=[0, 97])
+
+    @lengths
+    def test_lengths(self, backend, queries, keys, rng):
+        for dtype in (np.float32, np.float64):
+            q, k, v = inputs(rng, 2, 6, 2, queries, keys, 5, 9, dtype=dtype)
+            check_mask(backend, q, k, v, BlockMask.from_dense(random_mask(rng, (2, 6, queries, keys))))
+
+    @pytest.mark.isa
+    def test_empty_rows_and_runs(self, backend, rng):
+        # Blocks far apart, with queries in each block of them that see nothing.
+        q, k, v = inputs(rng, 1, 2, 1, 150, 1000, 8)
+        far = BlockMask.from_dense(
+            np.isin(np.arange(1000), [0, 5, 640, 999]) & (np.arange(150)[:, None] % 3 == 1)
+        )
+        check_mask(backend, q, k, v, far)
+        check_mask(backend, q, k, v, far, is_causal=True, query_offset=600)
+        nothing = far & ~far
+        assert nothing.sparsity == 1
+        for options in ({}, {"window_size": (9, 9)}, {"key_lengths": [130]}):
+            check_mask(backend, q, k, v, nothing, **options)
+
+    @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+    def test_bits_of_whole_blocks(self, dtype, rng):
+        # Where everything is seen, steps are those of a call without mask.
+        q, k, v = inputs(rng, 1, 2, 2, 200, 330, 16, dtype=dtype)
+        whole = masks.sliding_window(200, 330, left=None, right=None)
+        assert whole.nbytes < 100
+        for options in ({}, {"is_causal": True, "query_offset": 40}, {"key_lengths": [201]}):
+            expected = scaled_dot_product_attention(q, k, v, **options)
+            assert_same_bits(scaled_dot_product_attention(q, k, v, whole, **options), expected)
+        causal = scaled_dot_product_attention(q, k, v, masks.causal(200, 330), is_causal=True)
+        np.testing.assert_allclose(
+            causal, scaled_dot_product_attention(q, k, v, is_causal=True), rtol=1e-5, atol=1e-6
+        )
+
+    @pytest.mark.isa
+    @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+    @dtypes
+    def test_masked_never_reaches(self, backend, dtype, poison, rng):
+        seen = random_mask(rng, (1, 2, 150, 260))
+        seen[:, :, 100] = seen[:, :, :, 30] = False
+        seen[:, 0, 3, 200] = True
+        mask = BlockMask.from_dense(seen)
+        clean = inputs(rng, 1, 2, 1, 150, 260, 9, dtype=dtype)
+        broken = [x.copy() for x in clean]
+        for j in (30, 200):
+            broken[1][:, :, j] = broken[2][:, :, j] = poison
+        expected, got = (scaled_dot_product_attention(*x, mask, backend=backend) for x in (clean, broken))
+        spared = ~seen[..., 200]
+        assert 0.2 < spared.mean() < 1
+        spared = np.broadcast_to(spared, (1, 2, 150))
+        assert np.isfinite(got[spared].astype(np.float32)).all()
+        np.testing.assert_allclose(
+            got[spared].astype(np.float64), expected[spared].astype(np.float64),
+            atol=8 * float(finfo(dtype).eps),
+        )  # fmt: skip
+        if np.isnan(poison):
+            assert np.isnan(got[~spared].astype(np.float32)).all()
+        check_mask(backend, broken[0], clean[1], np.where(np.isnan(broken[2]), broken[2], clean[2]), mask)
+
+    @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+    def test_packed(self, backend, dtype, rng):
+        counts = [(70, 100), (0, 5), (130, 40), (1, 260), (3, 0)]
+        starts_q, starts_k = (np.concatenate(([0], np.cumsum(x))) for x in zip(*counts, strict=True))
+        q = normal(rng, (starts_q[-1], 4, 7), dtype)
+        k, v = normal(rng, (starts_k[-1], 2, 7), dtype), normal(rng, (starts_k[-1], 2, 6), dtype)
+        for shape in ((5, 1), (1, 4), (5, 4)):
+            seen = random_mask(rng, (*shape, 130, 260))
+            got = varlen_attention(
+                q, k, v, starts_q, starts_k, BlockMask.from_dense(seen), return_lse=True, backend=backend,
+                query_offset="end", window_size=(90, None),
+            )  # fmt: skip
+            for b, (n, m) in enumerate(counts):
+                rows, keys = slice(*starts_q[b : b + 2]), slice(*starts_k[b : b + 2])
+                alone = (x.swapaxes(0, 1)[None] for x in (q[rows], k[keys], v[keys]))
+                hold(
+                    got.output[rows].swapaxes(0, 1)[None], got.lse[rows].T[None], *alone,
+                    np.broadcast_to(seen, (5, *seen.shape[1:]))[b, None, :, :n, :m],
+                    query_offset="end", window_size=(90, None),
+                )  # fmt: skip
+
+    def test_fewer_dimensions_and_nothing(self, backend, rng):
+        q, k, v = inputs(rng, 1, 1, 1, 70, 90, 8)
+        mask = masks.causal(70, 90)
+        expected = scaled_dot_product_attention(q, k, v, mask.to_dense(), backend=backend)
+        for drop in ((0,), (0, 0)):
+            got = scaled_dot_product_attention(q[drop], k[drop], v[drop], mask, backend=backend)
+            np.testing.assert_allclose(got, expected[drop], rtol=1e-5, atol=1e-6)
+        for batch, queries, keys in ((0, 5, 5), (1, 0, 5), (1, 5, 0), (1, 0, 0)):
+            q, k, v = inputs(rng, batch, 1, 1, queries, keys, 8)
+            got = scaled_dot_product_attention(q, k, v, masks.causal(queries, keys), backend=backend)
+            assert not got.any()
+
+    def test_threads_and_batch(self, rng):
+        q, k, v = inputs(rng, 3, 4, 2, 300, 500, 16)
+        mask = BlockMask.from_dense(random_mask(rng, (3, 4, 300, 500)))
+        expected = scaled_dot_product_attention(q, k, v, mask)
+        threads = numba.get_num_threads()
+        for n in range(1, threads + 1):
+            numba.set_num_threads(n)
+            try:
+                assert_same_bits(scaled_dot_product_attention(q, k, v, mask), expected)
+            finally:
+                numba.set_num_threads(threads)
+        for b in range(3):
+            alone = BlockMask(mask.table[b : b + 1], mask.words, 300, 500)
+            assert_same_bits(scaled_dot_product_attention(q[b], k[b], v[b], alone), expected[b])
+
+    @pytest.mark.parametrize("side", ["start", "end"])
+    def test_reads_nothing_beyond(self, guarded, side, rng):
+        q, k, v = (guarded(x, side) for x in inputs(rng, 1, 2, 1, 130, 200, 8))
+        mask = BlockMask.from_dense(random_mask(rng, (1, 2, 130, 200)))
+        close = BlockMask(guarded(mask.table, side), guarded(mask.words, side), 130, 200)
+        for options in ({}, {"key_lengths": [129]}, {"window_size": (70, 3), "query_offset": 130}):
+            expected = scaled_dot_product_attention(q, k, v, mask, **options)
+            assert_same_bits(scaled_dot_product_attention(q, k, v, close, **options), expected)
+
+    @pytest.mark.parametrize(
+        "shape", [(1, 1, 70, 91), (1, 1, 71, 90), (1, 1, 1, 90), (3, 1, 70, 90), (1, 2, 70, 90)]
+    )
+    def test_other_shapes(self, backend, shape, rng):
+        q, k, v = inputs(rng, 2, 4, 2, 70, 90, 8)
+        mask = BlockMask.from_dense(np.ones(shape, bool))
+        message = re.escape(f"mask has shape {shape}") + r".*\(batch or 1, heads or 1.* of \(2, 4, 70, 90\)"
+        with pytest.raises(ValueError, match=message):
+            scaled_dot_product_attention(q, k, v, mask, backend=backend)
+        packed = (x.transpose(0, 2, 1, 3).reshape(-1, x.shape[1], 8) for x in (q, k, v))
+        with pytest.raises(ValueError, match=message):
+            varlen_attention(*packed, [0, 70, 140], [0, 90, 180], mask, backend=backend)
+
+    def test_doors_that_know_no_blocks(self, rng):
+        cache = nbattn.KVCache(batch=1, kv_heads=1, capacity=90, head_dim=8)
+        _, k, v = inputs(rng, 1, 1, 1, 1, 90, 8)
+        cache.append(k, v)
+        q = normal(rng, (1, 2, 70, 8))
+        mask = masks.causal(70, 90, offset=20)
+        assert_same_bits(
+            cache.attend(q, mask, is_causal=False), cache.attend(q, mask.to_dense(), is_causal=False)
+        )
 
 
 BAD = {

@@ -37,7 +37,7 @@ def forward(
         _forward(problem, out, lse, weights)
     elif problem.query_starts is not None:
         _forward_packed(problem, out, lse)
-    elif decode.is_few(problem, problem.max_queries, problem.max_keys):
+    elif problem.blocks is None and decode.is_few(problem, problem.max_queries, problem.max_keys):
         decode.forward(decode.as_cache(problem), out, lse)
     else:
         _forward(problem, out, lse, None)
@@ -48,7 +48,7 @@ def _forward_packed(p: Problem, out: NDArray[Any], lse: NDArray[Any] | None) -> 
     starts, key_starts = cast(Any, p.query_starts), cast(Any, p.key_starts)
     counts = np.diff(starts)
     few = decode.is_few(p, counts, np.diff(key_starts))
-    if p.mask is not None or p.bias is not None or not few.any():
+    if any(x is not None for x in (p.mask, p.blocks, p.bias)) or not few.any():
         _forward(p, out, lse, None)
         return
     decode.attend_packed(p, few & (counts > 0), out, lse)
@@ -148,6 +148,10 @@ def _parameters(
     array("weights", weights, "bhs")
     array("mask", p.mask, "bhqk", unit=1)
     array("bias", p.bias, "bhqk", unit=1)
+    if p.blocks is not None:
+        table = p.blocks.table
+        array("table", np.broadcast_to(table, (p.batch, p.query.shape[1], *table.shape[2:])), "bhq", unit=1)
+        array("words", p.blocks.words)
     array("alibi_slopes", p.alibi_slopes)
     array("sinks", p.sinks)
     array("offset", p.offset)
@@ -156,8 +160,8 @@ def _parameters(
     rows = ROW_BYTES // itemsize
     heads, head_dim, value_dim = p.query.shape[1], p.query.shape[3], p.value.shape[3]
     group = heads // p.key.shape[1] if heads else 1
-    # A block that straddles long heads would see the keys of both.
-    packed_heads = group if p.max_queries <= rows // 2 else 1
+    # A block that straddles long heads would see the keys of both, and rows of several blocks of a mask.
+    packed_heads = group if p.max_queries <= rows // 2 and p.blocks is None else 1
     units = heads // packed_heads
     first_task = None
     if p.query_starts is None:

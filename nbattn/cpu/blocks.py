@@ -22,7 +22,7 @@ from numba import types
 
 from . import amx, emitters, layout, panels, queries, simd
 from .layout import Operand
-from .masks import EVERYTHING, NOTHING
+from .masks import NOTHING
 from .panels import KEYS
 from .tiles import ROW_BYTES, product
 
@@ -258,8 +258,7 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
                         store(w.o + d * ROW_BYTES + v * register, zero)
             key0 = any_first
             while key0 < any_last:
-                keys = min(KEYS - key0 % KEYS, any_last - key0)
-                seen = look(p, w, key0, keys, vectors * lanes) if p.mask != 0 else EVERYTHING
+                seen, keys = look(p, w, key0, any_last, vectors * lanes)
                 if seen == NOTHING:
                     key0 += keys
                     continue

@@ -26,6 +26,7 @@ PARAMETERS = np.dtype(
         "lse", "lse_b", "lse_h", "lse_s", "weights", "weights_b", "weights_h", "weights_s",
         # addresses, and strides in bytes along batch, head, query and key
         "mask", "mask_b", "mask_h", "mask_q", "mask_k", "mask_same_rows",
+        "table", "table_b", "table_h", "table_q", "words",  # of a block mask
         "bias", "bias_b", "bias_h", "bias_q", "bias_k", "bias_kind", "bias_same_rows",
         "alibi_slopes", "sinks", "offset", "key_lengths", "query_starts", "key_starts", "first_task",
         "batch", "queries", "head_dim", "value_dim", "query_rows", "value_rows",
@@ -65,7 +66,7 @@ class Scratch(NamedTuple):
     position: int  # of the query among the keys
     queries: int  # one table each of addresses: where the query lies,
     outs: int  # its output,
-    masks: int  # its mask,
+    masks: int  # its mask, or of a block mask the row of the table, and the bit of the first query,
     biases: int  # its bias,
     weights: int  # its weights
     seen: int  # a word of bits for each key of a run: which queries the mask lets see it

@@ -3,6 +3,9 @@
 Mask rows lie query by query, and lanes are queries. Runs of 64 keys of a query are compared into words of 64
 bits, a square of 64 such words is transposed by shifts (120 vector operations for 4096 elements), and then a
 key's word says which lanes see it. A run that no query of a block sees is skipped before it is multiplied.
+
+A `BlockMask` has such words already. Its blocks are a kernel's 64 queries, or two times 32 of float64, by
+half a run of keys: the row of its table is searched for the next block that is seen, and words are copied.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from ..reference.masks import BLOCK
 from . import emitters, simd
 from .emitters import I8, I64, const, load_value, pointer, store_value
 from .panels import KEYS
@@ -26,6 +30,7 @@ WORDS = -(-KEYS // 64) * 64
 
 get_int, put_int = simd.scalars(types.int64)
 get_byte, _ = simd.scalars(types.int8)
+get_state, _ = simd.scalars(types.int32)
 
 
 def _bits(count: int) -> Any:
@@ -108,8 +113,9 @@ def shown(typingctx: Any, x: Any, word: Any, first: Any) -> Any:
 
 
 def build(jit: Any, dtype: Any) -> tuple[Any, Any, Any]:
-    """The compiled functions ``look(p, w, key0, keys, rows)``, what the mask shows of a run of keys,
-    ``hide(w, keys, vectors)``, which then makes scores -inf, and ``masked(p, w, r, j)``, for a single one.
+    """The compiled functions ``look(p, w, key0, end, rows)``, what the mask shows from a key on, and of how
+    many before `end`; ``hide(w, keys, vectors)``, which then makes scores -inf; and ``masked(p, w, r, j)``,
+    for a single one.
 
     `p` is the call's parameters, `w` the block's scratch (`layout.Scratch`).
     """
@@ -133,8 +139,8 @@ def build(jit: Any, dtype: Any) -> tuple[Any, Any, Any]:
         return word
 
     @jit
-    def look(p, w, key0, keys, rows):
-        """NOTHING, SOME or EVERYTHING; for SOME, the words at w.seen say what."""
+    def look_through(p, w, key0, keys, rows):
+        """NOTHING, SOME or EVERYTHING of a run of an array's elements."""
         some, every = 0, -1
         if p.mask_same_rows:
             a = get_int(w.masks) + key0 * p.mask_k
@@ -167,6 +173,42 @@ def build(jit: Any, dtype: Any) -> tuple[Any, Any, Any]:
         return SOME
 
     @jit
+    def look_up(p, w, key0, keys, end):
+        """NOTHING up to the next block that is seen; or SOME or EVERYTHING of a block, or of two that are
+        both seen where a run of `keys` holds them.
+        """
+        row, bit = get_int(w.masks), get_int(w.masks + 8)
+        block, last = key0 // BLOCK, (end - 1) // BLOCK
+        state = get_state(row + 4 * block)
+        if state == NOTHING:
+            while state == NOTHING and block < last:
+                block += 1
+                state = get_state(row + 4 * block)
+            return NOTHING, end - key0 if state == NOTHING else block * BLOCK - key0
+        first = min(BLOCK - key0 % BLOCK, keys)
+        following = get_state(row + 4 * (block + 1)) if first < keys else 0
+        if following == NOTHING:
+            keys = first
+        if state == 1 and (following == 1 or keys == first):
+            return EVERYTHING, keys
+        for j in range(keys):
+            if j == first:
+                state = following
+            word = -1
+            if state != 1:
+                word = get_int(p.words + 8 * ((state - 2) * BLOCK + (key0 + j) % BLOCK)) >> bit
+            put_int(w.seen + 8 * j, word)
+        return SOME, keys
+
+    @jit
+    def look(p, w, key0, end, rows):
+        """(NOTHING, SOME or EVERYTHING, of how many keys); for SOME, the words at w.seen say what."""
+        keys = min(KEYS - key0 % KEYS, end - key0)
+        if p.table != 0:
+            return look_up(p, w, key0, keys, end)
+        return look_through(p, w, key0, keys, rows) if p.mask != 0 else EVERYTHING, keys
+
+    @jit
     def hide(w, keys, vectors):
         for j in range(keys):
             for v in range(vectors):
@@ -175,6 +217,12 @@ def build(jit: Any, dtype: Any) -> tuple[Any, Any, Any]:
 
     @jit
     def masked(p, w, r, j):
-        return get_byte(get_int(w.masks + 8 * r) + j * p.mask_k) == 0
+        if p.table == 0:
+            return get_byte(get_int(w.masks + 8 * r) + j * p.mask_k) == 0
+        state = get_state(get_int(w.masks) + 4 * (j // BLOCK))
+        if state < 2:
+            return state == 0
+        word = get_int(p.words + 8 * ((state - 2) * BLOCK + j % BLOCK))
+        return word >> (get_int(w.masks + 8) + r) & 1 == 0
 
     return look, hide, masked

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import types
 
+from ..reference.masks import BLOCK
 from . import amx, emitters, panels, scores, simd
 from .layout import (
     NEXT_TASK,
@@ -180,6 +181,10 @@ def build(form: Form, jit: Any, inline: Any) -> Queries:
                 i += 1
                 if i == queries:
                     h, i = h + 1, 0
+        if p.table != 0:
+            row = b * p.table_b + unit * p.table_h + row0 // BLOCK * p.table_q
+            put_int(w.masks, p.table + row)
+            put_int(w.masks + 8, row0 % BLOCK)
         # A start at a multiple of it keeps pairs of keys together, and tiles of them.
         return any_first // whole_run * whole_run, any_last, all_first, all_last
 

@@ -147,7 +147,7 @@ def build(jit: Any, inline: Any, dtype: Any, storage: str) -> tuple[Any, Any, An
     def visible(p, w, r, j):
         if j < get_index(w.first + r * size) or j >= get_index(w.last + r * size):
             return False
-        if p.mask != 0 and masked(p, w, r, j):
+        if (p.mask != 0 or p.table != 0) and masked(p, w, r, j):
             return False
         if p.bias == 0:
             return True

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..problem import Problem
+from . import masks
 
 
 def forward(
@@ -86,6 +87,10 @@ def _visible(problem: Problem, b: int, n: int, m: int) -> NDArray[np.bool_]:
     seen = np.repeat(seen[None], problem.query.shape[1], axis=0)
     if problem.mask is not None:
         seen &= problem.mask[b, :, :n, :m] != 0
+    if problem.blocks is not None:
+        table, (_, _, queries, keys) = problem.blocks.table, problem.blocks.shape
+        row = table[min(b, len(table) - 1), None]
+        seen &= masks.dense(row, problem.blocks.words, (queries, keys))[0, :, :n, :m]
     if problem.bias is not None:
         seen &= problem.bias[b, :, :n, :m].astype(problem.compute) != -np.inf
     return seen
