@@ -113,9 +113,8 @@ def shown(typingctx: Any, x: Any, word: Any, first: Any) -> Any:
 
 
 def build(jit: Any, dtype: Any) -> tuple[Any, Any, Any]:
-    """The compiled functions ``look(p, w, key0, end, rows)``, what the mask shows from a key on, and of how
-    many before `end`; ``hide(w, keys, vectors)``, which then makes scores -inf; and ``masked(p, w, r, j)``,
-    for a single one.
+    """The compiled functions ``look(p, w, key0, keys, rows)``, what the mask shows of a run of keys,
+    ``hide(w, keys, vectors)``, which then makes scores -inf, and ``masked(p, w, r, j)``, for a single one.
 
     `p` is the call's parameters, `w` the block's scratch (`layout.Scratch`).
     """
@@ -139,8 +138,8 @@ def build(jit: Any, dtype: Any) -> tuple[Any, Any, Any]:
         return word
 
     @jit
-    def look_through(p, w, key0, keys, rows):
-        """NOTHING, SOME or EVERYTHING of a run of an array's elements."""
+    def look(p, w, key0, keys, rows):
+        """NOTHING, SOME or EVERYTHING; for SOME, the words at w.seen say what."""
         some, every = 0, -1
         if p.mask_same_rows:
             a = get_int(w.masks) + key0 * p.mask_k
@@ -171,6 +170,25 @@ def build(jit: Any, dtype: Any) -> tuple[Any, Any, Any]:
         for first in range(0, 0 if p.mask_same_rows else keys, 64):
             turn_bits(w.seen + 8 * first)
         return SOME
+
+    @jit
+    def hide(w, keys, vectors):
+        for j in range(keys):
+            for v in range(vectors):
+                a = w.s + j * ROW_BYTES + v * register
+                store(a, shown(load(a), w.seen + 8 * j, v * lanes))
+
+    @jit
+    def masked(p, w, r, j):
+        return get_byte(get_int(w.masks + 8 * r) + j * p.mask_k) == 0
+
+    return look, hide, masked
+
+
+def with_blocks(jit: Any, look_array: Any, masked_in_array: Any) -> tuple[Any, Any]:
+    """``look(p, w, key0, end, rows)``, what the mask, of whichever kind, shows from a key on, and of how many
+    before `end`; and ``masked(p, w, r, j)``. Both made of those for arrays.
+    """
 
     @jit
     def look_up(p, w, key0, keys, end):
@@ -206,23 +224,16 @@ def build(jit: Any, dtype: Any) -> tuple[Any, Any, Any]:
         keys = min(KEYS - key0 % KEYS, end - key0)
         if p.table != 0:
             return look_up(p, w, key0, keys, end)
-        return look_through(p, w, key0, keys, rows) if p.mask != 0 else EVERYTHING, keys
-
-    @jit
-    def hide(w, keys, vectors):
-        for j in range(keys):
-            for v in range(vectors):
-                a = w.s + j * ROW_BYTES + v * register
-                store(a, shown(load(a), w.seen + 8 * j, v * lanes))
+        return look_array(p, w, key0, keys, rows) if p.mask != 0 else EVERYTHING, keys
 
     @jit
     def masked(p, w, r, j):
         if p.table == 0:
-            return get_byte(get_int(w.masks + 8 * r) + j * p.mask_k) == 0
+            return masked_in_array(p, w, r, j)
         state = get_state(get_int(w.masks) + 4 * (j // BLOCK))
         if state < 2:
             return state == 0
         word = get_int(p.words + 8 * ((state - 2) * BLOCK + j % BLOCK))
         return word >> (get_int(w.masks + 8) + r) & 1 == 0
 
-    return look, hide, masked
+    return look, masked

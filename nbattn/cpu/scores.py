@@ -21,10 +21,10 @@ get_int, _ = simd.scalars(types.int64)
 
 
 def build(jit: Any, inline: Any, dtype: Any, storage: str) -> tuple[Any, Any, Any]:
-    """The compiled functions ``look`` of `masks.build`; ``adjust(p, w, key0, keys, rows, vectors, all_first,
-    all_last, seen, careful)``, which turns raw products into scores where the mask showed `seen`; and
-    ``visible(p, w, r, j)``, whether row r sees key j at all. Without `careful`, a bias of -inf leaves a score
-    of NaN or inf NaN.
+    """The compiled functions ``look`` of `masks.with_blocks`; ``adjust(p, w, key0, keys, rows, vectors,
+    all_first, all_last, seen, careful)``, which turns raw products into scores where the mask showed `seen`;
+    and ``visible(p, w, r, j)``, whether row r sees key j at all. Without `careful`, a bias of -inf leaves a
+    score of NaN or inf NaN.
 
     `p` is the call's parameters, `w` the block's scratch (`layout.Scratch`).
     """
@@ -36,7 +36,8 @@ def build(jit: Any, inline: Any, dtype: Any, storage: str) -> tuple[Any, Any, An
     load, store, get, put = simd.loads("float64" if size == 8 else "float32")
     get_index, _ = simd.scalars(types.int64 if size == 8 else types.int32)
     fma, mul, sub, splat = simd.fma, simd.mul, simd.sub, simd.splat
-    look, hide, masked = masks.build(jit, dtype)
+    look_array, hide, masked_in_array = masks.build(jit, dtype)
+    look, masked = masks.with_blocks(jit, look_array, masked_in_array)
 
     @jit
     def multiply(s, scale, keys, vectors):
