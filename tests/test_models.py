@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nbattn import KVCache
-from nbattn.layers import Linear, RMSNorm, SwiGLU
 from nbattn.models import load
 from nbattn.models.glassllm import GlassLM, Tokenizer
 from nbattn.models.sampling import next_token, nucleus
@@ -230,23 +229,6 @@ class TestSampling:
     def test_cold_is_greedy(self, temperature):
         logits = np.array([-1e4, 2.0, 1e4, 0.0], np.float32)
         assert next_token(logits, temperature, 1.0, np.random.default_rng(0)) == 2
-
-
-class TestLayers:
-    def test_linear(self):
-        x, w, b = np.ones((2, 3)), np.arange(6.0).reshape(3, 2), np.array([1.0, -1.0])
-        np.testing.assert_array_equal(Linear(w)(x), x @ w)
-        np.testing.assert_array_equal(Linear(w, b)(x), x @ w + b)
-
-    def test_rms_norm(self):
-        x = np.random.default_rng(0).standard_normal((2, 5))
-        expected = 3 * x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
-        np.testing.assert_allclose(RMSNorm(np.full(5, 3.0), 1e-6)(x), expected, rtol=1e-14)
-
-    def test_swiglu_does_not_overflow(self):
-        one = np.ones((1, 1), np.float32)
-        y = SwiGLU(one, one, one)(np.array([[-200.0], [0.0], [2.0], [200.0]], np.float32))
-        np.testing.assert_allclose(y[:, 0], [0, 0, 4 / (1 + np.exp(-2)), 40000], rtol=1e-6)
 
 
 @pytest.fixture

@@ -156,8 +156,8 @@ def narrow_halves_value(b: ir.IRBuilder, low: Any, high: Any) -> Any:
     return b.bitcast(b.call(fn, [high, low]), ir.VectorType(I16, 32))
 
 
-def prefetch_value(b: ir.IRBuilder, address: Any) -> None:
-    """Ask for the cache line of an address, which may lie anywhere."""
+def prefetch_value(b: ir.IRBuilder, address: Any, locality: int = 3) -> None:
+    """Ask for the cache line of an address, which may lie anywhere; 3 is for all caches, 2 not the first."""
     p = pointer(b, address, I8)
     hint = ir.FunctionType(ir.VoidType(), [p.type, I32, I32, I32])
     fn = cgutils.get_or_insert_function(b.module, hint, "llvm.prefetch.p0")

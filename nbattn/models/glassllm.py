@@ -74,13 +74,14 @@ def _positive(entries: dict[str, Any], name: str, kind: Any) -> Any:
 class Attention:
     """Causal attention of one layer, with fewer key heads than query heads. The cache turns both."""
 
-    def __init__(self, weights: Weights, prefix: str, config: Config) -> None:
+    def __init__(self, weights: Weights, prefix: str, config: Config, backend: str | None) -> None:
         d, kv_width = config.d_model, config.n_kv_heads * config.head_dim
         self.head_dim = config.head_dim
-        self.query = Linear(weights.tensor(prefix + "W_Q", (d, d)))
-        self.key = Linear(weights.tensor(prefix + "W_K", (d, kv_width)))
-        self.value = Linear(weights.tensor(prefix + "W_V", (d, kv_width)))
-        self.output = Linear(weights.tensor(prefix + "W_O", (d, d)))
+        # The file has inputs along the first axis.
+        self.query, self.key, self.value, self.output = (
+            Linear(weights.tensor(prefix + name, (d, width)).T, backend=backend)
+            for name, width in (("W_Q", d), ("W_K", kv_width), ("W_V", kv_width), ("W_O", d))
+        )
 
     def __call__(self, x: NDArray[np.float32], cache: KVCache) -> NDArray[np.float32]:
         """``(B, S, d)`` at the positions after those in the cache, to ``(B, S, d)``."""
@@ -96,15 +97,15 @@ class Attention:
 class Block:
     """One layer: attention and SwiGLU, each normalised before and added to its input."""
 
-    def __init__(self, weights: Weights, prefix: str, config: Config) -> None:
+    def __init__(self, weights: Weights, prefix: str, config: Config, backend: str | None) -> None:
         d, hidden = config.d_model, int(8 * config.d_model / 3)
         self.norm1 = RMSNorm(weights.tensor(prefix + "norm1.gamma", (d,)), config.eps)
-        self.attention = Attention(weights, prefix + "attn.", config)
+        self.attention = Attention(weights, prefix + "attn.", config, backend)
         self.norm2 = RMSNorm(weights.tensor(prefix + "norm2.gamma", (d,)), config.eps)
         self.feed_forward = SwiGLU(
-            gate=weights.tensor(prefix + "ffn.W1", (d, hidden)),
-            up=weights.tensor(prefix + "ffn.W3", (d, hidden)),
-            down=weights.tensor(prefix + "ffn.W2", (hidden, d)),
+            gate=Linear(weights.tensor(prefix + "ffn.W1", (d, hidden)).T, backend=backend),
+            up=Linear(weights.tensor(prefix + "ffn.W3", (d, hidden)).T, backend=backend),
+            down=Linear(weights.tensor(prefix + "ffn.W2", (hidden, d)).T, backend=backend),
         )
 
     def __call__(self, x: NDArray[np.float32], cache: KVCache) -> NDArray[np.float32]:
@@ -136,9 +137,9 @@ class GlassLM:
         self.config = config = Config.read(weights)
         self.backend, self.cache_dtype = backend, cache_dtype
         self.embedding = weights.tensor("E", (config.vocab_size, config.d_model))
-        self.blocks = [Block(weights, f"blocks.{i}.", config) for i in range(config.n_layers)]
+        self.blocks = [Block(weights, f"blocks.{i}.", config, backend) for i in range(config.n_layers)]
         self.norm = RMSNorm(weights.tensor("norm_f.gamma", (config.d_model,)), config.eps)
-        self.head = Linear(self.embedding.T)
+        self.head = Linear(self.embedding, backend=backend)
 
     def new_cache(self, batch: int = 1) -> list[KVCache]:
         """One empty cache for each layer, with room for `max_len` positions."""
