@@ -7,6 +7,7 @@ from .block_mask import BlockMask
 from .cache import KVCache
 from .cascade import cascade_attention
 from .decode import paged_attention
+from .linear import linear_attention
 from .paged import PagedKVCache
 from .softmax import log_softmax, logsumexp, softmax
 
@@ -17,6 +18,7 @@ __all__ = [
     "PagedKVCache",
     "additive_attention",
     "cascade_attention",
+    "linear_attention",
     "log_softmax",
     "logsumexp",
     "masks",

@@ -149,6 +149,33 @@ class AppendProblem:
         return np.float64 if self.storage == "float64" else np.float32
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class LinearProblem:
+    """One call of linear attention, checked and resolved.
+
+    The state S (F, Dv) of a key head takes the tokens in their order::
+
+        S = exp(decay[t])[:, None] * S
+        S = S + outer(key[t], value[t])                           without beta
+        S = S + outer(key[t], beta[t] * (value[t] - key[t] @ S))  with beta
+
+    and the output of query t is ``scale * query[t] @ S``, with S as of token t where `is_causal` is set (then
+    Sq equals Sk), else as of the last one. Queries and keys go through `feature` before. With `normalize`
+    the state has one column more, whose values are 1, and outputs are divided by theirs, or 0 where it is 0.
+    """
+
+    query: NDArray[Any]  # (B, Hq, Sq, F), float32 or float64 like all others, last axis contiguous
+    key: NDArray[Any]  # (B, Hkv, Sk, F), likewise
+    value: NDArray[Any]  # (B, Hkv, Sk, Dv), likewise
+    scale: float
+    feature: str  # "identity", "elu" or "relu"
+    is_causal: bool
+    normalize: bool
+    decay: NDArray[Any] | None = None  # (B, Hkv, Sk, F), the logarithm; broadcast axes have stride 0
+    beta: NDArray[Any] | None = None  # (B, Hkv, Sk), likewise
+    state: NDArray[Any] | None = None  # (B, Hkv, F, Dv or Dv + 1), last axis contiguous
+
+
 def backend_module(stem: str, backend: str | None) -> ModuleType:
     """The module that does the work of a door: the one of the same stem in the backend's folder."""
     if backend in (None, "cpu", "reference"):

@@ -1,27 +1,33 @@
-"""The ONNX operator tests of Attention, through an adapter from its arguments to this library's."""
+"""The ONNX operator tests of attention, through adapters from its arguments to this library's."""
 
 import warnings
 
 import numpy as np
 import pytest
 
-from nbattn import scaled_dot_product_attention
+from nbattn import linear_attention, scaled_dot_product_attention
 
 onnx = pytest.importorskip("onnx", minversion="1.23", reason="needs onnx>=1.23")
 
 CASES = 93
+LINEAR_CASES = 14
 BFLOAT16_TOLERANCE = 2.0**-6
 
 
 @pytest.fixture(scope="module")
-def cases():
-    """Every case whose model is the operator itself, not its expansion."""
+def nodes():
+    """Every case whose model is an operator itself, not its expansion."""
     from onnx.backend.test.loader import load_model_tests
 
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
         found = load_model_tests(kind="node")
-    return [c for c in found if c.name.startswith("test_attention_") and "_expanded" not in c.name]
+    return [c for c in found if "_expanded" not in c.name]
+
+
+@pytest.fixture(scope="module")
+def cases(nodes):
+    return [c for c in nodes if c.name.startswith("test_attention_")]
 
 
 def split_heads(x, heads):
@@ -124,3 +130,40 @@ def test_every_case(backend, cases):
         except (AssertionError, TypeError, ValueError) as error:
             failures[case.name] = str(error)
     assert not failures
+
+
+def linear(attributes, q, k, v, past_state=None, decay=None, beta=None, *, backend):
+    """ONNX's LinearAttention, whose arrays have their heads packed into the last axis."""
+    rule = attributes.get("update_rule", b"gated_delta").decode()
+    heads, kv_heads = attributes["q_num_heads"], attributes["kv_num_heads"]
+
+    def unpack(x, heads):
+        return x.reshape(*x.shape[:2], heads, -1).transpose(0, 2, 1, 3)
+
+    key = unpack(k, kv_heads)
+    if decay is not None:
+        decay = unpack(decay, kv_heads)
+        decay = decay if decay.shape == key.shape else decay[..., 0]
+    output, state = linear_attention(
+        unpack(q, heads), key, unpack(v, kv_heads),
+        decay=decay if "gated" in rule else None,
+        beta=beta.transpose(0, 2, 1) if "delta" in rule else None,
+        scale=attributes.get("scale") or None, state=past_state, return_state=True, backend=backend,
+    )  # fmt: skip
+    dtype = q.dtype if past_state is None else past_state.dtype
+    return output.transpose(0, 2, 1, 3).reshape(*q.shape[:2], -1), state.astype(dtype)
+
+
+def test_every_linear_case(backend, nodes):
+    cases = [c for c in nodes if c.name.startswith("test_linear_attention_")]
+    assert len(cases) == LINEAR_CASES
+    for case in cases:
+        (node,) = case.model.graph.node
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        for given, wanted in case.data_sets:
+            numbers = iter(given)
+            arrays = [next(numbers) if name else None for name in node.input]
+            results = linear(attributes, *arrays, backend=backend)
+            for got, expected in zip(results, wanted, strict=True):
+                assert got.dtype == expected.dtype, case.name
+                np.testing.assert_allclose(got, expected, rtol=case.rtol, atol=case.atol, err_msg=case.name)

@@ -1,7 +1,8 @@
 """Numba kernels for the CPU.
 
-What a door calls has the door's name: `attention`, `additive`, `decode`, `append` and `softmax` fill the
-parameters of a kernel and choose the threads. Below them, from what is shared to what one kernel alone needs:
+What a door calls has the door's name: `attention`, `additive`, `decode`, `append`, `linear` and
+`softmax` fill the parameters of a kernel and choose the threads. Below them, from what is shared to what one
+kernel alone needs:
 
 - `runtime` compiles, keeps and runs kernels, with `handover` for helpers that are awake; `emitters` write
   LLVM code, and `simd` makes intrinsics of them;

@@ -1,0 +1,534 @@
+"""Linear attention on the CPU: the recurrence itself, with a block of the state in the first-level cache.
+
+The lanes are columns of values, which never meet: threads share out (batch, key head, block of columns). For
+each token, or two at once, one sweep over the rows of the state loads each into `WIDE` vectors, decays it,
+adds ``key * value`` and multiplies it into the output's sums, which stay in registers: two multiply-adds for
+each number of the state, three with a delta rule, which recalls for the next token in the same sweep. Chunks
+of 64 tokens, which tensor cores like better, take 1.5 to 2 times as many at head_dim 64. The rest follows: no
+ratio of decays overflows, no later token is touched before its time, a cut of the sequence changes no bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+from ..problem import LinearProblem
+from . import emitters, runtime, simd
+from .emitters import I64, const, fma_value, load_value, pointer, splat_value, store_value
+from .tiles import WIDE
+
+PITCH = WIDE * emitters.REGISTER_BYTES
+"""Bytes from one row of a block of columns to the next: of the state, of values and of outputs."""
+CHUNK = 16
+"""Tokens that a delta rule lays out in scratch at once: each chunk begins with recalling. Without one there
+are two, for which the processor's own prefetching sees steady reads: 178 ns a token of 64 x 64, not 235."""
+SEGMENT = 128
+"""Queries of a task that only reads the state."""
+SERIAL_WORK = 1 << 17
+"""Multiply-adds below which a call is not worth a second thread."""
+FEATURES = ("identity", "elu", "relu")
+ELU, RELU = 1, 2
+UPDATE, READ = 1, 2
+"""What a run does with the state; both at once where the output is causal."""
+
+PARAMETERS = np.dtype(
+    runtime.WORK
+    + [(name, np.int64) for name in (
+        "workspace", "workspace_bytes", "workers",
+        # addresses, and strides in bytes
+        "query", "query_b", "query_h", "query_s", "key", "key_b", "key_h", "key_s",
+        "value", "value_b", "value_h", "value_s", "out", "out_b", "out_h", "out_s",
+        "decay", "decay_b", "decay_h", "decay_s", "decay_f", "beta", "beta_b", "beta_h", "beta_s",
+        "state", "state_b", "state_h", "state_f", "end", "end_b", "end_h", "end_f",
+        "steps", "tokens", "features", "row", "columns", "width", "panels", "segments", "heads", "group",
+        "chunk", "feature", "normalize",
+    )]
+    + [("scale", np.float64)]
+)  # fmt: skip
+parameters_at = simd.record(PARAMETERS)
+_WORDS = {n: PARAMETERS.fields[n][1] // 8 for n in PARAMETERS.names}  # type: ignore[index, union-attr]
+NEXT_TASK, TASKS_DONE, WORKERS = (8 * _WORDS[name] for name in ("next_task", "tasks_done", "workers"))
+
+
+def forward(problem: LinearProblem, out: NDArray[Any], state_out: NDArray[Any] | None) -> None:
+    """Write linear attention to `out` (B, Hq, Sq, Dv), the state to `state_out` (B, Hkv, F, Dv or Dv + 1)."""
+    p = problem
+    if p.is_causal:
+        _run(p, out, p.state, state_out, UPDATE | READ)
+        return
+    end = state_out
+    if end is None:
+        end = np.empty((*p.key.shape[:2], p.key.shape[3], p.value.shape[3] + p.normalize), p.key.dtype)
+    _run(p, None, p.state, end, UPDATE)
+    _run(p, out, end, None, READ)
+
+
+def kernel_names(dtypes: Sequence[str]) -> list[str]:
+    """The kernels that calls with these dtypes need."""
+    return sorted({f"linear-{'float64' if d == 'float64' else 'float32'}" for d in dtypes})
+
+
+def kernel(name: str) -> Any:
+    """The compiled kernel of this name."""
+    return runtime.compiled(name, partial(_build, name.partition("-")[2]))
+
+
+def _run(
+    p: LinearProblem,
+    out: NDArray[Any] | None,
+    state: NDArray[Any] | None,
+    end: NDArray[Any] | None,
+    steps: int,
+) -> None:
+    values = _parameters(p, out, state, end, steps)
+    if values["tasks"] == 0:
+        return
+    work = p.query.size * values["columns"]
+    helpers = 0 if work < SERIAL_WORK else min(runtime.threads(), values["tasks"]) - 1
+    memory, values["workspace"] = runtime.scratch((helpers + 1) * values["workspace_bytes"])
+    words = [0] * (PARAMETERS.itemsize // 8)
+    for name, value in values.items():
+        words[_WORDS[name]] = value
+    runtime.run(
+        kernel(f"linear-{p.key.dtype.name}"), np.array(words, np.int64), helpers, (p, out, state, end, memory)
+    )
+    runtime.keep(memory)
+
+
+def _parameters(
+    p: LinearProblem,
+    out: NDArray[Any] | None,
+    state: NDArray[Any] | None,
+    end: NDArray[Any] | None,
+    steps: int,
+) -> dict[str, int]:
+    """The kernel's parameters by name, but for the workspace."""
+    batch, heads, queries, features = p.query.shape
+    key_heads, keys, columns = p.value.shape[1:]
+    group = heads // key_heads if key_heads else 1
+    tokens = keys if steps & UPDATE else queries
+    segments = 1 if steps & UPDATE else -(-queries // SEGMENT)
+    if steps == READ | UPDATE and not queries and end is None:
+        segments = 0
+    size = p.key.itemsize
+    lanes = simd.lanes(p.key.dtype)
+    vectors = -(-columns // lanes)
+    # A column's bits do not depend on the columns beside it, so that a few heads may share out theirs.
+    width = min(WIDE, vectors)
+    while width > 1 and batch * key_heads * segments * -(-vectors // width) < runtime.threads():
+        width //= 2
+    panels = -(-vectors // width)
+    row = -(-features * size // emitters.REGISTER_BYTES) * emitters.REGISTER_BYTES
+    chunk = 2 if p.beta is None else max(1, 2 * CHUNK // (1 + group))
+    # As `unit` lays it out: state, queries, keys, decays, their product, values, outputs, recalled, sum of
+    # keys, denominators, beta.
+    scratch = PITCH * (features + chunk + chunk * group + 1) + row * (chunk * group + 3 * chunk + 1)
+    scratch += 64 * -(-chunk // 8) + emitters.REGISTER_BYTES * chunk * group
+    values = {
+        "tasks": batch * key_heads * panels * segments,
+        "workspace_bytes": -(-scratch // 64) * 64,
+        "steps": steps,
+        "tokens": tokens,
+        "features": features,
+        "row": row,
+        "columns": columns,
+        "width": width * lanes,
+        "panels": panels,
+        "segments": segments,
+        "heads": key_heads,
+        "group": group,
+        "chunk": chunk,
+        "feature": FEATURES.index(p.feature),
+        "normalize": p.normalize,
+        "scale": runtime.bits(p.scale),
+    }
+    arrays = [
+        ("query", p.query, "bhs"), ("key", p.key, "bhs"), ("value", p.value, "bhs"), ("out", out, "bhs"),
+        ("decay", p.decay, "bhsf"), ("beta", p.beta, "bhs"), ("state", state, "bhf"), ("end", end, "bhf"),
+    ]  # fmt: skip
+    for name, x, axes in arrays:
+        if x is not None:
+            values[name] = runtime.address(x)
+            values |= {f"{name}_{axis}": stride for axis, stride in zip(axes, x.strides, strict=False)}
+    return values
+
+
+# --- the kernel ---------------------------------------------------------------------------------------------
+
+
+def _sweep(
+    number: Any, vectors: int, *, tokens: int, updates: bool, reads: bool, decays: bool, recalls: bool
+) -> Any:
+    """One sweep over the rows of the state for so many tokens::
+
+        state = decay * state + key * value            `updates`, `decays`
+        out = query @ state                            `reads`
+        value = beta * (value - recalled)              `recalls`, before;
+        recalled = following @ state                   and after, for the next token
+
+    `state`, `value`, `out` and `recalled` have `vectors` vectors of columns; `value` and `out` of the next
+    token lie `PITCH` bytes further, its key, decay and query `row` bytes.
+    """
+    size = number.bitwidth // 8
+
+    @intrinsic
+    def sweep(
+        typingctx: Any, state: Any, row: Any, rows: Any, key: Any, decay: Any, value: Any, query: Any,
+        out: Any, following: Any, recalled: Any, beta: Any,
+    ) -> Any:  # fmt: skip
+        def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+            state, row, rows, key, decay, value, query, out, following, recalled, beta = args
+            scalar = context.get_value_type(number)
+            t = ir.VectorType(scalar, emitters.REGISTER_BYTES // size)
+
+            def at(base: Any, token: int, j: int) -> Any:
+                shift = const(I64, token * PITCH + j * emitters.REGISTER_BYTES)
+                return pointer(b, b.add(base, shift), t)
+
+            def of(base: Any, token: int) -> Any:
+                return pointer(b, b.add(base, b.mul(row, const(I64, token))), scalar)
+
+            added = []
+            if updates:
+                added = [[load_value(b, at(value, i, j)) for j in range(vectors)] for i in range(tokens)]
+            if recalls:
+                rate = splat_value(b, t, load_value(b, pointer(b, beta, scalar)))
+                for j in range(vectors):
+                    lacking = b.fsub(added[0][j], load_value(b, at(recalled, 0, j)))
+                    added[0][j] = b.fmul(rate, lacking)
+            keys, decays_, queries = ([of(x, i) for i in range(tokens)] for x in (key, decay, query))
+            next_ = of(following, 0)
+            count = (tokens * vectors if reads else 0) + (vectors if recalls else 0)
+            before, head = b.block, b.append_basic_block("rows")
+            after = b.append_basic_block("done")
+            b.branch(head)
+            b.position_at_end(head)
+            r = b.phi(I64)
+            r.add_incoming(const(I64, 0), before)
+            sums = [b.phi(t) for _ in range(count)]
+            grown: list[Any] = list(sums)
+            place = b.add(state, b.mul(r, const(I64, PITCH)))
+            s = [load_value(b, at(place, 0, j)) for j in range(vectors)]
+
+            def one(base: Any) -> Any:
+                return splat_value(b, t, load_value(b, b.gep(base, [r])))
+
+            for i in range(tokens):
+                if decays:
+                    x = one(decays_[i])
+                    s = [b.fmul(x, y) for y in s]
+                if updates:
+                    x = one(keys[i])
+                    s = [fma_value(b, x, added[i][j], s[j]) for j in range(vectors)]
+                if reads:
+                    x = one(queries[i])
+                    for j in range(vectors):
+                        n = i * vectors + j
+                        grown[n] = fma_value(b, x, s[j], grown[n])
+            if recalls:
+                x = one(next_)
+                for j in range(vectors):
+                    grown[count - vectors + j] = fma_value(b, x, s[j], grown[count - vectors + j])
+            if updates:
+                for j in range(vectors):
+                    store_value(b, s[j], at(place, 0, j))
+            below = b.add(r, const(I64, 1))
+            r.add_incoming(below, head)
+            for total, last in zip(sums, grown, strict=True):
+                total.add_incoming(const(t, 0.0), before)
+                total.add_incoming(last, head)
+            b.cbranch(b.icmp_signed("<", below, rows), head, after)
+            b.position_at_end(after)
+            places = [at(out, i, j) for i in range(tokens) for j in range(vectors)] if reads else []
+            places += [at(recalled, 0, j) for j in range(vectors)] if recalls else []
+            for total, where in zip(grown, places, strict=True):
+                store_value(b, total, where)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 11), codegen
+
+    return sweep
+
+
+def _build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
+    """The kernel for arrays of one dtype, as a function of its parameters' address."""
+    dtype: Any = np.float64 if storage == "float64" else np.float32
+    number = types.float64 if storage == "float64" else types.float32
+    size = np.dtype(dtype).itemsize
+    lanes = simd.lanes(dtype)
+    register = emitters.REGISTER_BYTES
+    load, store, get, put = simd.loads(storage)
+    mul, add, div, exp, fma, splat = simd.mul, simd.add, simd.div, simd.exp, simd.fma, simd.splat
+    greater, smaller = simd.greater, simd.smaller
+
+    def tokens_through(vectors: int) -> Any:
+        """A function that takes a chunk of tokens through a block of so many vectors of the state."""
+        make = partial(_sweep, number, vectors)
+
+        def pair(**steps: Any) -> Any:
+            return [make(decays=decays, updates=True, **steps) for decays in (False, True)]
+
+        add2, add2_gated = pair(tokens=2, reads=False, recalls=False)
+        add1, add1_gated = pair(tokens=1, reads=False, recalls=False)
+        both2, both2_gated = pair(tokens=2, reads=True, recalls=False)
+        both1, both1_gated = pair(tokens=1, reads=True, recalls=False)
+        replace, replace_gated = pair(tokens=1, reads=False, recalls=True)
+        replace_read, replace_read_gated = pair(tokens=1, reads=True, recalls=True)
+        read4, read1 = (
+            make(tokens=tokens, updates=False, reads=True, decays=False, recalls=False) for tokens in (4, 1)
+        )
+
+        @jit
+        def read(s, row, rows, q, o, count):
+            i = 0
+            while i + 4 <= count:
+                read4(s, row, rows, 0, 0, 0, q + i * row, o + i * PITCH, 0, 0, 0)
+                i += 4
+            while i < count:
+                read1(s, row, rows, 0, 0, 0, q + i * row, o + i * PITCH, 0, 0, 0)
+                i += 1
+
+        @jit
+        def through(p, s, q, k, a, next_, v, o, r, beta, count):
+            gated, row, rows = p.decay != 0, p.row, p.features
+            group = p.group if p.steps & READ else 0
+            if p.steps == READ:
+                read(s, row, rows, q, o, count * group)
+                return
+            if p.beta:
+                read1(s, row, rows, 0, 0, 0, next_, r, 0, 0, 0)
+            t = 0
+            while t < count:
+                kt, at, vt, qt = k + t * row, a + t * row, v + t * PITCH, q + t * group * row
+                ot, bt = o + t * group * PITCH, beta + t * size
+                # The last token of a chunk has none behind it: the next chunk begins with recalling.
+                nt = next_ + min(t + 1, count - 1) * row
+                two = group <= 1 and t + 2 <= count
+                if p.beta:
+                    two = False
+                    if group == 1 and gated:
+                        replace_read_gated(s, row, rows, kt, at, vt, qt, ot, nt, r, bt)
+                    elif group == 1:
+                        replace_read(s, row, rows, kt, at, vt, qt, ot, nt, r, bt)
+                    elif gated:
+                        replace_gated(s, row, rows, kt, at, vt, qt, ot, nt, r, bt)
+                    else:
+                        replace(s, row, rows, kt, at, vt, qt, ot, nt, r, bt)
+                elif group == 1:
+                    if two and gated:
+                        both2_gated(s, row, rows, kt, at, vt, qt, ot, 0, 0, 0)
+                    elif two:
+                        both2(s, row, rows, kt, at, vt, qt, ot, 0, 0, 0)
+                    elif gated:
+                        both1_gated(s, row, rows, kt, at, vt, qt, ot, 0, 0, 0)
+                    else:
+                        both1(s, row, rows, kt, at, vt, qt, ot, 0, 0, 0)
+                else:
+                    if two and gated:
+                        add2_gated(s, row, rows, kt, at, vt, 0, 0, 0, 0, 0)
+                    elif two:
+                        add2(s, row, rows, kt, at, vt, 0, 0, 0, 0, 0)
+                    elif gated:
+                        add1_gated(s, row, rows, kt, at, vt, 0, 0, 0, 0, 0)
+                    else:
+                        add1(s, row, rows, kt, at, vt, 0, 0, 0, 0, 0)
+                if group > 1:
+                    read(s, row, rows, qt, ot, group)
+                t += 2 if two else 1
+
+        return through
+
+    wide, single = tokens_through(WIDE), tokens_through(1)
+    half = tokens_through(2) if WIDE > 2 else wide
+
+    @jit
+    def take(source, source_row, rows, width, target, target_row):
+        """source -> target, with vectors of zeros behind the last number of each row."""
+        whole = width // lanes * lanes
+        for r in range(rows):
+            x, y = source + r * source_row, target + r * target_row
+            for i in range(0, whole, lanes):
+                store(y + i * size, load(x + i * size))
+            if whole < width:
+                store(y + whole * size, splat(dtype(0)))
+                for i in range(whole, width):
+                    put(y + i * size, get(x + i * size))
+
+    @jit
+    def features(x, row, rows, width, feature, factor):
+        """factor * feature(x), in place."""
+        zero, factors = splat(dtype(0)), splat(factor)
+        for r in range(rows):
+            for i in range(0, width * size, register):
+                at = x + r * row + i
+                y = load(at)
+                if feature == ELU:
+                    y = add(greater(zero, y), exp(smaller(zero, y)))
+                elif feature == RELU:
+                    y = greater(zero, y)
+                store(at, mul(y, factors))
+            for i in range(width, -(-width // lanes) * lanes):
+                put(x + r * row + i * size, dtype(0))
+
+    @jit
+    def gates(p, source, count, k, a, next_):
+        """exp(decay) -> a, and that times the key -> next_."""
+        for t in range(count):
+            x, shift = source + t * p.decay_s, t * p.row
+            for i in range(0, p.features, lanes):
+                at = shift + i * size
+                if p.decay_f == 0:
+                    y = splat(exp(get(x)))
+                elif i + lanes <= p.features:
+                    y = exp(load(x + i * size))
+                else:
+                    store(a + at, splat(dtype(0)))
+                    for j in range(i, p.features):
+                        put(a + shift + j * size, exp(get(x + j * size)))
+                    y = load(a + at)
+                store(a + at, y)
+                store(next_ + at, mul(y, load(k + at)))
+
+    @jit
+    def denominators(p, count, q, k, a, z, totals):
+        """The sum of keys so far -> z, and query @ z in every lane -> totals, for each token."""
+        group = p.group if p.steps & READ else 0
+        for t in range(count):
+            for i in range(0, p.row, register):
+                x = load(z + i)
+                if p.steps & UPDATE:
+                    if p.decay:
+                        x = mul(x, load(a + t * p.row + i))
+                    x = add(x, load(k + t * p.row + i))
+                store(z + i, x)
+            for g in range(t * group, (t + 1) * group):
+                total = splat(dtype(0))
+                for i in range(0, p.row, register):
+                    total = fma(load(q + g * p.row + i), load(z + i), total)
+                store(totals + g * register, simd.across_sum(total))
+
+    @jit
+    def deliver(p, o, totals, row, count, columns, out, out_row):
+        """Every `row`-th output (and over its denominator) -> out."""
+        zero = splat(dtype(0))
+        for t in range(count):
+            x, y, d = o + t * row * PITCH, out + t * out_row, totals + t * row * register
+            for i in range(0, columns * size, 64):
+                simd.prefetch(y + count * out_row + i)
+            whole = columns // lanes * lanes
+            for i in range(0, columns, lanes):
+                z = load(x + i * size)
+                if p.normalize:
+                    z = zero if get(d) == 0 else div(z, load(d))
+                if i < whole:
+                    store(y + i * size, z)
+                else:
+                    store(x + i * size, z)
+                    for j in range(whole, columns):
+                        put(y + j * size, get(x + j * size))
+
+    @jit
+    def unit(p, w, n):
+        """A block of columns of one key head; or only some of its queries, where the state stands still."""
+        segment, panel = n % p.segments, n // p.segments % p.panels
+        h, b = n // p.segments // p.panels % p.heads, n // p.segments // p.panels // p.heads
+        first = panel * p.width
+        columns = min(p.width, p.columns - first)
+        row, group, chunk = p.row, p.group, p.chunk
+        s = w  # (features, PITCH)
+        q = s + p.features * PITCH  # (chunk, group, row)
+        k = q + chunk * group * row  # (chunk, row)
+        a = k + chunk * row  # (chunk, row)
+        product = a + chunk * row  # (chunk, row)
+        v = product + chunk * row  # (chunk, PITCH)
+        o = v + chunk * PITCH  # (chunk, group, PITCH)
+        r = o + chunk * group * PITCH  # (PITCH)
+        z = r + PITCH  # (row)
+        totals = z + row  # (chunk, group, register)
+        rates = totals + chunk * group * register  # (chunk)
+        next_ = product if p.decay else k
+
+        state = p.state + b * p.state_b + h * p.state_h
+        if p.state:
+            take(state + first * size, p.state_f, p.features, columns, s, PITCH)
+        else:
+            for i in range(0, p.features * PITCH, register):
+                store(s + i, splat(dtype(0)))
+        if p.normalize:
+            for i in range(0, row, register):
+                store(z + i, splat(dtype(0)))
+            for f in range(p.features if p.state else 0):
+                put(z + f * size, get(state + f * p.state_f + p.columns * size))
+
+        t = segment * SEGMENT
+        stop = min(t + SEGMENT, p.tokens) if p.segments > 1 else p.tokens
+        while t < stop:
+            count = min(chunk, stop - t)
+            if p.steps & READ:
+                for g in range(group):
+                    x = p.query + b * p.query_b + (h * group + g) * p.query_h + t * p.query_s
+                    take(x, p.query_s, count, p.features, q + g * row, group * row)
+                features(q, row, count * group, p.features, p.feature, dtype(p.scale))
+            if p.steps & UPDATE:
+                x = p.key + b * p.key_b + h * p.key_h + t * p.key_s
+                take(x, p.key_s, count, p.features, k, row)
+                if p.feature:
+                    features(k, row, count, p.features, p.feature, dtype(1))
+                x = p.value + b * p.value_b + h * p.value_h + t * p.value_s + first * size
+                take(x, p.value_s, count, columns, v, PITCH)
+                if p.decay:
+                    x = p.decay + b * p.decay_b + h * p.decay_h + t * p.decay_s
+                    gates(p, x, count, k, a, product)
+                if p.beta:
+                    x = p.beta + b * p.beta_b + h * p.beta_h + t * p.beta_s
+                    for i in range(count):
+                        put(rates + i * size, get(x + i * p.beta_s))
+            if p.normalize:
+                denominators(p, count, q, k, a, z, totals)
+            vectors, c = (columns + lanes - 1) // lanes, 0
+            while c < vectors:
+                i = c * register
+                if vectors - c >= WIDE:
+                    wide(p, s + i, q, k, a, next_, v + i, o + i, r + i, rates, count)
+                    c += WIDE
+                elif vectors - c >= 2:
+                    half(p, s + i, q, k, a, next_, v + i, o + i, r + i, rates, count)
+                    c += 2
+                else:
+                    single(p, s + i, q, k, a, next_, v + i, o + i, r + i, rates, count)
+                    c += 1
+            if p.steps & READ:
+                for g in range(group):
+                    x = p.out + b * p.out_b + (h * group + g) * p.out_h + t * p.out_s + first * size
+                    deliver(p, o + g * PITCH, totals + g * register, group, count, columns, x, p.out_s)
+            t += count
+
+        if p.end:
+            x = p.end + b * p.end_b + h * p.end_h
+            for f in range(p.features):
+                for i in range(columns):
+                    put(x + f * p.end_f + (first + i) * size, get(s + f * PITCH + i * size))
+                if p.normalize and panel == 0:
+                    put(x + f * p.end_f + p.columns * size, get(z + f * size))
+
+    def work(address):
+        p = parameters_at(address)
+        w = p.workspace + simd.fetch_add(address + WORKERS) * p.workspace_bytes
+        finished_last = 0
+        while True:
+            task = simd.fetch_add(address + NEXT_TASK)
+            if task >= p.tasks:
+                return finished_last
+            unit(p, w, task)
+            if simd.fetch_add(address + TASKS_DONE) + 1 == p.tasks:
+                finished_last = 1
+
+    return work
