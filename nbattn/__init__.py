@@ -7,6 +7,7 @@ from .block_mask import BlockMask
 from .cache import KVCache
 from .cascade import cascade_attention
 from .decode import paged_attention
+from .hard import HardAttentionOutput, hard_attention
 from .linear import linear_attention
 from .paged import PagedKVCache
 from .softmax import log_softmax, logsumexp, softmax
@@ -14,10 +15,12 @@ from .softmax import log_softmax, logsumexp, softmax
 __all__ = [
     "AttentionOutput",
     "BlockMask",
+    "HardAttentionOutput",
     "KVCache",
     "PagedKVCache",
     "additive_attention",
     "cascade_attention",
+    "hard_attention",
     "linear_attention",
     "log_softmax",
     "logsumexp",

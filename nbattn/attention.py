@@ -435,16 +435,10 @@ def _weights(problem: Problem, heads: int) -> NDArray[Any]:
     return np.zeros((problem.batch, heads, problem.max_queries, problem.max_keys), problem.compute)
 
 
-def _run(
-    module: ModuleType,
-    problem: Problem,
-    out: NDArray[Any],
-    lse: NDArray[Any] | None,
-    weights: NDArray[Any] | None,
-) -> None:
+def _run(module: ModuleType, problem: Problem, out: NDArray[Any], *others: NDArray[Any] | None) -> None:
     """Let the backend write its results, through a contiguous array where kernels cannot write `out`."""
     target = out if check.kernel_view(out) is out else np.empty(out.shape, out.dtype.newbyteorder("="))
-    module.forward(problem, target, lse, weights)
+    module.forward(problem, target, *others)
     if target is not out:
         out[...] = target
 

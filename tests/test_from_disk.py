@@ -11,7 +11,7 @@ import sys
 PROGRAM = """
 import hashlib, itertools
 import numpy as np
-from nbattn import scaled_dot_product_attention
+from nbattn import hard_attention, scaled_dot_product_attention
 
 rng = np.random.default_rng(0)
 digest = hashlib.sha256()
@@ -28,6 +28,11 @@ for queries, keys, options in itertools.product((1, 3, 70), (1, 2, 17, 130), fea
     )
     np.testing.assert_allclose(got, exact, rtol=0, atol=2e-5, err_msg=f"{queries} {keys} {options}")
     digest.update(got.tobytes())
+    if "sinks" not in options:
+        for mode in ("argmax", "sample"):
+            call = {"mode": mode, "rng": 0, **options}
+            got, exact = (hard_attention(q, k, v, backend=b, **call) for b in ("cpu", "reference"))
+            np.testing.assert_array_equal(got.index, exact.index, err_msg=f"{queries} {keys} {call}")
 print(digest.hexdigest())
 """
 

@@ -68,8 +68,8 @@ def _forward_packed(p: Problem, out: NDArray[Any], lse: NDArray[Any] | None) -> 
 def _forward(
     problem: Problem, out: NDArray[Any], lse: NDArray[Any] | None, weights: NDArray[Any] | None
 ) -> None:
-    words, keep_alive = _parameters(problem, out, lse, weights)
-    _run(_kernel_of(problem), words, _is_small(problem), (problem, out, lse, weights, keep_alive))
+    words, keep_alive = parameters(problem, out, lse, weights)
+    run(_kernel_of(problem), words, is_small(problem), (problem, out, lse, weights, keep_alive))
 
 
 class Repeat:
@@ -81,9 +81,9 @@ class Repeat:
             self.plan = decode.Plan(decode.as_cache(problem), out)
             return
         self.kernel = _kernel_of(problem)
-        self.words, _ = _parameters(problem, out, None, None)
+        self.words, _ = parameters(problem, out)
         self.keep_alive = problem.offset, problem.key_lengths
-        self.is_small = _is_small(problem)
+        self.small = is_small(problem)
 
     def forward(self, query: NDArray[Any], key: NDArray[Any], value: NDArray[Any], out: NDArray[Any]) -> None:
         if self.plan is not None:
@@ -92,14 +92,15 @@ class Repeat:
         words = self.words.copy()
         words[QUERY], words[KEY] = runtime.address(query), runtime.address(key)
         words[VALUE], words[OUT] = runtime.address(value), runtime.address(out)
-        _run(self.kernel, words, self.is_small, (query, key, value, out, self))
+        run(self.kernel, words, self.small, (query, key, value, out, self))
 
 
-def _run(kernel: Any, words: NDArray[np.int64], is_small: bool, keep_alive: Any) -> None:
+def run(kernel: Any, words: NDArray[np.int64], small: bool, keep_alive: Any) -> None:
+    """Run a kernel with these parameters, on one thread where the call is small."""
     tasks = int(words[TASKS])
     if tasks == 0:
         return
-    helpers = 0 if is_small else min(runtime.threads(), tasks) - 1
+    helpers = 0 if small else min(runtime.threads(), tasks) - 1
     memory, words[WORKSPACE] = runtime.scratch((helpers + 1) * int(words[WORKSPACE_BYTES]))
     runtime.run(kernel, words, helpers, (keep_alive, memory))
     runtime.keep(memory)
@@ -109,7 +110,7 @@ def _kernel_of(p: Problem) -> Any:
     return kernel(f"attention-{p.storage}" + ("-bfloat16" if p.bfloat16_products else ""))
 
 
-def _is_small(p: Problem) -> bool:
+def is_small(p: Problem) -> bool:
     """Whether one thread is done before a second one is awake."""
     _, heads, _, head_dim = p.query.shape
     return p.batch * heads * p.max_queries * p.max_keys * (head_dim + p.value.shape[3]) < SERIAL_WORK
@@ -127,10 +128,18 @@ def kernel(name: str) -> Any:
     return runtime.compiled(name, partial(blocks.build, storage, bool(products)))
 
 
-def _parameters(
-    p: Problem, out: NDArray[Any], lse: NDArray[Any] | None, weights: NDArray[Any] | None
-) -> tuple[NDArray[Any], Any]:
-    """The kernel's record as words of 8 bytes, and what else must stay alive while it runs."""
+def parameters(
+    p: Problem,
+    out: NDArray[Any],
+    lse: NDArray[Any] | None = None,
+    weights: NDArray[Any] | None = None,
+    index: NDArray[np.int64] | None = None,
+    uniforms: NDArray[np.float64] | None = None,
+) -> tuple[NDArray[np.int64], Any]:
+    """The kernel's record as words of 8 bytes, and what else must stay alive while it runs.
+
+    With an `index` it is for the kernel of `hard`, which makes no sums of values.
+    """
     values: dict[str, int] = {}
 
     def array(name: str, x: NDArray[Any] | None, axes: str = "", unit: int = 0) -> None:
@@ -154,11 +163,14 @@ def _parameters(
         array("words", p.blocks.words)
     array("alibi_slopes", p.alibi_slopes)
     array("sinks", p.sinks)
+    array("index", index)
+    array("uniforms", uniforms)
     array("offset", p.offset)
     array("key_lengths", p.key_lengths)
     itemsize = np.dtype(p.compute).itemsize
     rows = ROW_BYTES // itemsize
-    heads, head_dim, value_dim = p.query.shape[1], p.query.shape[3], p.value.shape[3]
+    heads, head_dim = p.query.shape[1], p.query.shape[3]
+    value_dim = p.value.shape[3] if index is None else 0
     group = heads // p.key.shape[1] if heads else 1
     # A block that straddles long heads would see the keys of both, and rows of several blocks of a mask.
     packed_heads = group if p.max_queries <= rows // 2 and p.blocks is None else 1
@@ -212,6 +224,7 @@ def _parameters(
         "queries": p.max_queries,
         "head_dim": head_dim,
         "value_dim": value_dim,
+        "value_bytes": p.value.shape[3] * p.value.itemsize,
         "query_rows": query_rows,
         "value_rows": value_rows,
         "group": group,

@@ -11,7 +11,7 @@ import numpy as np
 from . import emitters, runtime, simd
 from .panels import KEYS
 
-STATE_ROWS = 7
+STATE_ROWS = 8
 """Rows of per-query numbers in a block's scratch."""
 TABLES = 5
 """Tables of per-query addresses."""
@@ -24,6 +24,8 @@ PARAMETERS = np.dtype(
         "query", "query_b", "query_h", "query_s", "key", "key_b", "key_h", "key_s",
         "value", "value_b", "value_h", "value_s", "out", "out_b", "out_h", "out_s",
         "lse", "lse_b", "lse_h", "lse_s", "weights", "weights_b", "weights_h", "weights_s",
+        # of hard attention: addresses of arrays (B, Hq, Sq), and the size of a row of values
+        "index", "uniforms", "value_bytes",
         # addresses, and strides in bytes along batch, head, query and key
         "mask", "mask_b", "mask_h", "mask_q", "mask_k", "mask_same_rows",
         "table", "table_b", "table_h", "table_q", "words",  # of a block mask
@@ -64,6 +66,7 @@ class Scratch(NamedTuple):
     last: int  # one past the last,
     slope: int  # of ALiBi,
     position: int  # of the query among the keys
+    selected: int  # the key that hard attention selects, an integer
     queries: int  # one table each of addresses: where the query lies,
     outs: int  # its output,
     masks: int  # its mask, or of a block mask the row of the table, and the bit of the first query,

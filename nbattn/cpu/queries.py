@@ -95,7 +95,7 @@ def build(form: Form, jit: Any, inline: Any) -> Queries:
         tags = seen + WORDS * 8
         converted = tags + 64 * ((p.slots + 7) // 8)
         return Scratch(q, o, s, row, row + ROW_BYTES, row + 2 * ROW_BYTES, row + 3 * ROW_BYTES,
-                       row + 4 * ROW_BYTES, row + 5 * ROW_BYTES, row + 6 * ROW_BYTES,
+                       row + 4 * ROW_BYTES, row + 5 * ROW_BYTES, row + 6 * ROW_BYTES, row + 7 * ROW_BYTES,
                        table, table + step, table + 2 * step, table + 3 * step, table + 4 * step,
                        seen, tags, converted, converted + p.slots * p.slot_bytes)  # fmt: skip
 

@@ -185,11 +185,19 @@ def _elementwise(emit: Any, arity: int) -> Any:
 
         return two
 
-    @intrinsic
-    def three(typingctx: Any, x: Any, y: Any, z: Any) -> Any:
-        return x(x, x, x), lambda context, b, signature, args: emit(b, *args)
+    if arity == 3:
 
-    return three
+        @intrinsic
+        def three(typingctx: Any, x: Any, y: Any, z: Any) -> Any:
+            return x(x, x, x), lambda context, b, signature, args: emit(b, *args)
+
+        return three
+
+    @intrinsic
+    def four(typingctx: Any, x: Any, y: Any, z: Any, rest: Any) -> Any:
+        return x(x, x, x, x), lambda context, b, signature, args: emit(b, *args)
+
+    return four
 
 
 same = _elementwise(lambda b, x: x, 1)
@@ -210,6 +218,12 @@ round_bfloat16 = _elementwise(
 )
 if_above = _elementwise(lambda b, x, y, margin: b.select(b.fcmp_ordered(">", x, b.fadd(y, margin)), x, y), 3)
 """x where it is above y by more than the margin, else y."""
+if_equal = _elementwise(lambda b, x, y, z, rest: b.select(b.fcmp_ordered("==", x, y), z, rest), 4)
+if_at_most = _elementwise(lambda b, x, y, z, rest: b.select(b.fcmp_ordered("<=", x, y), z, rest), 4)
+nan_if_unordered = _elementwise(
+    lambda b, x, y, rest: b.select(b.fcmp_unordered("uno", x, y), const(x.type, float("nan")), rest), 3
+)
+"""NaN where x or y is, else the rest."""
 upper = _elementwise(upper_value, 1)
 rest = _elementwise(rest_value, 1)
 finite_or_zero = _elementwise(
@@ -228,6 +242,18 @@ def all_ones(typingctx: Any, x: Any) -> Any:
         return b.icmp_unsigned("==", b.bitcast(other, bits), bits(0))
 
     return types.boolean(x), codegen
+
+
+@intrinsic
+def any_above(typingctx: Any, x: Any, y: Any) -> Any:
+    """Whether x is above y in any lane."""
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        above = b.fcmp_ordered(">", *args)
+        bits = ir.IntType(above.type.count)
+        return b.icmp_unsigned("!=", b.bitcast(above, bits), bits(0))
+
+    return types.boolean(x, x), codegen
 
 
 @intrinsic
@@ -291,6 +317,26 @@ def outside(typingctx: Any, s: Any, j: Any, low: Any, high: Any) -> Any:
         return b.select(seen, x, const(x.type, float("-inf")))
 
     return s(s, types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def put_where_above(typingctx: Any, address: Any, x: Any, y: Any, j: Any, rest: Any) -> Any:
+    """Where x is above y, the integer at the address, of one for each lane, becomes rest + j.
+
+    `j` is a vector of whole numbers, `rest` an integer.
+    """
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        address, x, y, j, rest = args
+        it = int_type(x.type)
+        place = pointer(b, address, it)
+        here = b.add(
+            b.fptosi(j, it), splat_value(b, it, b.trunc(rest, it.element) if it.element.width < 64 else rest)
+        )
+        store_value(b, b.select(b.fcmp_ordered(">", x, y), here, load_value(b, place)), place)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, x, x, x, types.int64), codegen
 
 
 def scalars(number: Any) -> tuple[Any, Any]:

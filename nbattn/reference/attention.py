@@ -37,6 +37,13 @@ def forward(
                 weights[b, :, :n, :m] = row_weights
 
 
+def masked_scores(problem: Problem, b: int) -> NDArray[Any]:
+    """The scores of sequence b (H, n, m), -inf where a query does not see the key."""
+    query, key, _ = _operands(problem, *_place(problem, b))
+    seen = _visible(problem, b, query.shape[1], key.shape[1])
+    return np.where(seen, _scores(problem, b, query, key), -np.inf)
+
+
 def merge_states(outputs: NDArray[Any], lses: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
     """Merge along axis 0: the mean of the partial `outputs` (N, ..., Dv) weighted by exp(`lses`) (N, ...)."""
     compute = np.float64 if np.float64 in (outputs.dtype, lses.dtype) else np.float32
