@@ -17,8 +17,9 @@ class BlockMask:
     """Which query sees which key, as blocks of 64 queries and 64 keys.
 
     Made by `from_dense`, `from_sparse`, `from_mask_mod` or a builder of `nbattn.masks`, and given to
-    attention as its ``mask``. Masks never change; ``&``, ``|`` and ``~`` make new ones, block by block, where
-    batch and heads broadcast.
+    `scaled_dot_product_attention` or `varlen_attention` as its ``mask``; other doors take the dense mask that
+    it stands for. Masks never change; ``&``, ``|`` and ``~`` make new ones block by block, where batch and
+    heads broadcast.
 
     Parameters
     ----------
@@ -88,9 +89,9 @@ class BlockMask:
             msg = f"table holds {span}; expected 0 to {last}, as there are {len(words)} partial blocks"
             raise ValueError(msg)
         self.shape = (*table.shape[:2], queries, keys)
-        self.table, self.words = np.ascontiguousarray(table), np.ascontiguousarray(words)
-        for array in (self.table, self.words):
-            array.setflags(write=False)
+        # Kernels trust the table, so what somebody could change is copied.
+        self.table: Table = _constant(table)
+        self.words: Words = _constant(words)
 
     @classmethod
     def from_dense(cls, mask: ArrayLike) -> BlockMask:
@@ -283,6 +284,15 @@ class BlockMask:
             return text
         drawn = "" if self.table.shape[:2] == (1, 1) else " (drawn: batch 0, head 0)"
         return "\n".join((f"{text}{drawn}:", *_draw(self.table[0, 0])))
+
+
+def _constant(x: NDArray[Any]) -> NDArray[Any]:
+    """`x` if it is contiguous and cannot be written, else a copy of that kind."""
+    if x.flags.c_contiguous and not x.flags.writeable:
+        return x
+    x = np.array(x, order="C")
+    x.setflags(write=False)
+    return x
 
 
 def _draw(table: Table, height: int = 20, width: int = 40) -> list[str]:

@@ -190,7 +190,8 @@ def document(query_ids: ArrayLike, key_ids: ArrayLike | None = None) -> BlockMas
     Parameters
     ----------
     query_ids : int array_like (Sq,) or (B, Sq)
-        Which document each query belongs to. Documents may lie in pieces and in any order.
+        Which document each query belongs to: ``np.repeat(np.arange(n), lengths)`` where n of them lie one
+        after the other, but they may lie in pieces and in any order.
     key_ids : int array_like (Sk,) or (B, Sk), optional
         Likewise of the keys; those of the queries unless given.
 

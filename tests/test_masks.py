@@ -207,6 +207,14 @@ class TestForms:
             assert copy == mask
             assert not copy.table.flags.writeable
 
+    def test_own_arrays(self, rng):
+        mask = BlockMask.from_dense(random_mask(rng, (1, 2, 70, 200)))
+        table, words = mask.table.copy(), np.asfortranarray(mask.words)
+        own = BlockMask(table, words, 70, 200)
+        assert own == mask
+        table[...], words[...] = 99, 0
+        assert own == mask
+
     def test_equal_blocks_lie_once(self, rng):
         block = rng.random((64, 64)) < 0.5
         mask = BlockMask.from_dense(np.tile(block, (3, 4)))
@@ -290,6 +298,17 @@ class TestLogic:
         assert ~(x & y) == ~x | ~y
         assert x & ~x == x & BlockMask.from_dense(np.zeros_like(a))
         assert (x & y) | x == x | (x & y)
+
+    def test_same_words_in_whole_and_cut_blocks(self):
+        # Blocks at the ends have 36 queries or keys: what is everything there is not elsewhere.
+        for axis in range(2):
+            place = np.indices((100, 100))[axis]
+            even, odd = (place % 64 < 36) & (place % 2 == 0), (place % 64 < 36) & (place % 2 == 1)
+            x, y = BlockMask.from_dense(even), BlockMask.from_dense(odd)
+            assert len(x.words) == len(y.words)
+            assert_sees(x | y, even | odd)
+            assert_sees(~x, ~even)
+            assert_sees(~x & ~y, ~even & ~odd)
 
     def test_what_does_not_combine(self):
         mask = masks.causal(70)
@@ -443,7 +462,11 @@ class TestAttention:
     def test_reads_nothing_beyond(self, guarded, side, rng):
         q, k, v = (guarded(x, side) for x in inputs(rng, 1, 2, 1, 130, 200, 8))
         mask = BlockMask.from_dense(random_mask(rng, (1, 2, 130, 200)))
-        close = BlockMask(guarded(mask.table, side), guarded(mask.words, side), 130, 200)
+        arrays = [guarded(x, side) for x in (mask.table, mask.words)]
+        for array in arrays:
+            array.setflags(write=False)  # else it would be copied
+        close = BlockMask(*arrays, 130, 200)
+        assert close.words is arrays[1]
         for options in ({}, {"key_lengths": [129]}, {"window_size": (70, 3), "query_offset": 130}):
             expected = scaled_dot_product_attention(q, k, v, mask, **options)
             assert_same_bits(scaled_dot_product_attention(q, k, v, close, **options), expected)

@@ -83,7 +83,10 @@ def compact(table: Table, words: Words) -> tuple[Table, Words]:
     number = np.empty(len(used), np.int32)
     number[:PARTIAL] = NOTHING, EVERYTHING
     number[PARTIAL + kept] = PARTIAL + which
-    return number[table], words
+    table = number[table]
+    table.setflags(write=False)
+    words.setflags(write=False)
+    return table, words
 
 
 def assemble(shape: tuple[int, int, int, int], strip: Strip) -> tuple[Table, Words]:
