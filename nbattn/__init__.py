@@ -9,6 +9,7 @@ from .cascade import cascade_attention
 from .decode import paged_attention
 from .hard import HardAttentionOutput, hard_attention
 from .linear import linear_attention
+from .luong import luong_attention
 from .paged import PagedKVCache
 from .softmax import log_softmax, logsumexp, softmax
 
@@ -24,6 +25,7 @@ __all__ = [
     "linear_attention",
     "log_softmax",
     "logsumexp",
+    "luong_attention",
     "masks",
     "merge_states",
     "paged_attention",

@@ -66,6 +66,7 @@ def check(backend, arrays, network, **options):
     wider = np.longdouble if compute == np.float64 else np.float64
     plain, exact = (formula(*wide, **wide_network, compute=c, **options) for c in (compute, wider))
     units, few = bounds(exact, dtype, 4)
+    wide_units, _ = bounds(exact, np.float64, 4)
     got = attend(*arrays, **network, backend=backend, **options)
     oracle = attend(*wide, **wide_network, backend="reference", **options)
     assert got.output.dtype == dtype
@@ -74,7 +75,7 @@ def check(backend, arrays, network, **options):
     for name, unit in units.items():
         result, truth, near = (getattr(x, name) for x in (got, exact, plain))
         assert_accurate(result, truth, near.astype(result.dtype), unit, ulp=few[name], what=name)
-        near = near if compute == np.float64 else truth
+        near, unit = near if compute == np.float64 else truth, wide_units[name]
         assert_accurate(getattr(oracle, name), truth, near, unit, ulp=2.0**-48, what=f"the oracle's {name}")
     return got
 

@@ -501,7 +501,7 @@ def compile_kernel(name: str) -> str:
 
 
 def _stems() -> list[Any]:
-    stems = ("additive", "append", "attention", "decode", "hard", "linear", "matvec", "softmax")
+    stems = ("additive", "append", "attention", "decode", "hard", "linear", "luong", "matvec", "softmax")
     return [importlib.import_module(f"nbattn.cpu.{stem}") for stem in stems]
 
 
