@@ -25,8 +25,8 @@ Some of the keys:
 Other scores, of recurrent encoders and decoders:
 
 - `additive_attention`: v . tanh(W q + U k + b) (Bahdanau et al. 2015, https://arxiv.org/abs/1409.0473).
-- `luong_attention`: q . k without scale, q . W k, v . tanh(W [q; k]) or W q; over all keys, or a window around
-  the query's or a predicted position (Luong et al. 2015, https://arxiv.org/abs/1508.04025).
+- `luong_attention`: q . k without scale, q . W k, v . tanh(W [q; k]) or W q; over all keys, or a window
+  around the query's or a predicted position (Luong et al. 2015, https://arxiv.org/abs/1508.04025).
 
 No softmax, for sequences too long for all pairs:
 
