@@ -1,9 +1,9 @@
 """nbattn beside what a user would pick instead, in one process and one run: `python benchmarks/peers.py`.
 
-Every library computes the same rows (`cases.py`, `decode_cases.py`) on the same inputs with the same number
-of threads. Each result is held to float64 before anything is timed; a wrong one is named and not timed. Then
-the calls take turns, round after round, the machine's own limit (multiply-adds in registers, reading memory,
-or a copy) among them.
+Every library computes the same rows (`cases.py`, `decode_cases.py`, `variants_cases.py`) on the same inputs
+with the same number of threads. Each result is held to float64 before anything is timed; a wrong one is named
+and not timed. Then the calls take turns, round after round, the machine's own limit (multiply-adds in
+registers, reading memory, or a copy) among them.
 Reported are ratios of times within a round: their median and half their interquartile range.
 
 Thread pools spin when a call has ended, PyTorch's for about 6 ms, so each turn ends with a pause. A turn is
@@ -33,11 +33,12 @@ if not __package__:  # run as a file: Python has looked beside it, not above it
 if TYPE_CHECKING:
     from benchmarks.cases import Attention, Call, Softmax
     from benchmarks.decode_cases import Append, Decode
+    from benchmarks.variants_cases import Variant
 
-    Case = Attention | Decode | Append | Softmax
+    Case = Attention | Decode | Append | Softmax | Variant
 
 OURS, LIMIT = "nbattn", "limit"
-SUITES = ("prefill", "decode", "softmax")
+SUITES = ("prefill", "decode", "softmax", "variants")
 TURN = 0.003
 MOST_ROUNDS = 25
 SLOW = 4
@@ -361,23 +362,25 @@ def _parser() -> _Parser:
     parser.add_argument("--threads", type=_threads, default=processors(), metavar="N", help="default: all")
     dtypes = ("float32", "bfloat16", "float16", "float64", "int8", "int4")
     parser.add_argument("--dtype", choices=dtypes, help="only rows of this dtype")
-    told = "default: all, with --quick all but decode, which takes a minute of its own"
+    told = "default: all, with --quick all but decode and variants, which take a minute of their own each"
     parser.add_argument("--suite", choices=(*SUITES, "all"), help=told)
     pattern = "only rows whose name holds this, with * for anything, as in 'f32 8x1024*causal'"
     parser.add_argument("--rows", default="", metavar="PATTERN", help=pattern)
     parser.add_argument("--json", type=_file, metavar="FILE", help="also write every figure there")
-    parser.add_argument("--flex", action="store_true", help="PyTorch's flex_attention too: slow to compile")
+    parser.add_argument(
+        "--flex", action="store_true", help="PyTorch's flex_attention in prefill too: slow to compile"
+    )
     return parser
 
 
 def chosen(options: argparse.Namespace) -> list[Case]:
     """The rows that the options ask for."""
-    from benchmarks import cases, decode_cases
+    from benchmarks import cases, decode_cases, variants_cases
 
     suites = {None: ("prefill", "softmax") if options.quick else SUITES, "all": SUITES}
     return [
         case
-        for case in (*cases.rows(), *decode_cases.rows())
+        for case in (*cases.rows(), *decode_cases.rows(), *variants_cases.rows())
         if (case.quick or not options.quick)
         and options.dtype in (None, case.precision)
         and case.suite in suites.get(options.suite, (options.suite,))
@@ -396,8 +399,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     picked = chosen(options)
     if not picked:
         parser.error("no row is left by --quick, --dtype, --suite and --rows together")
+    flex = options.flex or any(case.operation == "modified" for case in picked)
     libraries, missing = available(
-        (x for x in rivals.LIBRARIES if options.flex or x is not rivals.FlexAttention), options.threads
+        (x for x in rivals.LIBRARIES if flex or x is not rivals.FlexAttention), options.threads
     )
     rows: list[Row] = []
     for i, case in enumerate(picked):

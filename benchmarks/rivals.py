@@ -1,9 +1,9 @@
 """What a user would pick instead, one class per library, for `peers.py`.
 
 A class is made with the number of threads and raises ImportError where the library is missing. Its methods
-`attention`, `decode`, `append` and `softmax` prepare a row and return the calls to time by the name of their
-column; none where the library lacks it, and no method where it lacks the operation. Inputs are bound without
-a copy and outputs allocated ahead where the library can.
+`attention`, `decode`, `append`, `softmax` and those in `variants_rivals.py` prepare a row and return the
+calls to time by the name of their column; none where the library lacks it, and no method where it lacks the
+operation. Inputs are bound without a copy and outputs allocated ahead where the library can.
 
 All read (batch, heads, positions, head_dim), but JAX and ONNX Runtime's GroupQueryAttention, which get their
 own layouts, made ahead. ONNX Runtime's MultiHeadAttention gets the heads as a batch, the same bytes.
@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 from . import decode_cases
 from .cases import SOFTCAP, WINDOW, Attention, Call, Inputs, Softmax
 from .decode_cases import ARRAYS, QUANTISED, RING, Append, Decode
+from .variants_rivals import FlexVariants, NumPyVariants, TorchVariants
 
 
-class PyTorch:
-    name = "PyTorch"
+class Torch:
+    """What PyTorch's operators and its compiled ones share."""
 
     def __init__(self, threads: int) -> None:
         import torch
@@ -45,6 +46,10 @@ class PyTorch:
         if x.dtype == self.torch.bfloat16:
             return x.view(self.torch.int16).numpy().view(ml_dtypes.bfloat16)
         return x.numpy()
+
+
+class PyTorch(TorchVariants, Torch):
+    name = "PyTorch"
 
     def attention(self, case: Attention, inputs: Inputs) -> dict[str, Call]:
         if case.products or case.feature == "softcap":
@@ -82,7 +87,7 @@ class PyTorch:
         return {self.name: Call(run, self.array)}
 
 
-class FlexAttention(PyTorch):
+class FlexAttention(FlexVariants, Torch):
     """PyTorch's attention with a user's function, compiled; needs a C++ compiler and a minute."""
 
     name = "PyTorch flex"
@@ -106,15 +111,6 @@ class FlexAttention(PyTorch):
         self.torch.compiler.reset()
         compiled = self.torch.compile(flex_attention, dynamic=False)
         return {self.name: Call(partial(compiled, *map(self.tensor, inputs[:3]), **options), self.array)}
-
-    def decode(self, case: Decode, inputs: decode_cases.Inputs) -> dict[str, Call]:
-        return {}
-
-    def append(self, case: Append, inputs: decode_cases.Inputs) -> dict[str, Call]:
-        return {}
-
-    def softmax(self, case: Softmax, x: NDArray[Any]) -> dict[str, Call]:
-        return {}
 
 
 class OnnxRuntime:
@@ -321,7 +317,7 @@ class JAX:
         return {self.name: Call(lambda: softmax(kept).block_until_ready(), np.asarray)}
 
 
-class NumPy:
+class NumPy(NumPyVariants):
     """The formula as anyone would write it, half precisions in float32; SciPy's softmax."""
 
     name = "NumPy"

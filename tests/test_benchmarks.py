@@ -14,7 +14,17 @@ import numpy as np
 import pytest
 
 import nbattn
-from benchmarks import attention, cases, decode, decode_cases, peers, rivals, softmax
+from benchmarks import (
+    attention,
+    cases,
+    decode,
+    decode_cases,
+    peers,
+    rivals,
+    softmax,
+    variants,
+    variants_cases,
+)
 
 SMALL = cases.Attention(2, 300, 16)
 VARIANTS = [
@@ -41,6 +51,12 @@ VARIANTS = [
     cases.Softmax(40),
     cases.Softmax(40, axis=0),
     cases.Softmax(40, out=True),
+    *(variants_cases.Modified(2, 320, 16, feature=feature) for feature in variants_cases.FEATURES),
+    variants_cases.Sparse(2, 640, 16),
+    variants_cases.Sparse(1, 300, 16, window=True),
+    *(variants_cases.Scored(2, 50, 16, score=score) for score in ("additive", "general", "concat")),
+    variants_cases.Hard(2, 70, 16),
+    *(variants_cases.Linear(2, 192, 16, rule=rule) for rule in ("linear", "gated", "delta", "gated delta")),
 ]
 PLAN = peers.Rounds(3, 2)
 
@@ -199,11 +215,12 @@ class TestCommand:
 
 class TestCases:
     def test_rows(self):
-        rows = [*cases.rows(), *decode_cases.rows()]
+        rows = [*cases.rows(), *decode_cases.rows(), *variants_cases.rows()]
         names = [(case.suite, case.name) for case in rows]
         assert len(set(names)) == len(names)
         groups = {"float32", "bfloat16", "float16", "float64", "softmax", "append"}
         groups |= {f"decode {dtype}" for dtype in ("f32", "bf16", "int8", "int4")}
+        groups |= {"score_mod", "sparse", "additive", "general", "concat", "hard", "linear"}
         assert {case.group for case in rows if case.quick} == groups
 
     @pytest.mark.parametrize("case", VARIANTS, ids=lambda case: case.name)
@@ -213,6 +230,12 @@ class TestCases:
         exact = rows, truth = case.exact(inputs)
         if isinstance(case, cases.Softmax):
             reference = nbattn.softmax(inputs.astype(float), case.axis, backend="reference")
+        elif isinstance(case, variants_cases.Variant):
+            wide = type(inputs)(
+                *(x.astype(float) if x is not None and x.dtype == np.float32 else x for x in inputs)
+            )
+            plain = case.ours(wide, backend="reference")
+            reference = plain.read(plain.run())
         else:
             wide = inputs._replace(**{k: getattr(inputs, k).astype(float) for k in ("query", "key", "value")})
             changes = {"products": None} if isinstance(case, cases.Attention) else {"dtype": "float64"}
@@ -242,7 +265,7 @@ class TestCases:
 
 SUITES = [
     suite
-    for module in (attention, decode, softmax)
+    for module in (attention, decode, softmax, variants)
     for _, suite in inspect.getmembers(module, inspect.isclass)
     if suite.__module__ == module.__name__
 ]

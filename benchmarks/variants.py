@@ -1,0 +1,122 @@
+"""asv: users' functions, block masks, additive, Luong, hard and linear attention. Seconds, memory, error."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import numpy as np
+
+with suppress(ImportError):  # commits before these names have no results
+    import nbattn
+    from nbattn.cpu import runtime
+
+    from . import cases
+    from .variants_cases import FEATURES, Hard, Linear, Modified, Scored, Sparse
+
+RULES = ("linear", "gated", "delta", "gated delta")
+
+
+class Functions:
+    """A score_mod, or a BlockMask, and how far it is from exact."""
+
+    params = FEATURES
+    param_names = ("feature",)
+
+    def setup(self, feature: str) -> None:
+        self.case = Modified(8, 1024, feature=feature)
+        self.inputs = self.case.inputs()
+        self.run = self.case.ours(self.inputs).run
+        self.result = self.run()
+
+    def time_attention(self, feature: str) -> None:
+        self.run()
+
+    def track_error(self, feature: str) -> float:
+        """In units of the last place of the largest result."""
+        return cases.largest_error(self.result, self.case.exact(self.inputs))[1] / np.finfo(np.float32).eps
+
+    track_error.unit = "ulp"  # type: ignore[attr-defined]
+
+
+class Blocks:
+    """A tenth of the blocks, and a window in a long sequence."""
+
+    params = ("blocks", "window")
+    param_names = ("kind",)
+
+    def setup(self, kind: str) -> None:
+        self.case = Sparse(1, 16384, window=True) if kind == "window" else Sparse(8, 2048)
+        self.run = self.case.ours(self.case.inputs()).run
+        self.run()
+
+    def time_attention(self, kind: str) -> None:
+        self.run()
+
+    def time_block_mask(self, kind: str) -> None:
+        _ = self.case.mask
+
+
+class Scores:
+    """Other scores than the dot product, and one key for each query."""
+
+    params = ("additive", "general", "concat", "hard")
+    param_names = ("score",)
+
+    def setup(self, score: str) -> None:
+        case = Hard(8, 1024) if score == "hard" else Scored(8, 512, score=score)
+        self.run = case.ours(case.inputs()).run
+        self.run()
+
+    def time_attention(self, score: str) -> None:
+        self.run()
+
+
+class LinearAttention:
+    """A long prompt, one token after it, and the share of the multiply-adds' rate."""
+
+    params = RULES
+    param_names = ("rule",)
+
+    def setup(self, rule: str) -> None:
+        self.case = Linear(8, 4096, rule=rule)
+        self.inputs = self.case.inputs()
+        self.run = self.case.ours(self.inputs).run
+        self.run()
+        *_, decay, beta = token = [None if x is None else x[:, :, :1].copy() for x in self.inputs]
+        self.token, self.gates = token[:3], {"decay": decay, "beta": beta}
+        _, self.state = nbattn.linear_attention(*self.token, **self.gates, return_state=True)
+        self.out = np.empty_like(token[0])
+
+    def time_prompt(self, rule: str) -> None:
+        self.run()
+
+    def time_token(self, rule: str) -> None:
+        nbattn.linear_attention(
+            *self.token, **self.gates, state=self.state, return_state=True, out=(self.out, self.state)
+        )
+
+    def track_share_of_peak(self, rule: str) -> float:
+        return cases.share_of_limit(self.case, self.inputs, self.run, runtime.threads())
+
+    track_share_of_peak.unit = "1"  # type: ignore[attr-defined]
+
+
+class Memory:
+    """Of the process: a call's own is the difference to the baseline. NumPy's additive formula takes 1 GB."""
+
+    params = ("additive", "linear")
+    param_names = ("kind",)
+
+    def setup(self, kind: str) -> None:
+        if kind == "linear":
+            small, case = Linear(1, 8), Linear(8, 4096)
+        else:
+            small, case = Scored(1, 8), Scored(8, 512)
+        small.ours(small.inputs()).run()
+        self.run = case.ours(case.inputs()).run
+
+    def peakmem_baseline(self, kind: str) -> None:
+        pass
+
+    def peakmem_attention(self, kind: str) -> None:
+        self.run()
