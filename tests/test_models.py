@@ -323,7 +323,7 @@ class TestWeights:
     def test_json_that_is_not_text(self, tmp_path):
         path = tmp_path / "some.json"
         path.write_bytes(b"\xff\xfe\x00{")
-        with pytest.raises(ValueError, match=r"some\.json is not JSON"):
+        with pytest.raises(ValueError, match=r"some\.json is not JSON as expected"):
             read_json(path)
 
 

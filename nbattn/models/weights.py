@@ -6,12 +6,16 @@ Every complaint names the file. Nothing is unpickled, and no package is imported
 from __future__ import annotations
 
 import importlib.util
-import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ..reference.matvec import widened
+from . import gguf
+from .tensors import Tensor, mapped, parse_object
 
 
 def package_folder(package: str) -> Path:
@@ -38,23 +42,35 @@ def package_folder(package: str) -> Path:
 
 
 class Weights:
-    """The arrays of one npz file, handed out by name and expected shape.
+    """The arrays of one weight file, handed out by name and expected shape.
+
+    What the file's name ends in says what it is: ``.npz``, ``.safetensors``, ``.gguf`` or ``.onnx``, of
+    which the initialisers are read. All but npz files are mapped: an array is read when it is looked at, and
+    what is stored as it is asked for is not copied. Nothing may write to the file meanwhile.
 
     Parameters
     ----------
     path : path
-        The npz file. It is read at once, so that a damaged one is found here.
+
+    Attributes
+    ----------
+    path : Path
+    names : list of str
+    metadata : dict
+        What safetensors and GGUF files say beside their arrays.
 
     Raises
     ------
     OSError
         Where the file is missing or cannot be read.
     ValueError
-        Where it is not a whole npz file of plain arrays.
+        Where it is not a whole file of its format: a bad head, tensors that overlap, leave gaps, are cut off
+        or share a name, or things that are no plain arrays. Of GGUF's quantised kinds Q4_0, Q4_1 and Q8_0 are
+        known.
 
     Examples
     --------
-    >>> import io, numpy, os, tempfile
+    >>> import numpy, os, tempfile
     >>> from nbattn.models.weights import Weights
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = os.path.join(folder, "tiny.npz")
@@ -66,36 +82,71 @@ class Weights:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        content = _open(self.path)
-        try:
-            with np.load(content, allow_pickle=False) as archive:
-                self._arrays = {name: archive[name] for name in archive.files}
-        # A damaged archive fails in zipfile, zlib or numpy's header parser, in a dozen ways.
-        except Exception as error:
-            msg = f"{self.path} is not a whole npz file of plain arrays ({error}); install its package again"
-            raise ValueError(msg) from error
-        finally:
-            content.close()
+        self.metadata: dict[str, Any] = {}
+        self._arrays: dict[str, Any] = {}
+        self._tensors: dict[str, Tensor] = {}
+        kind = self.path.suffix.lower()
+        if kind == ".npz":
+            self._arrays = _read_npz(self.path)
+        elif kind in (".safetensors", ".gguf", ".onnx"):
+            reader = import_module(kind, __package__)
+            try:
+                self._tensors, self.metadata = reader.read(mapped(self.path))
+            except ValueError as error:
+                msg = f"{self.path} is not a whole {kind[1:]} file ({error})"
+                raise ValueError(msg) from error
+        else:
+            formats = ".npz, .safetensors, .gguf or .onnx"
+            msg = f"{self.path} is no weight file; expected a name that ends in {formats}"
+            raise ValueError(msg)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the arrays, as the file orders them."""
+        return [*self._arrays, *self._tensors]
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
         """The array of this name as float32; ValueError unless floating, finite and of this shape."""
-        array = self._array(name)
-        if array.shape != shape or array.dtype.kind != "f":
-            kind = f"shape {array.shape} and dtype {array.dtype}"
-            msg = f"{self.path}: {name} has {kind}; expected floating {shape}"
-            raise ValueError(msg)
+        tensor = self._tensors.get(name)
+        if tensor is not None and tensor.kind in gguf.BLOCK_BYTES:
+            self._check(name, tensor.shape, tensor.kind, shape, tuple(gguf.BLOCK_BYTES))
+            array: NDArray[Any] = gguf.dequantised(tensor)
+        else:
+            array = self.stored(name, shape)[0]
+            array = widened(array, "bfloat16" if array.dtype == np.uint16 else array.dtype.name)
+        with np.errstate(over="ignore"):
+            array = array.astype(np.float32, copy=False)
         if not np.isfinite(array).all():
             msg = f"{self.path}: {name} holds NaN or inf"
             raise ValueError(msg)
-        return array.astype(np.float32)
+        return array
+
+    def stored(self, name: str, shape: tuple[int, ...]) -> tuple[NDArray[Any], NDArray[np.float32] | None]:
+        """The array as the file holds it, and its scales, as `nbattn.layers.Linear` takes them.
+
+        float64, float32 or float16; bfloat16 as its bits; Q8_0 and Q4_0 as int8 with a scale for each 32
+        numbers. ValueError unless it is one of these and of this shape. Whether numbers are finite is not
+        looked at.
+        """
+        tensor = self._tensors.get(name)
+        if tensor is None:
+            array = self._array(name)
+            self._check(name, array.shape, array.dtype.name, shape)
+            return array, None
+        self._check(name, tensor.shape, tensor.kind, shape, ("q8_0", "q4_0"))
+        if tensor.kind in gguf.BLOCK_BYTES:
+            numbers, scales, _ = gguf.unpacked(tensor)
+            return numbers, scales
+        dtype = np.dtype("uint16" if tensor.kind == "bfloat16" else tensor.kind).newbyteorder("<")
+        return tensor.data.view(dtype).reshape(shape), None
 
     def json(self, name: str) -> dict[str, Any]:
-        """The JSON object kept as a string under this name."""
+        """The JSON object that an npz file keeps as a string under this name."""
         array = self._array(name)
         if array.shape != () or array.dtype.kind != "U":
             msg = f"{self.path}: {name} has shape {array.shape} and dtype {array.dtype}; expected one string"
             raise ValueError(msg)
-        return _parse_object(array.item(), f"{self.path}: {name}")
+        return _parse(array.item(), f"{self.path}: {name}")
 
     def _array(self, name: str) -> NDArray[Any]:
         if name not in self._arrays:
@@ -103,11 +154,34 @@ class Weights:
             raise ValueError(msg)
         return np.asarray(self._arrays[name])
 
+    def _check(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        kind: str,
+        expected: tuple[int, ...],
+        also: tuple[str, ...] = (),
+    ) -> None:
+        if shape != expected or not (kind in ("float16", "float32", "float64", "bfloat16") or kind in also):
+            msg = f"{self.path}: {name} has shape {shape} and dtype {kind}; expected floating {expected}"
+            raise ValueError(msg)
+
+
+def _read_npz(path: Path) -> dict[str, Any]:
+    with _open(path) as content:
+        try:
+            with np.load(content, allow_pickle=False) as archive:
+                return {name: archive[name] for name in archive.files}
+        # A damaged archive fails in zipfile, zlib or numpy's header parser, in a dozen ways.
+        except Exception as error:
+            msg = f"{path} is not a whole npz file of plain arrays ({error}); install its package again"
+            raise ValueError(msg) from error
+
 
 def read_json(path: str | Path) -> dict[str, Any]:
     """The JSON object in a UTF-8 file; OSError or ValueError, naming the file, where there is none."""
     with _open(Path(path)) as file:
-        return _parse_object(file.read(), str(path))
+        return _parse(file.read(), str(path))
 
 
 def _open(path: Path) -> Any:
@@ -118,13 +192,9 @@ def _open(path: Path) -> Any:
         raise type(error)(msg) from error
 
 
-def _parse_object(text: str | bytes, where: str) -> dict[str, Any]:
+def _parse(text: str | bytes, where: str) -> dict[str, Any]:
     try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        msg = f"{where} is not JSON ({error}); install its package again"
+        return parse_object(text)
+    except ValueError as error:
+        msg = f"{where} is not JSON as expected ({error}); install its package again"
         raise ValueError(msg) from error
-    if not isinstance(data, dict):
-        msg = f"{where} holds a JSON {type(data).__name__}; expected an object"
-        raise ValueError(msg)
-    return data
