@@ -317,6 +317,7 @@ class TestSample:
         index = hard_attention(
             q, k, v, is_causal=True, query_offset=1200, mode="sample", backend=backend
         ).index
+        assert (index >= 0).all()
         sums = np.take_along_axis(result.weights.cumsum(axis=3), index[..., None], axis=3)[..., 0]
         share = np.take_along_axis(result.weights, index[..., None], axis=3)[..., 0]
         assert (number < sums + 1e-5).all()

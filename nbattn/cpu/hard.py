@@ -104,18 +104,15 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
         return ordered
 
     @jit
-    def rise_carefully(w, key0, keys, rows, vectors):
-        """`rise`, where a NaN is larger than everything else and than NaN that follow."""
-        for v in range(vectors):
-            store(w.rescale + v * register, load(w.maximum + v * register))
+    def rise_to_nan(w, key0, keys, rows):
+        """After `rise`, a row's first NaN becomes its largest score, which nothing is above."""
         for r in range(rows):
-            top = get(w.maximum + r * size)
-            for j in range(keys):
+            for j in range(keys if get(w.maximum + r * size) == get(w.maximum + r * size) else 0):
                 x = get(w.s + j * ROW_BYTES + r * size)
-                if top == top and not x <= top:
-                    top = x
+                if x != x:
+                    put(w.maximum + r * size, x)
                     put_index(w.selected + r * size, integer(key0 + j))
-            put(w.maximum + r * size, top)
+                    break
 
     @jit
     def add_weights(p, w, keys, vectors):
@@ -220,15 +217,16 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
                 if stage != LARGEST:
                     choose(p, w, key0, keys, vectors)
                 else:
-                    if careful:
-                        rise_carefully(w, key0, keys, rows, vectors)
-                    elif not rise(w, key0, keys, vectors):
-                        ordered = False
-                        break
+                    ordered = rise(w, key0, keys, vectors)
+                    if not ordered:
+                        if not careful:
+                            break
+                        rise_to_nan(w, key0, keys, rows)
                     if p.uniforms != 0:
                         add_weights(p, w, keys, vectors)
                 key0 += keys
             if stage == LARGEST and not careful and not ordered:
+                # A NaN may be what a bias of -inf or a split of inf has left: seen or not, with care.
                 careful = True
                 continue
             if stage == LARGEST and p.uniforms != 0:
