@@ -17,9 +17,9 @@ class BlockMask:
     """Which query sees which key, as blocks of 64 queries and 64 keys.
 
     Made by `from_dense`, `from_sparse`, `from_mask_mod` or a builder of `nbattn.masks`, and given to
-    `scaled_dot_product_attention` or `varlen_attention` as its ``mask``; other doors take the dense mask that
-    it stands for. Masks never change; ``&``, ``|`` and ``~`` make new ones block by block, where batch and
-    heads broadcast.
+    attention as its ``mask``; doors that know no blocks, as those of caches, take the dense mask that it
+    stands for. Masks never change; ``&``, ``|`` and ``~`` make new ones block by block, where batch and heads
+    broadcast.
 
     Parameters
     ----------
