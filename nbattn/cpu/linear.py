@@ -28,8 +28,10 @@ from .tiles import WIDE
 PITCH = WIDE * emitters.REGISTER_BYTES
 """Bytes from one row of a block of columns to the next: of the state, of values and of outputs."""
 CHUNK = 16
-"""Tokens that a delta rule lays out in scratch at once: each chunk begins with recalling. Without one there
-are two, for which the processor's own prefetching sees steady reads: 178 ns a token of 64 x 64, not 235."""
+"""Tokens between two looks at what a chunk needs; with a delta rule each begins with recalling."""
+COPIED = 2
+"""Tokens of a chunk that has to be copied first, so that the processor's own prefetching sees steady reads: a
+token of 64 x 64 took 178 ns, 235 in chunks of 16, and where nothing is copied 146."""
 SEGMENT = 128
 """Queries of a task that only reads the state."""
 SERIAL_WORK = 1 << 17
@@ -127,7 +129,8 @@ def _parameters(
         width //= 2
     panels = -(-vectors // width)
     row = -(-features * size // emitters.REGISTER_BYTES) * emitters.REGISTER_BYTES
-    chunk = 2 if p.beta is None else max(1, 2 * CHUNK // (1 + group))
+    lie = p.feature == "identity" and features % lanes == 0 and not p.normalize
+    chunk = max(1, 2 * (CHUNK if lie or p.beta is not None else COPIED) // (1 + group))
     # As `unit` lays it out: state, queries, keys, decays, their product, values, outputs, recalled, sum of
     # keys, denominators, beta.
     scratch = PITCH * (features + chunk + chunk * group + 1) + row * (chunk * group + 3 * chunk + 1)
@@ -174,38 +177,43 @@ def _sweep(
         value = beta * (value - recalled)              `recalls`, before;
         recalled = following @ state                   and after, for the next token
 
-    `state`, `value`, `out` and `recalled` have `vectors` vectors of columns; `value` and `out` of the next
-    token lie `PITCH` bytes further, its key, decay and query `row` bytes.
+    `state`, `value`, `out` and `recalled` have `vectors` vectors of columns; rows of the state are `PITCH`
+    bytes apart. What ends in `_row` are the bytes from one token to the next; `out` is multiplied by `scale`.
     """
     size = number.bitwidth // 8
 
     @intrinsic
     def sweep(
-        typingctx: Any, state: Any, row: Any, rows: Any, key: Any, decay: Any, value: Any, query: Any,
-        out: Any, following: Any, recalled: Any, beta: Any,
+        typingctx: Any, state: Any, rows: Any, key: Any, key_row: Any, decay: Any, decay_row: Any, value: Any,
+        value_row: Any, query: Any, query_row: Any, out: Any, out_row: Any, scale: Any, following: Any,
+        recalled: Any, beta: Any,
     ) -> Any:  # fmt: skip
         def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-            state, row, rows, key, decay, value, query, out, following, recalled, beta = args
+            state, rows, key, key_row, decay, decay_row, value, value_row, *args = args
+            query, query_row, out, out_row, scale, following, recalled, beta = args
             scalar = context.get_value_type(number)
             t = ir.VectorType(scalar, emitters.REGISTER_BYTES // size)
 
-            def at(base: Any, token: int, j: int) -> Any:
-                shift = const(I64, token * PITCH + j * emitters.REGISTER_BYTES)
-                return pointer(b, b.add(base, shift), t)
+            def each(base: Any, row: Any) -> list[Any]:
+                """The addresses of all tokens."""
+                return [b.add(base, b.mul(row, const(I64, i))) for i in range(tokens)]
 
-            def of(base: Any, token: int) -> Any:
-                return pointer(b, b.add(base, b.mul(row, const(I64, token))), scalar)
+            def at(base: Any, j: int) -> Any:
+                return pointer(b, b.add(base, const(I64, j * emitters.REGISTER_BYTES)), t)
 
             added = []
             if updates:
-                added = [[load_value(b, at(value, i, j)) for j in range(vectors)] for i in range(tokens)]
+                added = [[load_value(b, at(v, j)) for j in range(vectors)] for v in each(value, value_row)]
             if recalls:
                 rate = splat_value(b, t, load_value(b, pointer(b, beta, scalar)))
                 for j in range(vectors):
-                    lacking = b.fsub(added[0][j], load_value(b, at(recalled, 0, j)))
+                    lacking = b.fsub(added[0][j], load_value(b, at(recalled, j)))
                     added[0][j] = b.fmul(rate, lacking)
-            keys, decays_, queries = ([of(x, i) for i in range(tokens)] for x in (key, decay, query))
-            next_ = of(following, 0)
+            keys, gates, queries = (
+                [pointer(b, x, scalar) for x in each(*place)]
+                for place in ((key, key_row), (decay, decay_row), (query, query_row))
+            )
+            next_ = pointer(b, following, scalar)
             count = (tokens * vectors if reads else 0) + (vectors if recalls else 0)
             before, head = b.block, b.append_basic_block("rows")
             after = b.append_basic_block("done")
@@ -216,14 +224,14 @@ def _sweep(
             sums = [b.phi(t) for _ in range(count)]
             grown: list[Any] = list(sums)
             place = b.add(state, b.mul(r, const(I64, PITCH)))
-            s = [load_value(b, at(place, 0, j)) for j in range(vectors)]
+            s = [load_value(b, at(place, j)) for j in range(vectors)]
 
             def one(base: Any) -> Any:
                 return splat_value(b, t, load_value(b, b.gep(base, [r])))
 
             for i in range(tokens):
                 if decays:
-                    x = one(decays_[i])
+                    x = one(gates[i])
                     s = [b.fmul(x, y) for y in s]
                 if updates:
                     x = one(keys[i])
@@ -239,7 +247,7 @@ def _sweep(
                     grown[count - vectors + j] = fma_value(b, x, s[j], grown[count - vectors + j])
             if updates:
                 for j in range(vectors):
-                    store_value(b, s[j], at(place, 0, j))
+                    store_value(b, s[j], at(place, j))
             below = b.add(r, const(I64, 1))
             r.add_incoming(below, head)
             for total, last in zip(sums, grown, strict=True):
@@ -247,13 +255,17 @@ def _sweep(
                 total.add_incoming(last, head)
             b.cbranch(b.icmp_signed("<", below, rows), head, after)
             b.position_at_end(after)
-            places = [at(out, i, j) for i in range(tokens) for j in range(vectors)] if reads else []
-            places += [at(recalled, 0, j) for j in range(vectors)] if recalls else []
-            for total, where in zip(grown, places, strict=True):
-                store_value(b, total, where)
+            if reads:
+                factor = splat_value(b, t, scale)
+                places = [at(o, j) for o in each(out, out_row) for j in range(vectors)]
+                for total, where in zip(grown, places, strict=False):
+                    store_value(b, b.fmul(total, factor), where)
+            if recalls:
+                for j in range(vectors):
+                    store_value(b, grown[count - vectors + j], at(recalled, j))
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 11), codegen
+        return types.void(*[types.int64] * 12, number, *[types.int64] * 3), codegen
 
     return sweep
 
@@ -287,62 +299,64 @@ def _build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
         )
 
         @jit
-        def read(s, row, rows, q, o, count):
+        def read(s, rows, q, q_row, o, o_row, count, scale):
             i = 0
             while i + 4 <= count:
-                read4(s, row, rows, 0, 0, 0, q + i * row, o + i * PITCH, 0, 0, 0)
+                read4(s, rows, 0, 0, 0, 0, 0, 0, q + i * q_row, q_row, o + i * o_row, o_row, scale, 0, 0, 0)
                 i += 4
             while i < count:
-                read1(s, row, rows, 0, 0, 0, q + i * row, o + i * PITCH, 0, 0, 0)
+                read1(s, rows, 0, 0, 0, 0, 0, 0, q + i * q_row, 0, o + i * o_row, 0, scale, 0, 0, 0)
                 i += 1
 
         @jit
-        def through(p, s, q, k, a, next_, v, o, r, beta, count):
-            gated, row, rows = p.decay != 0, p.row, p.features
+        def through(p, s, q, qt, qg, k, kt, a, next_, nt, v, vt, o, ot, og, r, beta, count, scale):
+            gated, at, rows = p.decay != 0, p.row, p.features
             group = p.group if p.steps & READ else 0
             if p.steps == READ:
-                read(s, row, rows, q, o, count * group)
+                for g in range(group):
+                    read(s, rows, q + g * qg, qt, o + g * og, ot, count, scale)
                 return
             if p.beta:
-                read1(s, row, rows, 0, 0, 0, next_, r, 0, 0, 0)
+                read1(s, rows, 0, 0, 0, 0, 0, 0, next_, 0, r, 0, dtype(1), 0, 0, 0)
             t = 0
             while t < count:
-                kt, at, vt, qt = k + t * row, a + t * row, v + t * PITCH, q + t * group * row
-                ot, bt = o + t * group * PITCH, beta + t * size
-                # The last token of a chunk has none behind it: the next chunk begins with recalling.
-                nt = next_ + min(t + 1, count - 1) * row
                 two = group <= 1 and t + 2 <= count
                 if p.beta:
                     two = False
+                    # The last token of a chunk has none behind it: the next chunk begins with recalling.
+                    n = next_ + min(t + 1, count - 1) * nt
                     if group == 1 and gated:
-                        replace_read_gated(s, row, rows, kt, at, vt, qt, ot, nt, r, bt)
+                        replace_read_gated(s, rows, k, kt, a, at, v, vt, q, qt, o, ot, scale, n, r, beta)
                     elif group == 1:
-                        replace_read(s, row, rows, kt, at, vt, qt, ot, nt, r, bt)
+                        replace_read(s, rows, k, kt, a, at, v, vt, q, qt, o, ot, scale, n, r, beta)
                     elif gated:
-                        replace_gated(s, row, rows, kt, at, vt, qt, ot, nt, r, bt)
+                        replace_gated(s, rows, k, kt, a, at, v, vt, q, qt, o, ot, scale, n, r, beta)
                     else:
-                        replace(s, row, rows, kt, at, vt, qt, ot, nt, r, bt)
+                        replace(s, rows, k, kt, a, at, v, vt, q, qt, o, ot, scale, n, r, beta)
                 elif group == 1:
                     if two and gated:
-                        both2_gated(s, row, rows, kt, at, vt, qt, ot, 0, 0, 0)
+                        both2_gated(s, rows, k, kt, a, at, v, vt, q, qt, o, ot, scale, 0, 0, 0)
                     elif two:
-                        both2(s, row, rows, kt, at, vt, qt, ot, 0, 0, 0)
+                        both2(s, rows, k, kt, a, at, v, vt, q, qt, o, ot, scale, 0, 0, 0)
                     elif gated:
-                        both1_gated(s, row, rows, kt, at, vt, qt, ot, 0, 0, 0)
+                        both1_gated(s, rows, k, kt, a, at, v, vt, q, qt, o, ot, scale, 0, 0, 0)
                     else:
-                        both1(s, row, rows, kt, at, vt, qt, ot, 0, 0, 0)
+                        both1(s, rows, k, kt, a, at, v, vt, q, qt, o, ot, scale, 0, 0, 0)
                 else:
                     if two and gated:
-                        add2_gated(s, row, rows, kt, at, vt, 0, 0, 0, 0, 0)
+                        add2_gated(s, rows, k, kt, a, at, v, vt, 0, 0, 0, 0, scale, 0, 0, 0)
                     elif two:
-                        add2(s, row, rows, kt, at, vt, 0, 0, 0, 0, 0)
+                        add2(s, rows, k, kt, a, at, v, vt, 0, 0, 0, 0, scale, 0, 0, 0)
                     elif gated:
-                        add1_gated(s, row, rows, kt, at, vt, 0, 0, 0, 0, 0)
+                        add1_gated(s, rows, k, kt, a, at, v, vt, 0, 0, 0, 0, scale, 0, 0, 0)
                     else:
-                        add1(s, row, rows, kt, at, vt, 0, 0, 0, 0, 0)
+                        add1(s, rows, k, kt, a, at, v, vt, 0, 0, 0, 0, scale, 0, 0, 0)
                 if group > 1:
-                    read(s, row, rows, qt, ot, group)
-                t += 2 if two else 1
+                    read(s, rows, q, qg, o, og, group, scale)
+                done = 2 if two else 1
+                t += done
+                k, a, v, q, o = k + done * kt, a + done * at, v + done * vt, q + done * qt, o + done * ot
+                beta += size
 
         return through
 
@@ -363,26 +377,23 @@ def _build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
                     put(y + i * size, get(x + i * size))
 
     @jit
-    def features(x, row, rows, width, feature, factor):
-        """factor * feature(x), in place."""
-        zero, factors = splat(dtype(0)), splat(factor)
+    def features(x, row, rows, width, feature):
+        """feature(x), in place, and zeros behind the last number of each row."""
+        zero = splat(dtype(0))
         for r in range(rows):
             for i in range(0, width * size, register):
                 at = x + r * row + i
                 y = load(at)
-                if feature == ELU:
-                    y = add(greater(zero, y), exp(smaller(zero, y)))
-                elif feature == RELU:
-                    y = greater(zero, y)
-                store(at, mul(y, factors))
+                positive = greater(zero, y)  # and NaN
+                store(at, add(positive, exp(smaller(zero, y))) if feature == ELU else positive)
             for i in range(width, -(-width // lanes) * lanes):
                 put(x + r * row + i * size, dtype(0))
 
     @jit
-    def gates(p, source, count, k, a, next_):
-        """exp(decay) -> a, and that times the key -> next_."""
+    def gates(p, source, count, k, k_row, a, product):
+        """exp(decay) -> a, and that times the key -> product."""
         for t in range(count):
-            x, shift = source + t * p.decay_s, t * p.row
+            x, shift, key = source + t * p.decay_s, t * p.row, k + t * k_row
             for i in range(0, p.features, lanes):
                 at = shift + i * size
                 if p.decay_f == 0:
@@ -395,7 +406,7 @@ def _build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
                         put(a + shift + j * size, exp(get(x + j * size)))
                     y = load(a + at)
                 store(a + at, y)
-                store(next_ + at, mul(y, load(k + at)))
+                store(product + at, mul(y, load(key + i * size)))
 
     @jit
     def denominators(p, count, q, k, a, z, totals):
@@ -444,17 +455,16 @@ def _build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
         columns = min(p.width, p.columns - first)
         row, group, chunk = p.row, p.group, p.chunk
         s = w  # (features, PITCH)
-        q = s + p.features * PITCH  # (chunk, group, row)
-        k = q + chunk * group * row  # (chunk, row)
-        a = k + chunk * row  # (chunk, row)
+        own_q = s + p.features * PITCH  # (chunk, group, row)
+        own_k = own_q + chunk * group * row  # (chunk, row)
+        a = own_k + chunk * row  # (chunk, row)
         product = a + chunk * row  # (chunk, row)
-        v = product + chunk * row  # (chunk, PITCH)
-        o = v + chunk * PITCH  # (chunk, group, PITCH)
-        r = o + chunk * group * PITCH  # (PITCH)
+        own_v = product + chunk * row  # (chunk, PITCH)
+        own_o = own_v + chunk * PITCH  # (chunk, group, PITCH)
+        r = own_o + chunk * group * PITCH  # (PITCH)
         z = r + PITCH  # (row)
         totals = z + row  # (chunk, group, register)
         rates = totals + chunk * group * register  # (chunk)
-        next_ = product if p.decay else k
 
         state = p.state + b * p.state_b + h * p.state_h
         if p.state:
@@ -468,47 +478,73 @@ def _build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
             for f in range(p.features if p.state else 0):
                 put(z + f * size, get(state + f * p.state_f + p.columns * size))
 
+        # What can be read or written where it lies is.
+        features_lie = p.feature == 0 and p.features % lanes == 0 and not p.normalize
+        columns_lie = columns % lanes == 0
+        scale = dtype(1) if p.normalize else dtype(p.scale)
+        qt, qg, kt, vt, ot, og = group * row, row, row, PITCH, group * PITCH, PITCH
+        if features_lie:
+            qt, qg, kt = p.query_s, p.query_h, p.key_s
+        if columns_lie:
+            vt = p.value_s
+            if not p.normalize:
+                ot, og = p.out_s, p.out_h
         t = segment * SEGMENT
         stop = min(t + SEGMENT, p.tokens) if p.segments > 1 else p.tokens
         while t < stop:
             count = min(chunk, stop - t)
-            if p.steps & READ:
-                for g in range(group):
-                    x = p.query + b * p.query_b + (h * group + g) * p.query_h + t * p.query_s
-                    take(x, p.query_s, count, p.features, q + g * row, group * row)
-                features(q, row, count * group, p.features, p.feature, dtype(p.scale))
+            q, k, v, o = own_q, own_k, own_v, own_o
+            query = p.query + b * p.query_b + h * group * p.query_h + t * p.query_s
+            key = p.key + b * p.key_b + h * p.key_h + t * p.key_s
+            value = p.value + b * p.value_b + h * p.value_h + t * p.value_s + first * size
+            out = p.out + b * p.out_b + h * group * p.out_h + t * p.out_s + first * size
+            if features_lie:
+                q, k = query, key
+            else:
+                if p.steps & READ:
+                    for g in range(group):
+                        take(query + g * p.query_h, p.query_s, count, p.features, q + g * row, group * row)
+                    if p.feature:
+                        features(q, row, count * group, p.features, p.feature)
+                if p.steps & UPDATE:
+                    take(key, p.key_s, count, p.features, k, row)
+                    if p.feature:
+                        features(k, row, count, p.features, p.feature)
+            if columns_lie:
+                v = value
+                o = o if p.normalize else out
+            elif p.steps & UPDATE:
+                take(value, p.value_s, count, columns, v, PITCH)
             if p.steps & UPDATE:
-                x = p.key + b * p.key_b + h * p.key_h + t * p.key_s
-                take(x, p.key_s, count, p.features, k, row)
-                if p.feature:
-                    features(k, row, count, p.features, p.feature, dtype(1))
-                x = p.value + b * p.value_b + h * p.value_h + t * p.value_s + first * size
-                take(x, p.value_s, count, columns, v, PITCH)
                 if p.decay:
                     x = p.decay + b * p.decay_b + h * p.decay_h + t * p.decay_s
-                    gates(p, x, count, k, a, product)
+                    gates(p, x, count, k, kt, a, product)
                 if p.beta:
                     x = p.beta + b * p.beta_b + h * p.beta_h + t * p.beta_s
                     for i in range(count):
                         put(rates + i * size, get(x + i * p.beta_s))
             if p.normalize:
                 denominators(p, count, q, k, a, z, totals)
+            n, nt = (product, row) if p.decay else (k, kt)
             vectors, c = (columns + lanes - 1) // lanes, 0
             while c < vectors:
                 i = c * register
                 if vectors - c >= WIDE:
-                    wide(p, s + i, q, k, a, next_, v + i, o + i, r + i, rates, count)
+                    wide(p, s + i, q, qt, qg, k, kt, a, n, nt, v + i, vt, o + i, ot, og, r + i, rates, count,
+                         scale)  # fmt: skip
                     c += WIDE
                 elif vectors - c >= 2:
-                    half(p, s + i, q, k, a, next_, v + i, o + i, r + i, rates, count)
+                    half(p, s + i, q, qt, qg, k, kt, a, n, nt, v + i, vt, o + i, ot, og, r + i, rates, count,
+                         scale)  # fmt: skip
                     c += 2
                 else:
-                    single(p, s + i, q, k, a, next_, v + i, o + i, r + i, rates, count)
+                    single(p, s + i, q, qt, qg, k, kt, a, n, nt, v + i, vt, o + i, ot, og, r + i, rates,
+                           count, scale)  # fmt: skip
                     c += 1
-            if p.steps & READ:
+            if p.steps & READ and (p.normalize or not columns_lie):
                 for g in range(group):
-                    x = p.out + b * p.out_b + (h * group + g) * p.out_h + t * p.out_s + first * size
-                    deliver(p, o + g * PITCH, totals + g * register, group, count, columns, x, p.out_s)
+                    deliver(p, o + g * PITCH, totals + g * register, group, count, columns,
+                            out + g * p.out_h, p.out_s)  # fmt: skip
             t += count
 
         if p.end:
