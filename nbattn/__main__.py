@@ -1,9 +1,10 @@
-"""The command line: ``nbattn generate``, ``nbattn info``, ``nbattn warmup`` (``python -m nbattn`` too)."""
+"""The command line: ``nbattn generate``, ``align``, ``info`` and ``warmup`` (``python -m nbattn`` too)."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import json
 import math
 import os
 import platform
@@ -89,6 +90,14 @@ def _parser() -> _Parser:
         "--weights", metavar="DIR", help="where the weight files are; default: in their package"
     )
 
+    align = commands.add_parser("align", help="a word in Katakana, and which letters each kana looks at")
+    align.set_defaults(run=_align)
+    align.add_argument("word", help="an English word")
+    align.add_argument("--json", action="store_true", help="every head's weights, as JSON")
+    align.add_argument("--plot", metavar="FILE", help="write a picture too, such as align.png")
+    align.add_argument("--backend", choices=("cpu", "reference"), help="default: cpu")
+    align.add_argument("--weights", metavar="DIR", help="where the weight file is; default: in its package")
+
     info = commands.add_parser("info", help="versions, processor, chosen kernels, threads, cache folder, GPU")
     info.set_defaults(run=_info)
 
@@ -168,6 +177,22 @@ def _write(text: str) -> None:
     encoding = sys.stdout.encoding or "utf-8"
     sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
     sys.stdout.flush()
+
+
+def _align(args: argparse.Namespace) -> None:
+    from .models import e2k
+
+    alignment = e2k.load(args.weights, args.backend)(args.word)
+    if args.plot:
+        from .plot import attention_map
+
+        weights, title = alignment.weights.mean(axis=0), alignment.katakana
+        attention_map(weights, alignment.kana, alignment.letters, title=title).savefig(args.plot)
+    if args.json:
+        fields = {"katakana": alignment.katakana, "letters": alignment.letters, "kana": alignment.kana}
+        print(json.dumps(fields | {"weights": alignment.weights.astype(float).round(6).tolist()}))
+    else:
+        _write(f"{alignment.katakana}\n\n{e2k.table(alignment)}\n")
 
 
 def _info(args: argparse.Namespace) -> None:

@@ -105,6 +105,11 @@ class Weights:
         """The names of the arrays, as the file orders them."""
         return [*self._arrays, *self._tensors]
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of the array of this name."""
+        tensor = self._tensors.get(name)
+        return self._array(name).shape if tensor is None else tensor.shape
+
     def tensor(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
         """The array of this name as float32; ValueError unless floating, finite and of this shape."""
         tensor = self._tensors.get(name)
