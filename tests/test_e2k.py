@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -54,7 +55,7 @@ def theirs():
 
 class TestModel:
     def test_text_is_theirs(self, model, theirs):
-        assert len(set(WORDS)) >= 200
+        assert len(set(WORDS)) >= 287
         assert {word: model(word).katakana for word in WORDS} == {word: theirs(word) for word in WORDS}
 
     def test_kernels(self, model):
@@ -168,6 +169,12 @@ class TestCommand:
             assert 97 <= sum(shares) <= 103
         # Characters are one or two columns wide: the numbers end in the same ones.
         assert {len(row) + (row[0] != "$") for row in rows} == {len(letters)}
+
+    def test_the_readme_tells_the_truth(self, capsys):
+        readme = Path(__file__).resolve().parents[1].joinpath("README.md").read_text(encoding="utf-8")
+        word, shown = re.search(r"```console\n\$ nbattn align (\w+)\n(.*?)```", readme, re.DOTALL).groups()
+        assert main(["align", word, "--backend", "reference"]) == 0
+        assert capsys.readouterr().out == shown
 
     def test_json(self, capsys, model):
         assert main(["align", "hello", "--json", "--backend", "reference"]) == 0
