@@ -110,12 +110,13 @@ class TestFormula:
          (63, 129, 33, 15), (64, 128, 64, 17), (130, 66, 24, 20)],
     )  # fmt: skip
     def test_sizes(self, backend, dtype, queries, keys, units, value_dim, rng):
-        arrays, network = case(rng, dtype, 1, 2, 1, queries, keys, (units + 1, units), units, value_dim)
-        check(backend, arrays, network)
-        check(backend, arrays, network, is_causal=True, query_offset="end")
+        sizes = queries, keys, (units + 1, units), units, value_dim
+        check(backend, *case(rng, dtype, 1, 2, 1, *sizes))
+        check(backend, *case(rng, dtype, 3, 2, 2, *sizes), is_causal=True, query_offset="end")
 
-    def test_weights_for_each_head(self, backend, rng):
-        arrays, network = case(rng)
+    @pytest.mark.parametrize("queries", [3, 33])
+    def test_weights_for_each_head(self, backend, queries, rng):
+        arrays, _ = case(rng, queries=queries)
         network = {
             "w_query": normal(rng, (4, 21, 12)), "w_key": normal(rng, (2, 21, 9)),
             "v": normal(rng, (4, 21)), "bias": normal(rng, (4, 21)),

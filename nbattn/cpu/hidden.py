@@ -6,7 +6,8 @@ multiply-add for x. `GROUP` of the fractions v / x are joined by ``p / x + q / y
 before one division: some four operations for each hidden unit of a pair, where a tanh takes 20. Products
 of `GROUP` large x overflow to inf, which the sum shows as NaN; such scores are done again, slowly.
 
-A call runs twice: first the keys are projected, in tiles [unit, key], then blocks of queries take them.
+A call runs twice: first the keys are projected, in tiles [unit, key], then blocks of queries take them. Where
+each tile serves one block alone, the block projects it.
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ class Scratch(NamedTuple):
 
     x: int  # what is projected, transposed: x_rows rows
     q: int  # the queries' hidden units, unit_rows rows, then as many of their exponentials
-    o: int  # o^T, value_rows rows
+    tile: int  # likewise of a tile of keys that no other block needs
+    o: int  # o^T, value_dim rows
     s: int  # s^T, then its weights: a row for each key of a tile
     turned: int  # s of few queries: a row for each
     maximum: int  # one row each of a number a query: the softmax's running maximum,
@@ -178,15 +180,16 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
     @jit
     def scratch_at(p, x):
         q = x + p.x_rows * ROW_BYTES
-        o = q + p.hidden_bytes
+        tile = q + p.hidden_bytes
+        o = tile + p.hidden_bytes
         s = o + p.value_dim * ROW_BYTES
         turned = s + block_rows * ROW_BYTES
         row = turned + block_rows * ROW_BYTES
         table, step = row + STATE_ROWS * ROW_BYTES, block_rows * 8
         seen = table + TABLES * step
-        return Scratch(x, q, o, s, turned, row, row + ROW_BYTES, row + 2 * ROW_BYTES, row + 3 * ROW_BYTES,
-                       row + 4 * ROW_BYTES, table, table + step, table + 2 * step, table + 3 * step,
-                       seen, seen + WORDS * 8)  # fmt: skip
+        return Scratch(x, q, tile, o, s, turned, row, row + ROW_BYTES, row + 2 * ROW_BYTES,
+                       row + 3 * ROW_BYTES, row + 4 * ROW_BYTES, table, table + step, table + 2 * step,
+                       table + 3 * step, seen, seen + WORDS * 8)  # fmt: skip
 
     @jit
     def transpose(table, columns, rows, target):
@@ -220,6 +223,14 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
                         store(t, a)
                     e = _exponential(a)
                 store(t + p.unit_rows * ROW_BYTES, e)
+
+    @jit
+    def key_tile(p, w, b, shared, key0, target):
+        rows = min(block_rows, get_int(p.key_lengths + 8 * b) - key0)
+        if rows > 0:
+            key = p.key + (b * p.key_b + shared * p.key_h + key0 * p.key_s) * size
+            matrix = p.w_key + shared * p.w_key_h * size if p.w_key != 0 else 0
+            project(p, w, key, p.key_s, p.key_dim, matrix, p.w_key_s, 0, rows, target)
 
     @jit
     def set_up(p, w, b, h, row0, rows):
@@ -436,7 +447,12 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
                 seen = look(p, w, key0, keys, vectors * lanes) if p.mask != 0 else EVERYTHING
                 if seen == NOTHING:
                     continue
-                score(p, w, v, hidden + key0 // block_rows * p.hidden_bytes, keys, rows, vectors)
+                tile = w.tile
+                if p.hidden == 0:
+                    key_tile(p, w, b, shared, key0, tile)
+                else:
+                    tile = hidden + key0 // block_rows * p.hidden_bytes
+                score(p, w, v, tile, keys, rows, vectors)
                 cover(p, w, key0, keys, vectors, all_first, all_last, seen)
                 if stage == WEIGHTS:
                     write_weights(p, w, key0, keys, rows, vectors)
@@ -458,14 +474,6 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
                     stage = WEIGHTS
                     continue
             return
-
-    @inline
-    def key_tile(p, w, b, shared, key0, target):
-        rows = min(block_rows, get_int(p.key_lengths + 8 * b) - key0)
-        if rows > 0:
-            key = p.key + (b * p.key_b + shared * p.key_h + key0 * p.key_s) * size
-            matrix = p.w_key + shared * p.w_key_h * size if p.w_key != 0 else 0
-            project(p, w, key, p.key_s, p.key_dim, matrix, p.w_key_s, 0, rows, target)
 
     def work(address):
         p = parameters_at(address)
