@@ -10,6 +10,7 @@ from oracle import assert_same_bits, normal
 
 import nbattn
 from nbattn import linear_attention
+from nbattn.cpu import emitters
 
 RULES = ("linear", "gated", "gated per feature", "delta", "gated delta", "gated delta per feature")
 rules = pytest.mark.parametrize("rule", RULES)
@@ -211,6 +212,16 @@ def test_decays_of_all_sizes(backend, rule, dtype, rng):
         fresh = np.einsum("bhsf,bhsf->bhs", arrays[0], np.repeat(arrays[1], 2, axis=1)) / 3
         value = arrays[2] * options.get("beta", np.ones(1, dtype))[..., None]
         close(forgets, fresh[..., None] * np.repeat(value, 2, axis=1), dtype)
+
+
+@pytest.mark.skipif(not emitters.X86, reason="other processors take no longer over denormals")
+def test_denormals(rng):
+    """A state that decays and is not added to again is flushed to 0; nobody else's arithmetic is."""
+    (q, k, v), _ = inputs(rng, "gated", tokens=2000)
+    k[:, :, 5:] = 0
+    _, state = linear_attention(q, k, v, decay=-0.1, return_state=True)
+    np.testing.assert_array_equal(state, np.zeros_like(state))
+    assert np.float32(1e-38) * np.float32(0.5) > 0
 
 
 @rules

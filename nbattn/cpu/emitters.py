@@ -14,7 +14,7 @@ from numba.core import cgutils
 
 from . import runtime
 
-_x86 = platform.machine().lower() in ("x86_64", "amd64")
+X86 = platform.machine().lower() in ("x86_64", "amd64")
 _features = runtime.cpu_features()
 REGISTER_BYTES = 64 if "avx512f" in _features else 32 if "avx2" in _features else 16
 """Bytes of one vector register."""
@@ -356,6 +356,6 @@ def stored(storage: str) -> Any:
 
 def pause_value(b: ir.IRBuilder) -> None:
     """What a thread does while it waits for another; nothing where there is no such instruction."""
-    if _x86:
+    if X86:
         pause = ir.FunctionType(ir.VoidType(), [])
         b.call(cgutils.get_or_insert_function(b.module, pause, "llvm.x86.sse2.pause"), [])

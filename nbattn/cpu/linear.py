@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from ..problem import LinearProblem
 from . import emitters, runtime, simd
-from .emitters import I64, const, fma_value, load_value, pointer, splat_value, store_value
+from .emitters import I8, I32, I64, const, fma_value, load_value, pointer, splat_value, store_value
 from .tiles import WIDE
 
 PITCH = WIDE * emitters.REGISTER_BYTES
@@ -165,6 +166,38 @@ def _parameters(
 
 
 # --- the kernel ---------------------------------------------------------------------------------------------
+
+FLUSH = 0x8040
+"""The bits of x86's MXCSR that make denormal operands and results 0."""
+
+
+@intrinsic
+def _float_mode(typingctx: Any, mode: Any) -> Any:
+    """Set MXCSR to `mode`, or where it is -1 let it flush denormals to 0 too; what it was before.
+
+    A state that decays and is never added to again ends among the denormals, and stays there: its product
+    with 0.9 rounds to itself. Each takes Intel's cores some 150 cycles, in all 40 times a token's time.
+    """
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        if not emitters.X86:
+            return const(I64, 0)
+        place = cgutils.alloca_once(b, I32)
+        access = ir.FunctionType(ir.VoidType(), [I8.as_pointer()])
+        read, write = (
+            cgutils.get_or_insert_function(b.module, access, f"llvm.x86.sse.{name}mxcsr")
+            for name in ("st", "ld")
+        )
+        pointer_to_it = b.bitcast(place, I8.as_pointer())
+        b.call(read, [pointer_to_it])
+        before = b.load(place)
+        flushing = b.or_(before, const(I32, FLUSH))
+        mode = b.trunc(args[0], I32)
+        b.store(b.select(b.icmp_signed("<", args[0], const(I64, 0)), flushing, mode), place)
+        b.call(write, [pointer_to_it])
+        return b.zext(before, I64)
+
+    return types.int64(types.int64), codegen
 
 
 def _sweep(
@@ -559,12 +592,14 @@ def _build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
         p = parameters_at(address)
         w = p.workspace + simd.fetch_add(address + WORKERS) * p.workspace_bytes
         finished_last = 0
-        while True:
-            task = simd.fetch_add(address + NEXT_TASK)
-            if task >= p.tasks:
-                return finished_last
+        before = _float_mode(-1)
+        task = simd.fetch_add(address + NEXT_TASK)
+        while task < p.tasks:
             unit(p, w, task)
             if simd.fetch_add(address + TASKS_DONE) + 1 == p.tasks:
                 finished_last = 1
+            task = simd.fetch_add(address + NEXT_TASK)
+        _float_mode(before)
+        return finished_last
 
     return work
