@@ -37,7 +37,7 @@ No softmax, for sequences too long for all pairs:
 layers, `nbattn.models` whole models.
 """
 
-from . import masks
+from . import masks, scores
 from .additive import additive_attention
 from .attention import AttentionOutput, merge_states, scaled_dot_product_attention, varlen_attention
 from .block_mask import BlockMask
@@ -67,6 +67,7 @@ __all__ = [
     "merge_states",
     "paged_attention",
     "scaled_dot_product_attention",
+    "scores",
     "softmax",
     "varlen_attention",
 ]

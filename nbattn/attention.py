@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple, cast
 
@@ -11,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from . import problem as check
 from .block_mask import BlockMask
 from .problem import Problem
+from .scores import check_mods
 
 
 class AttentionOutput(NamedTuple):
@@ -46,6 +48,9 @@ def scaled_dot_product_attention(
     softcap: float | None = None,
     alibi_slopes: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
+    score_mod: Callable[..., Any] | None = None,
+    mask_mod: Callable[..., Any] | None = None,
+    mod_args: Sequence[Any] = (),
     compute_dtype: str | None = None,
     return_weights: bool = False,
     return_lse: bool = False,
@@ -54,11 +59,11 @@ def scaled_dot_product_attention(
 ) -> NDArray[Any] | AttentionOutput:
     r"""Soft attention of every query over the keys: ``softmax(scale * query @ key.T + ...) @ value``.
 
-    The scores of one row go through, in this order: ``scale * (q . k)``, softcap, bias, ALiBi, the masks, the
-    sink, softmax. All masks combine by *and*. A row that sees no key gives output 0, weights 0 and lse -inf
-    (with a sink, the sink's logit), never NaN. NaN or inf in a key or value that is masked for a row does not
-    reach that row. The result is the same, bit for bit, whatever the number of threads and the rest of the
-    batch.
+    The scores of one row go through, in this order: ``scale * (q . k)``, softcap, bias, ALiBi, `score_mod`,
+    the masks, the sink, softmax. All masks combine by *and*. A row that sees no key gives output 0, weights 0
+    and lse -inf (with a sink, the sink's logit), never NaN. NaN or inf in a key or value that is masked for a
+    row does not reach that row. The result is the same, bit for bit, whatever the number of threads and the
+    rest of the batch.
 
     Parameters
     ----------
@@ -91,6 +96,13 @@ def scaled_dot_product_attention(
         Adds ``slope * (key_position - query_position)``: positive slopes penalise earlier keys by distance.
     sinks : array_like (Hq,), optional
         One more logit per head that joins the softmax's denominator and has no value.
+    score_mod : callable, optional
+        ``score_mod(score, batch, head, q_index, kv_index, *mod_args)`` returns the new score; -inf masks. A
+        plain Python function or an @njit one, of numbers; see Notes.
+    mask_mod : callable, optional
+        ``mask_mod(batch, head, q_index, kv_index, *mod_args)`` returns whether the query sees the key.
+    mod_args : tuple
+        Arrays, which are only read, and numbers for both functions; each takes all of them or none.
     compute_dtype : {None, "bfloat16"}
         "bfloat16" with float32 inputs: both products take operands rounded to bfloat16, the rest is float32.
     return_weights, return_lse : bool
@@ -113,11 +125,23 @@ def scaled_dot_product_attention(
     ValueError
         For a wrong value: shapes, head counts or lengths that do not fit, a wrong `out`, an unknown backend.
 
+    Notes
+    -----
+    On the CPU `score_mod` and `mask_mod` are compiled at first sight (some tenths of a second) and kept, on
+    disk too, by what they say: one that is made anew compiles no second time. They may use numbers, arrays by
+    index, if and for, functions of `math` and NumPy on numbers, and other such functions. exp, log, tanh, sin
+    and their like become vector arithmetic, powers by `math.pow`. Python's floats have the precision of the
+    scores. The indices count the call's own queries and keys, from 0 (in `varlen_attention` the sequence's);
+    a `query_offset` does not shift them. Nobody checks that an index lies within its array. Globals and
+    closures are constants: what changes from call to call belongs into `mod_args`, or into the default of a
+    parameter behind the indices, which is passed likewise. `nbattn.scores` has ready-made ones.
+
     References
     ----------
     Vaswani et al., "Attention Is All You Need", 2017, https://arxiv.org/abs/1706.03762; computed in one pass
     over the keys as in Milakov and Gimelshein, 2018, https://arxiv.org/abs/1805.02867, and Dao et al., 2022,
-    https://arxiv.org/abs/2205.14135. ALiBi: https://arxiv.org/abs/2108.12409.
+    https://arxiv.org/abs/2205.14135. ALiBi: https://arxiv.org/abs/2108.12409. Functions of scores and masks:
+    FlexAttention, Dong et al., 2024, https://arxiv.org/abs/2412.05496.
 
     Examples
     --------
@@ -137,10 +161,25 @@ def scaled_dot_product_attention(
     >>> result = scaled_dot_product_attention(q, k, v, key_lengths=[7, 4], return_lse=True)
     >>> result.output.shape, result.lse.shape
     ((2, 8, 5, 16), (2, 8, 5))
+
+    Two documents in one sequence, and scores that fall off with the distance between the words of one:
+
+    >>> def nearby(score, batch, head, q_index, kv_index, document):
+    ...     return score - 0.5 * abs(q_index - kv_index)
+    >>> def same(batch, head, q_index, kv_index, document):
+    ...     return document[q_index] == document[kv_index]
+    >>> document = np.array([0, 0, 1])
+    >>> scaled_dot_product_attention(
+    ...     x, x, x, score_mod=nearby, mask_mod=same, mod_args=(document,), scale=0.5
+    ... ).round(2)
+    array([[0.73, 0.27, 0.  ],
+           [0.27, 0.73, 0.  ],
+           [0.  , 0.  , 1.  ]], dtype=float32)
     """
     layout = None
+    has_mods = score_mod is not None or mask_mod is not None or type(mod_args) is not tuple or mod_args
     if backend is out is mask is bias is key_lengths is alibi_slopes is sinks is None and not (
-        return_weights or return_lse
+        return_weights or return_lse or has_mods
     ):
         numbers = (is_causal, query_offset, scale, softcap, compute_dtype)
         layout = _layout(query, key, value, numbers, window_size)
@@ -162,7 +201,7 @@ def scaled_dot_product_attention(
         max_queries=queries,
         max_keys=keys,
         options=_Options(mask, bias, is_causal, window_size, query_offset, key_lengths, scale, softcap,
-                         alibi_slopes, sinks, compute_dtype),
+                         alibi_slopes, sinks, compute_dtype, score_mod, mask_mod, mod_args),
     )  # fmt: skip
     shape = (batch, heads, queries, v.shape[3])
     result = check.check_out(out, shape[missing:], q.dtype, _inputs((query, key, value, mask, bias), problem))
@@ -196,6 +235,9 @@ def varlen_attention(
     softcap: float | None = None,
     alibi_slopes: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
+    score_mod: Callable[..., Any] | None = None,
+    mask_mod: Callable[..., Any] | None = None,
+    mod_args: Sequence[Any] = (),
     compute_dtype: str | None = None,
     return_weights: bool = False,
     return_lse: bool = False,
@@ -223,6 +265,8 @@ def varlen_attention(
         Where to write the output ``(total_q, Hq, Dv)``.
     is_causal, window_size, query_offset, scale, softcap, alibi_slopes, sinks, compute_dtype, backend
         As in `scaled_dot_product_attention`, for each sequence by itself.
+    score_mod, mask_mod, mod_args
+        Likewise: `batch` is the sequence, and indices count its own queries and keys.
     return_weights, return_lse : bool
         Also return weights ``(B, Hq, longest query, longest key)``, 0 beyond a sequence's end, or the
         log-sum-exp ``(total_q, Hq)``.
@@ -273,7 +317,7 @@ def varlen_attention(
         max_queries=int(q_lengths.max(initial=0)),
         max_keys=int(k_lengths.max(initial=0)),
         options=_Options(mask, bias, is_causal, window_size, query_offset, key_lengths, scale, softcap,
-                         alibi_slopes, sinks, compute_dtype),
+                         alibi_slopes, sinks, compute_dtype, score_mod, mask_mod, mod_args),
         starts=(q_starts, k_starts),
     )  # fmt: skip
     total, heads, _ = q.shape
@@ -346,6 +390,9 @@ class _Options(NamedTuple):
     alibi_slopes: ArrayLike | None
     sinks: ArrayLike | None
     compute_dtype: str | None
+    score_mod: Any = None
+    mask_mod: Any = None
+    mod_args: Any = ()
 
 
 def _problem(
@@ -367,6 +414,7 @@ def _problem(
     blocks = options.mask if isinstance(options.mask, BlockMask) else None
     left, right = check.check_window(options.window_size, check.check_flag(options.is_causal, "is_causal"))
     lengths = check.check_key_lengths(options.key_lengths, key_limits)
+    score_mod, mask_mod = check_mods(options.score_mod, options.mask_mod, options.mod_args)
     return Problem(
         query=q,
         key=k,
@@ -386,6 +434,8 @@ def _problem(
         bias=check.check_bias(options.bias, shape),
         alibi_slopes=check.check_per_head(options.alibi_slopes, "alibi_slopes", heads, compute),
         sinks=check.check_per_head(options.sinks, "sinks", heads, compute),
+        score_mod=score_mod,
+        mask_mod=mask_mod,
         bfloat16_products=check.check_compute_dtype(options.compute_dtype, storage),
         query_starts=starts[0],
         key_starts=starts[1],
@@ -427,7 +477,9 @@ def _inputs(given: tuple[Any, ...], problem: Problem) -> tuple[NDArray[Any] | No
     """Every array that `out` must not overlap, the caller's own ones where a copy was made."""
     own = tuple(x for x in given if isinstance(x, np.ndarray))
     options = (problem.mask, problem.bias, problem.alibi_slopes, problem.sinks)
-    return (*own, problem.query, problem.key, problem.value, *options)
+    mods = (mod for mod in (problem.score_mod, problem.mask_mod) if mod is not None)
+    read = (x for mod in mods for x in mod.arguments if isinstance(x, np.ndarray))
+    return (*own, problem.query, problem.key, problem.value, *options, *read)
 
 
 def _weights(problem: Problem, heads: int) -> NDArray[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -20,6 +21,20 @@ UNBOUNDED = 1 << 40
 """A window side that no sequence reaches; small enough that adding positions cannot overflow."""
 
 STORAGE_DTYPES = ("float32", "float64", "float16", "bfloat16")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Mod:
+    """A function of the user's that scores go through, checked.
+
+    It is called as ``function(score, batch, head, q_index, kv_index, *arguments)``, a mask_mod without the
+    score. The indices are those of the query and the key within the sequence.
+    """
+
+    function: Callable[..., Any]  # plain Python
+    name: str  # "score_mod" or "mask_mod"
+    arguments: tuple[Any, ...]  # C-contiguous arrays, ints, floats and bools
+    label: str  # for messages: name, function, file and line
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,6 +66,8 @@ class Problem:
     bias: NDArray[Any] | None = None  # (B, Hq, Sq, Sk) floating, likewise
     alibi_slopes: NDArray[Any] | None = None  # (Hq,) in the compute dtype
     sinks: NDArray[Any] | None = None  # (Hq,) in the compute dtype
+    score_mod: Mod | None = None
+    mask_mod: Mod | None = None
     bfloat16_products: bool = False  # float32 problems only: operands of both products rounded to bfloat16
     query_starts: NDArray[np.int64] | None = None  # (B + 1,), packed problems only
     key_starts: NDArray[np.int64] | None = None  # (B + 1,)

@@ -1,5 +1,6 @@
 """The ONNX operator tests of attention, through adapters from its arguments to this library's."""
 
+import math
 import warnings
 
 import numpy as np
@@ -11,6 +12,7 @@ onnx = pytest.importorskip("onnx", minversion="1.23", reason="needs onnx>=1.23")
 
 CASES = 93
 LINEAR_CASES = 14
+FLEX_CASES = 11
 BFLOAT16_TOLERANCE = 2.0**-6
 
 
@@ -167,3 +169,33 @@ def test_every_linear_case(backend, nodes):
             for got, expected in zip(results, wanted, strict=True):
                 assert got.dtype == expected.dtype, case.name
                 np.testing.assert_allclose(got, expected, rtol=case.rtol, atol=case.atol, err_msg=case.name)
+
+
+# The graphs of FlexAttention's cases, as functions of one score.
+SCORE_MODS = {
+    "test_flexattention_score_mod": lambda score, batch, head, q_index, kv_index: score + 0.5,
+    "test_flexattention_causal_mask": lambda s, batch, head, q, k: s if q >= k else -math.inf,
+    "test_flexattention_soft_cap": lambda s, batch, head, q, k: 20.0 * math.tanh(s / 20.0),
+    "test_flexattention_relative_positional": lambda s, batch, head, q, k: s + (q - k),
+}
+PROB_MODS = {"test_flexattention_prob_mod": lambda weights: 0.5 * weights}
+
+
+def test_every_flex_case(backend, nodes):
+    cases = [c for c in nodes if c.name.startswith("test_flexattention")]
+    assert len(cases) == FLEX_CASES
+    for case in cases:
+        (node,) = case.model.graph.node
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        assert ("score_mod" in attributes) == (case.name in SCORE_MODS)
+        assert ("prob_mod" in attributes) == (case.name in PROB_MODS)
+        for (query, key, value), (expected,) in case.data_sets:
+            result = scaled_dot_product_attention(
+                query, key, value, scale=attributes.get("scale"), score_mod=SCORE_MODS.get(case.name),
+                return_weights=True, backend=backend,
+            )  # fmt: skip
+            output = result.output
+            if case.name in PROB_MODS:  # of the weights, which are a result here
+                output = PROB_MODS[case.name](result.weights) @ value
+            assert output.dtype == expected.dtype
+            np.testing.assert_allclose(output, expected, rtol=case.rtol, atol=case.atol, err_msg=case.name)

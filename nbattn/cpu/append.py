@@ -20,7 +20,7 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from ..problem import INT4_GROUP, AppendProblem, storage_name
-from . import emitters, runtime, simd
+from . import elementary, emitters, runtime, simd
 
 BLOCK = 64
 """Tokens of a sequence worth taking from the counter."""
@@ -197,42 +197,6 @@ def kernel(name: str) -> Any:
 
 # --- vectors ------------------------------------------------------------------------------------------------
 
-# pi / 2 in three parts: the product of the first two with whole numbers up to 2**20 is exact, also where
-# there is no fused multiply-add.
-HALF_PI = (1.57079632673412561417, 6.07710050630396597660e-11, 2.02226624879595063154e-21)
-# sin(r) = r + r z (...), cos(r) = 1 - z / 2 + z z (...) with z = r r, |r| <= pi / 4: 2**-58 (fdlibm's).
-SIN = (-1.66666666666666324348e-01, 8.33333333332248946124e-03, -1.98412698298579493134e-04,
-       2.75573137070700676789e-06, -2.50507602534068634195e-08, 1.58969099521155010221e-10)  # fmt: skip
-COS = (4.16666666666666019037e-02, -1.38888888888741095749e-03, 2.48015872894767294178e-05,
-       -2.75573143513906633035e-07, 2.08757232129817482790e-09, -1.13596475577881948265e-11)  # fmt: skip
-
-
-def _sine_and_cosine(b: ir.IRBuilder, x: Any) -> tuple[Any, Any]:
-    """sin(x) and cos(x) of float64, to one unit in the last place while |x| < 2**30."""
-    t, it = x.type, emitters.int_type(x.type)
-    one, magic = emitters.const(t, 1.0), emitters.const(t, 1.5 * 2.0**52)
-    # The nearest whole number of quarter turns; its last bits are those of the sum.
-    shifted = b.fadd(b.fmul(x, emitters.const(t, 2 / np.pi)), magic)
-    n, bits = b.fsub(shifted, magic), b.bitcast(shifted, it)
-    r = x
-    for part in HALF_PI:
-        r = emitters.fma_value(b, n, emitters.const(t, -part), r)
-    z = b.fmul(r, r)
-    sine = emitters.fma_value(b, b.fmul(r, z), emitters._horner(b, z, SIN), r)
-    half = b.fmul(z, emitters.const(t, 0.5))
-    rest = b.fsub(one, half)
-    lost = b.fsub(b.fsub(one, rest), half)
-    cosine = b.fadd(rest, emitters.fma_value(b, b.fmul(z, z), emitters._horner(b, z, COS), lost))
-    odd = b.icmp_unsigned("!=", b.and_(bits, emitters.const(it, 1)), emitters.const(it, 0))
-    results = []
-    for first, second, turned in ((sine, cosine, bits), (cosine, sine, b.add(bits, emitters.const(it, 1)))):
-        sign = b.shl(
-            b.and_(b.lshr(turned, emitters.const(it, 1)), emitters.const(it, 1)), emitters.const(it, 63)
-        )
-        chosen = b.bitcast(b.select(odd, second, first), it)
-        results.append(b.bitcast(b.xor(chosen, sign), t))
-    return results[0], results[1]
-
 
 def _turns(double: bool) -> Any:
     """``turns(position, frequencies, cosines, sines, interleaved)``: one vector of pairs' turns, stored.
@@ -260,7 +224,7 @@ def _turns(double: bool) -> Any:
             position, frequencies, cosines, sines, interleaved = args
             frequency = emitters.load_value(b, emitters.pointer(b, frequencies, wide))
             where = emitters.splat_value(b, wide, b.sitofp(position, ir.DoubleType()))
-            sine, cosine = _sine_and_cosine(b, b.fmul(where, frequency))
+            sine, cosine = elementary.sine_and_cosine_value(b, b.fmul(where, frequency))
             with b.if_else(b.icmp_signed("!=", interleaved, emitters.I64(0))) as (paired, apart):
                 with paired:
                     put(b, interleave(b, cosine, cosine), cosines)

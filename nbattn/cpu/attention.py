@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..problem import STORAGE_DTYPES, Problem, storage_name
-from . import blocks, decode, layout, runtime
+from . import blocks, decode, layout, mods, runtime
 from .layout import PARAMETERS, STATE_ROWS, TABLES
 from .masks import WORDS
 from .panels import KEYS
@@ -25,6 +25,8 @@ PANEL_BLOCKS = 2
 _WORDS = {name: PARAMETERS.fields[name][1] // 8 for name in PARAMETERS.names}  # type: ignore[index, union-attr]
 QUERY, KEY, VALUE, OUT = (_WORDS[name] for name in ("query", "key", "value", "out"))
 TASKS, WORKSPACE, WORKSPACE_BYTES = (_WORDS[name] for name in ("tasks", "workspace", "workspace_bytes"))
+STATES = 1 << 24
+"""Tiles of which it is worth 16 MiB to know what a mask_mod shows."""
 SERIAL_WORK = 1 << 19
 """Multiply-adds below which a call is not worth a second thread."""
 
@@ -37,7 +39,11 @@ def forward(
         _forward(problem, out, lse, weights)
     elif problem.query_starts is not None:
         _forward_packed(problem, out, lse)
-    elif problem.blocks is None and decode.is_few(problem, problem.max_queries, problem.max_keys):
+    elif (
+        problem.blocks is None
+        and not _has_mods(problem)
+        and decode.is_few(problem, problem.max_queries, problem.max_keys)
+    ):
         decode.forward(decode.as_cache(problem), out, lse)
     else:
         _forward(problem, out, lse, None)
@@ -48,7 +54,7 @@ def _forward_packed(p: Problem, out: NDArray[Any], lse: NDArray[Any] | None) -> 
     starts, key_starts = cast(Any, p.query_starts), cast(Any, p.key_starts)
     counts = np.diff(starts)
     few = decode.is_few(p, counts, np.diff(key_starts))
-    if any(x is not None for x in (p.mask, p.blocks, p.bias)) or not few.any():
+    if any(x is not None for x in (p.mask, p.blocks, p.bias)) or _has_mods(p) or not few.any():
         _forward(p, out, lse, None)
         return
     decode.attend_packed(p, few & (counts > 0), out, lse)
@@ -70,6 +76,9 @@ def _forward(
 ) -> None:
     words, keep_alive = parameters(problem, out, lse, weights)
     run(_kernel_of(problem), words, is_small(problem), (problem, out, lse, weights, keep_alive))
+    for mod, arguments in zip((problem.score_mod, problem.mask_mod), keep_alive, strict=False):
+        if mod is not None:
+            mods.check_done(mod, arguments)
 
 
 class Repeat:
@@ -104,6 +113,24 @@ def run(kernel: Any, words: NDArray[np.int64], small: bool, keep_alive: Any) -> 
     memory, words[WORKSPACE] = runtime.scratch((helpers + 1) * int(words[WORKSPACE_BYTES]))
     runtime.run(kernel, words, helpers, (keep_alive, memory))
     runtime.keep(memory)
+
+
+def _has_mods(p: Problem) -> bool:
+    """Whether there are functions of the user's, which only the tiles call."""
+    return p.score_mod is not None or p.mask_mod is not None
+
+
+def _states(p: Problem, rows: int) -> NDArray[np.uint8] | None:
+    """What the mask_mod shows of each tile, where several heads or sequences share that."""
+    takes_batch, takes_head = mods.depends_on(cast(Any, p.mask_mod))
+    heads = p.query.shape[1]
+    shape = (p.batch if takes_batch else 1, heads if takes_head else 1, p.max_queries, p.max_keys)
+    times = p.batch * heads // max(1, shape[0] * shape[1])
+    tiles = shape[0] * shape[1] * -(-p.max_queries // rows) * -(-p.max_keys // KEYS)
+    if p.query_starts is not None or times < 2 or not 2 < tiles < STATES:
+        return None
+    states = mods.states(cast(Any, p.mask_mod), shape, rows, KEYS)
+    return np.broadcast_to(states, (p.batch, heads, *states.shape[2:]))
 
 
 def _kernel_of(p: Problem) -> Any:
@@ -172,8 +199,10 @@ def parameters(
     heads, head_dim = p.query.shape[1], p.query.shape[3]
     value_dim = p.value.shape[3] if index is None else 0
     group = heads // p.key.shape[1] if heads else 1
-    # A block that straddles long heads would see the keys of both, and rows of several blocks of a mask.
-    packed_heads = group if p.max_queries <= rows // 2 and p.blocks is None else 1
+    # A block that straddles long heads would see the keys of both, rows of several blocks of a mask, and more
+    # than one head is told to functions of the user's.
+    simple = p.blocks is None and not _has_mods(p)
+    packed_heads = group if p.max_queries <= rows // 2 and simple else 1
     units = heads // packed_heads
     first_task = None
     if p.query_starts is None:
@@ -208,11 +237,18 @@ def parameters(
     slots = min(-(-p.max_keys // KEYS), max(1, kept // slot_bytes)) if slot_bytes else 0
     score_rows = layout.score_rows(multiplies)
     scratch = ROW_BYTES * (planes * query_rows + value_rows + score_rows + STATE_ROWS)
-    scratch += 8 * (rows * TABLES + WORDS) + 64 * -(-slots // 8)
+    scratch += 8 * (rows * TABLES + WORDS) + mods.CALL_BYTES + 64 * -(-slots // 8)
     # With an ordinary scale the softmax takes the raw products, and the scale goes into its exponent.
-    plain = (
-        1e-30 < p.scale < 1e30 and not p.softcap and all(x is None for x in (p.bias, p.alibi_slopes, p.sinks))
-    )
+    changes = (p.bias, p.alibi_slopes, p.sinks, p.score_mod)
+    plain = 1e-30 < p.scale < 1e30 and not p.softcap and all(x is None for x in changes)
+    arguments: list[Any] = [None, None]
+    for i, (name, mod) in enumerate((("score", p.score_mod), ("mask", p.mask_mod))):
+        if mod is not None:
+            values[f"{name}_mod"], arguments[i] = mods.ready(mod, p.compute)
+            array(f"{name}_arguments", arguments[i])
+    states = None if p.mask_mod is None else _states(p, rows)
+    if states is not None:
+        array("states", states, "bhq")
     values |= {
         "tasks": tasks,
         "workspace_bytes": -(-(scratch + slots * slot_bytes + KEYS * (value_rows + 1) * itemsize) // 64) * 64,
@@ -245,4 +281,4 @@ def parameters(
     words = [0] * (PARAMETERS.itemsize // 8)
     for name, number in values.items():
         words[_WORDS[name]] = number
-    return np.array(words, np.int64), first_task
+    return np.array(words, np.int64), (*arguments, first_task, states)

@@ -22,7 +22,7 @@ from numba import types
 
 from . import amx, emitters, layout, panels, queries, simd
 from .layout import Operand
-from .masks import NOTHING
+from .masks import NOTHING, SOME, trim_words
 from .panels import KEYS
 from .tiles import ROW_BYTES, product
 
@@ -44,6 +44,7 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
     parts = queries.build(form, jit, inline)
     find, set_up, transpose_queries, panel = parts.find, parts.set_up, parts.transpose_queries, parts.panel
     score, mend_scores = parts.score, parts.mend_scores
+    trim = jit(trim_words)
     look, adjust, visible = parts.look, parts.adjust, parts.visible
     load, store, get, put = simd.loads("float64" if size == 8 else "float32")
     _, _, get_stored, put_stored = simd.loads(storage)
@@ -262,6 +263,8 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
                 if seen == NOTHING:
                     key0 += keys
                     continue
+                if seen == SOME:
+                    key0, keys = trim(w, key0, keys)
                 converted = panel(p, w, head, key0 // KEYS, key, value, length) if p.slots > 0 else 0
                 score(p, w, key, converted, key0, keys, vectors)
                 if split and careful:

@@ -31,6 +31,10 @@ PARAMETERS = np.dtype(
         "table", "table_b", "table_h", "table_q", "words",  # of a block mask
         "bias", "bias_b", "bias_h", "bias_q", "bias_k", "bias_kind", "bias_same_rows",
         "alibi_slopes", "sinks", "offset", "key_lengths", "query_starts", "key_starts", "first_task",
+        # of the kernels of users' functions, and their arguments
+        "score_mod", "score_arguments", "mask_mod", "mask_arguments",
+        # what the mask_mod shows of tiles, bytes, and strides along batch, head and block
+        "states", "states_b", "states_h", "states_q",
         "batch", "queries", "head_dim", "value_dim", "query_rows", "value_rows",
         "group", "packed_heads", "units", "blocks",
         "left", "right", "plain", "slots", "slot_bytes", "key_panel_bytes", "key_tiles",
@@ -72,7 +76,8 @@ class Scratch(NamedTuple):
     masks: int  # its mask, or of a block mask the row of the table, and the bit of the first query,
     biases: int  # its bias,
     weights: int  # its weights
-    seen: int  # a word of bits for each key of a run: which queries the mask lets see it
+    seen: int  # a word of bits for each key of a run: which queries the masks let see it
+    call: int  # what users' functions are called with: `mods.CALL`
     tags: int  # which panel each slot holds
     panels: int
     finite: int  # one run's values without NaN and inf

@@ -28,6 +28,9 @@ NOTHING, SOME, EVERYTHING = range(3)
 WORDS = -(-KEYS // 64) * 64
 """Words of 8 bytes that a block keeps: one for each key of a run."""
 
+TRIMMED = 32
+"""What a run is cut to multiples of: `queries` wants its start to be one of 16 or 32."""
+
 get_int, put_int = simd.scalars(types.int64)
 get_byte, _ = simd.scalars(types.int8)
 get_state, _ = simd.scalars(types.int32)
@@ -110,6 +113,20 @@ def shown(typingctx: Any, x: Any, word: Any, first: Any) -> Any:
         return b.select(seen, x, const(x.type, float("-inf")))
 
     return x(x, types.int64, types.int64), codegen
+
+
+def trim_words(w, key0, keys):
+    """(first key, keys) of a run without what no query sees of it at its ends, and the words likewise."""
+    first, last = 0, keys
+    while first < keys - 1 and get_int(w.seen + 8 * first) == 0:
+        first += 1
+    while last > first + 1 and get_int(w.seen + 8 * (last - 1)) == 0:
+        last -= 1
+    first = first // TRIMMED * TRIMMED
+    last = min((last + TRIMMED - 1) // TRIMMED * TRIMMED, keys)
+    for j in range(0 if first == 0 else last - first):
+        put_int(w.seen + 8 * j, get_int(w.seen + 8 * (first + j)))
+    return key0 + first, last - first
 
 
 def build(jit: Any, dtype: Any) -> tuple[Any, Any, Any]:

@@ -27,6 +27,7 @@ from .layout import (
     score_rows,
 )
 from .masks import WORDS
+from .mods import CALL_BYTES
 from .panels import KEYS
 from .tiles import ROW_BYTES, product
 
@@ -77,7 +78,7 @@ def build(form: Form, jit: Any, inline: Any) -> Queries:
         fresh = product(jit, number, rescale=False, pairs=pairs)
     as_operand = simd.round_bfloat16 if rounds else simd.same
     panel = panels.build(jit, storage, operands, converts, as_operand)
-    look, adjust, visible = scores.build(jit, inline, dtype, storage)
+    look, adjust, visible, place = scores.build(jit, inline, dtype, storage)
     read_square = panels.rows_in(lanes, storage)
     read_words: Any = panels.words_in(lanes, storage, planes[0][0]) if pairs else None
     read_rest: Any = panels.words_in(lanes, storage, planes[-1][0]) if pairs else None
@@ -92,12 +93,13 @@ def build(form: Form, jit: Any, inline: Any) -> Queries:
         row = s + rows_of_scores * ROW_BYTES
         table, step = row + STATE_ROWS * ROW_BYTES, block_rows * 8
         seen = table + TABLES * step
-        tags = seen + WORDS * 8
+        call = seen + WORDS * 8
+        tags = call + CALL_BYTES
         converted = tags + 64 * ((p.slots + 7) // 8)
         return Scratch(q, o, s, row, row + ROW_BYTES, row + 2 * ROW_BYTES, row + 3 * ROW_BYTES,
                        row + 4 * ROW_BYTES, row + 5 * ROW_BYTES, row + 6 * ROW_BYTES, row + 7 * ROW_BYTES,
                        table, table + step, table + 2 * step, table + 3 * step, table + 4 * step,
-                       seen, tags, converted, converted + p.slots * p.slot_bytes)  # fmt: skip
+                       seen, call, tags, converted, converted + p.slots * p.slot_bytes)  # fmt: skip
 
     @jit
     def task(p, t):
@@ -185,6 +187,7 @@ def build(form: Form, jit: Any, inline: Any) -> Queries:
             row = b * p.table_b + unit * p.table_h + row0 // BLOCK * p.table_q
             put_int(w.masks, p.table + row)
             put_int(w.masks + 8, row0 % BLOCK)
+        place(p, w, b, unit, row0, rows)
         # A start at a multiple of it keeps pairs of keys together, and tiles of them.
         return any_first // whole_run * whole_run, any_last, all_first, all_last
 

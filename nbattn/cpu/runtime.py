@@ -47,6 +47,8 @@ SIGNATURE = types.int64(types.int64)
 
 
 OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "boundscheck": False}
+FAST_MATH = {"nsz", "arcp", "contract", "afn"}
+"""For users' functions alone. What else there is makes NaN of -inf, or sums in an order of its own."""
 
 
 def jit_for(kernel: str) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
@@ -59,10 +61,11 @@ def jit_for(kernel: str) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
     process that compiled them: the kernel's name makes them unique, or one kernel calls another's parts.
     """
 
-    def jit(function: Any, inline: str = "never") -> Any:
+    def jit(function: Any, inline: str = "never", **more: Any) -> Any:
         function.__qualname__ += f".{kernel}"
         # Wrappers for callers from Python and C are a quarter of the compile time.
-        return numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, inline=inline, **OPTIONS)(function)
+        options = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "inline": inline, **OPTIONS, **more}
+        return numba.njit(**options)(function)
 
     return jit, partial(jit, inline="always")
 
@@ -203,7 +206,7 @@ _compile_lock = threading.RLock()
 _kernels: dict[str, Any] = {}
 
 
-def compiled(name: str, build: Callable[..., Callable[[Any], Any]]) -> Any:
+def compiled(name: str, build: Callable[..., Callable[[Any], Any]], on_disk: bool = True) -> Any:
     """The kernel of this name, from memory, from disk, or compiled.
 
     ``build(jit, inline)`` returns the kernel as a plain function; these decorate the functions it calls.
@@ -220,7 +223,8 @@ def compiled(name: str, build: Callable[..., Callable[[Any], Any]]) -> Any:
             function = build(*jit_for(name))
             function.__qualname__ += f".{name}"
             kernel = numba.njit(no_cfunc_wrapper=True, **OPTIONS)(function)
-            kernel._cache = DiskCache(name)
+            if on_disk:
+                kernel._cache = DiskCache(name)
             kernel.compile(SIGNATURE)
             kernel.disable_compile()
             _kernels[name] = kernel
@@ -364,7 +368,7 @@ class _Call:
         slots = min(team.size, BOARD_SLOTS)
         self.record = np.zeros(TICKETS + slots, np.int64)
         self.record[BOARD:TICKETS] = (
-            address(team.board), slots, 0, _entry(kernel), self.address, self.address + 8 * TASKS_DONE,
+            address(team.board), slots, 0, entry(kernel), self.address, self.address + 8 * TASKS_DONE,
         )  # fmt: skip
 
     def offer(self, helpers: int) -> int:
@@ -422,7 +426,7 @@ def _hand_over() -> Any:
 
 
 @cache
-def _entry(kernel: Any) -> int:
+def entry(kernel: Any) -> int:
     """Where the kernel's machine code begins."""
     result = kernel.overloads[SIGNATURE.args]
     return result.library.get_pointer_to_function(result.fndesc.llvm_func_name)

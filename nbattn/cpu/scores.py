@@ -1,4 +1,5 @@
-"""What happens to scores s^T between the product and the softmax: scale, softcap, bias, ALiBi, masks.
+"""What happens to scores s^T between the product and the softmax: scale, softcap, bias, ALiBi, a function of
+the user's, masks.
 
 Each step is one pass over a tile in the first-level cache, and a call pays only for the steps it asks for.
 The scale goes into the first one. A bias lies query by query in memory; squares of it are transposed in
@@ -14,17 +15,18 @@ from llvmlite import ir
 from numba import types
 
 from ..problem import STORAGE_DTYPES
-from . import emitters, masks, panels, simd
+from . import emitters, masks, mods, panels, simd
 from .tiles import ROW_BYTES
 
-get_int, _ = simd.scalars(types.int64)
+get_int, put_int = simd.scalars(types.int64)
 
 
-def build(jit: Any, inline: Any, dtype: Any, storage: str) -> tuple[Any, Any, Any]:
-    """The compiled functions ``look`` of `masks.with_blocks`; ``adjust(p, w, key0, keys, rows, vectors,
-    all_first, all_last, seen, careful)``, which turns raw products into scores where the mask showed `seen`;
-    and ``visible(p, w, r, j)``, whether row r sees key j at all. Without `careful`, a bias of -inf leaves a
-    score of NaN or inf NaN.
+def build(jit: Any, inline: Any, dtype: Any, storage: str) -> tuple[Any, Any, Any, Any]:
+    """The compiled functions ``look(p, w, key0, end, rows)``, what all masks show of how many keys, as of
+    `masks.with_blocks`; ``adjust(p, w, key0, keys, rows, vectors, all_first, all_last, seen, careful)``, that
+    turns raw products into scores where the masks showed `seen`; ``visible(p, w, r, j)``, whether row r sees
+    key j at all, after an `adjust` that was `careful`: else, too, a bias of -inf leaves a score of NaN or inf
+    NaN; and ``place(p, w, b, unit, row0, rows)``, before the first run of a block.
 
     `p` is the call's parameters, `w` the block's scratch (`layout.Scratch`).
     """
@@ -37,7 +39,29 @@ def build(jit: Any, inline: Any, dtype: Any, storage: str) -> tuple[Any, Any, An
     get_index, _ = simd.scalars(types.int64 if size == 8 else types.int32)
     fma, mul, sub, splat = simd.fma, simd.mul, simd.sub, simd.splat
     look_array, hide, masked_in_array = masks.build(jit, dtype)
-    look, masked = masks.with_blocks(jit, look_array, masked_in_array)
+    look_at_mask, masked = masks.with_blocks(jit, look_array, masked_in_array)
+    modify, ask = mods.callers(jit)
+
+    @jit
+    def place(p, w, b, unit, row0, rows):
+        put_int(w.call + mods.BATCH, b)
+        put_int(w.call + mods.HEAD, unit)  # blocks that call users' functions hold one head each
+        put_int(w.call + mods.QUERY0, row0)
+        put_int(w.call + mods.ROWS, rows)
+        states = p.states + b * p.states_b + unit * p.states_h + row0 // (ROW_BYTES // size) * p.states_q
+        put_int(w.call + mods.STATES, states if p.states != 0 else 0)
+
+    @jit
+    def look(p, w, key0, end, rows):
+        seen, keys = look_at_mask(p, w, key0, end, rows)
+        if p.mask_mod != 0 and seen != masks.NOTHING:
+            states = get_int(w.call + mods.STATES)
+            known = masks.get_byte(states + key0 // panels.KEYS) if states != 0 else masks.SOME
+            if known == masks.NOTHING:
+                seen = masks.NOTHING
+            elif known == masks.SOME:
+                seen = ask(w.call, p.mask_mod, p.mask_arguments, w.seen, key0, keys, seen)
+        return seen, keys
 
     @jit
     def multiply(s, scale, keys, vectors):
@@ -133,8 +157,13 @@ def build(jit: Any, inline: Any, dtype: Any, storage: str) -> tuple[Any, Any, An
                 scale = dtype(1)
             if p.alibi_slopes != 0:
                 add_alibi(w, s, scale, key0, keys, vectors)
+                scale = dtype(1)
+            if p.score_mod != 0:
+                modify(w.call, p.score_mod, p.score_arguments, s, key0, keys, scale)
             elif scale != 1:
                 multiply(s, scale, keys, vectors)
+        if careful and (p.score_mod != 0 or p.mask_mod != 0):
+            note(p, w, key0, keys, rows, seen)
         if seen == masks.SOME:
             hide(w, keys, vectors)
         if key0 < all_first or key0 + keys > all_last:
@@ -145,7 +174,22 @@ def build(jit: Any, inline: Any, dtype: Any, storage: str) -> tuple[Any, Any, An
                     store(t, simd.outside(load(t), key0 + j, first, last))
 
     @jit
+    def note(p, w, key0, keys, rows, seen):
+        """Take into the words what a score_mod hides with -inf."""
+        put_int(w.call + mods.KEY0, key0)
+        for j in range(keys):
+            word = get_int(w.seen + 8 * j) if seen == masks.SOME else -1
+            for r in range(rows if p.score_mod != 0 else 0):
+                if get(w.s + j * ROW_BYTES + r * size) == -infinity:
+                    word &= ~(1 << r)
+            put_int(w.seen + 8 * j, word)
+
+    @jit
     def visible(p, w, r, j):
+        if p.score_mod != 0 or p.mask_mod != 0:
+            word = get_int(w.seen + 8 * (j - get_int(w.call + mods.KEY0)))
+            if word >> r & 1 == 0:
+                return False
         if j < get_index(w.first + r * size) or j >= get_index(w.last + r * size):
             return False
         if (p.mask != 0 or p.table != 0) and masked(p, w, r, j):
@@ -159,4 +203,4 @@ def build(jit: Any, inline: Any, dtype: Any, storage: str) -> tuple[Any, Any, An
             return dtype(read1(a)) != -infinity
         return dtype(read2(a) if p.bias_kind == 2 else read3(a)) != -infinity
 
-    return look, adjust, visible
+    return look, adjust, visible, place

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ..problem import Problem
 from . import masks
+from .scores import modified, seen_by
 
 
 def forward(
@@ -29,6 +30,8 @@ def forward(
             n, m = query.shape[1], key.shape[1]
             seen = _visible(problem, b, n, m)
             scores = _scores(problem, b, query, key)
+            if problem.score_mod is not None:
+                seen &= scores != -np.inf
             output, row_weights, row_lse = _attend(problem, scores, seen, value)
             out[row, :, queries] = output
             if lse is not None:
@@ -100,6 +103,8 @@ def _visible(problem: Problem, b: int, n: int, m: int) -> NDArray[np.bool_]:
         seen &= masks.dense(row, problem.blocks.words, (queries, keys))[0, :, :n, :m]
     if problem.bias is not None:
         seen &= problem.bias[b, :, :n, :m].astype(problem.compute) != -np.inf
+    if problem.mask_mod is not None:
+        seen &= seen_by(problem.mask_mod, b, seen.shape)
     return seen
 
 
@@ -115,6 +120,8 @@ def _scores(problem: Problem, b: int, query: NDArray[Any], key: NDArray[Any]) ->
     if problem.alibi_slopes is not None:
         distance = _distance(problem, b, n, m).astype(problem.compute)
         scores = scores + problem.alibi_slopes[:, None, None] * distance
+    if problem.score_mod is not None:
+        scores = modified(problem.score_mod, b, scores)
     return scores
 
 
