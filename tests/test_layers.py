@@ -10,11 +10,13 @@ import pytest
 from nbattn import KVCache
 from nbattn.layers import (
     GRU,
+    BahdanauAttention,
     Embedding,
     FeedForward,
     GRUCell,
     LayerNorm,
     Linear,
+    LuongAttention,
     MultiHeadAttention,
     RMSNorm,
     Rotary,
@@ -475,6 +477,65 @@ class TestMultiHeadAttention:
             layer(x, x, cache=KVCache(1, 3, 2, 8))
         with pytest.raises(ValueError, match="no return_weights"):
             layer(x, cache=KVCache(1, 3, 2, 8), return_weights=True)
+
+
+class TestAligned:
+    """Bahdanau's and Luong's attention."""
+
+    @pytest.fixture
+    def arrays(self, rng):
+        return rng.standard_normal((2, 3, 6)), rng.standard_normal((2, 5, 4))
+
+    def softmax(self, scores, seen=True):
+        e = np.where(seen, np.exp(scores), 0)
+        return e / e.sum(-1, keepdims=True)
+
+    def test_bahdanau(self, rng, arrays):
+        x, context = arrays
+        w_query, w_key, v, bias = (rng.standard_normal(s) for s in ((7, 6), (7, 4), 7, 7))
+        layer = BahdanauAttention(w_query, w_key, v, bias, backend="reference")
+        scores = np.tanh((x @ w_query.T + bias)[:, :, None] + (context @ w_key.T)[:, None]) @ v
+        seen = rng.random((2, 3, 5)) < 0.7
+        seen[..., 0] = True
+        short = np.arange(5) < np.array([5, 2])[:, None, None]
+        cases = [
+            ({}, True),
+            ({"mask": seen}, seen),
+            ({"mask": seen[0]}, seen[0]),
+            ({"key_lengths": [5, 2]}, short),
+        ]
+        for options, kept in cases:
+            weights = self.softmax(scores, kept)
+            for given in ({"context": context}, {"memory": layer.project(context)}):
+                result = layer(x, return_weights=True, **given, **options)
+                np.testing.assert_allclose(result.weights, weights, atol=1e-12)
+                np.testing.assert_allclose(result.output, weights @ context, atol=1e-12)
+                np.testing.assert_array_equal(layer(x, **given, **options), result.output)
+        np.testing.assert_allclose(layer(x[1], context[1]), layer(x, context)[1], atol=1e-12)
+        for given in ({}, {"context": context, "memory": layer.project(context)}):
+            with pytest.raises(ValueError, match="give either context or memory"):
+                layer(x, **given)
+
+    def test_luong(self, rng, arrays):
+        x, context = arrays
+        weight, w_output = rng.standard_normal((6, 4)), rng.standard_normal((8, 10))
+        weights = self.softmax(x @ weight @ context.swapaxes(1, 2))
+        layer = LuongAttention("general", weight, backend="reference")
+        result = layer(x, context, return_weights=True)
+        np.testing.assert_allclose(result.weights, weights, atol=1e-12)
+        np.testing.assert_allclose(result.output, weights @ context, atol=1e-12)
+        np.testing.assert_array_equal(layer(x, context), result.output)
+        np.testing.assert_allclose(layer(x[1], context[1]), result.output[1], atol=1e-12)
+        state = np.tanh(np.concatenate([weights @ context, x], -1) @ w_output.T)
+        layer = LuongAttention("general", weight, w_output=w_output, backend="reference")
+        np.testing.assert_allclose(layer(x, context), state, atol=1e-12)
+        result = layer(x, context, return_weights=True)
+        np.testing.assert_allclose(result.output, state, atol=1e-12)
+        np.testing.assert_allclose(result.weights, weights, atol=1e-12)
+        near = LuongAttention("general", weight, local=1, backend="reference")
+        seen = np.abs(np.arange(5) - np.arange(3)[:, None] - 1) <= 1
+        expected = self.softmax(x @ weight @ context.swapaxes(1, 2), seen) @ context
+        np.testing.assert_allclose(near(x, context, query_offset=1), expected, atol=1e-12)
 
 
 class TestGRU:

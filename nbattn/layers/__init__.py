@@ -1,6 +1,6 @@
 """The layers that models are built from: plain classes, made from weights, called on arrays."""
 
-from .attention import MultiHeadAttention
+from .attention import BahdanauAttention, LuongAttention, MultiHeadAttention
 from .feed_forward import FeedForward, SwiGLU, gelu, gelu_tanh, relu, silu
 from .linear import Embedding, Linear
 from .norms import LayerNorm, RMSNorm
@@ -9,11 +9,13 @@ from .rotary import Rotary
 
 __all__ = [
     "GRU",
+    "BahdanauAttention",
     "Embedding",
     "FeedForward",
     "GRUCell",
     "LayerNorm",
     "Linear",
+    "LuongAttention",
     "MultiHeadAttention",
     "RMSNorm",
     "Rotary",

@@ -9,8 +9,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .. import problem as check
+from ..additive import additive_attention
 from ..attention import AttentionOutput, scaled_dot_product_attention
 from ..cache import KVCache
+from ..luong import luong_attention
 from .linear import Linear
 
 
@@ -252,6 +254,176 @@ class MultiHeadAttention:
             )
             raise ValueError(msg)
         return keys, values
+
+
+class BahdanauAttention:
+    """Additive attention: ``v . tanh(w_query @ q + w_key @ k + bias)``, softmax over the keys, sum of values.
+
+    Parameters
+    ----------
+    w_query, w_key : ndarray, shapes (A, Dq) and (A, Dk)
+    v : ndarray, shape (A,)
+    bias : ndarray, shape (A,), optional
+    backend : {None, "cpu", "reference"}
+
+    See Also
+    --------
+    nbattn.additive_attention : What computes it, with the reference.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from nbattn.layers import BahdanauAttention
+    >>> rng = np.random.default_rng(0)
+    >>> w_query, w_key, v = (rng.standard_normal(shape, np.float32) for shape in ((16, 32), (16, 48), 16))
+    >>> layer = BahdanauAttention(w_query, w_key, v)
+
+    A decoder's state over what an encoder read, whose keys are projected once:
+
+    >>> memory = layer.project(rng.standard_normal((4, 9, 48), np.float32))
+    >>> result = layer(rng.standard_normal((4, 1, 32), np.float32), memory=memory, return_weights=True)
+    >>> result.output.shape, result.weights.shape
+    ((4, 1, 48), (4, 1, 9))
+    """
+
+    def __init__(
+        self,
+        w_query: ArrayLike,
+        w_key: ArrayLike,
+        v: ArrayLike,
+        bias: ArrayLike | None = None,
+        *,
+        backend: str | None = None,
+    ) -> None:
+        self.w_query, self.v, self.bias, self.backend = w_query, v, bias, backend
+        self.key = Linear(w_key, backend=backend)
+
+    def project(self, context: ArrayLike) -> tuple[NDArray[Any], NDArray[Any]]:
+        """The projected keys ``(B, Sk, A)`` and the values of ``(B, Sk, Dk)``, for `memory`."""
+        values = check.floating(context, "context")
+        return self.key(values), values
+
+    def __call__(
+        self,
+        x: ArrayLike,
+        context: ArrayLike | None = None,
+        *,
+        memory: tuple[NDArray[Any], NDArray[Any]] | None = None,
+        mask: ArrayLike | None = None,
+        key_lengths: ArrayLike | None = None,
+        return_weights: bool = False,
+    ) -> NDArray[Any] | AttentionOutput:
+        """Queries ``(B, Sq, Dq)`` over a context ``(B, Sk, Dk)``, to ``(B, Sq, Dk)``; no batch is fine too.
+
+        `memory` is what `project` made of the context. `mask` broadcasts to ``(B, Sq, Sk)``. With
+        `return_weights` the named tuple with the weights ``(B, Sq, Sk)``.
+        """
+        keys, values = _memory(self, context, memory)
+        return _one_head(
+            additive_attention, x, keys, values, mask, w_query=self.w_query, w_key=None, v=self.v,
+            bias=self.bias, key_lengths=key_lengths, return_weights=return_weights, backend=self.backend,
+        )  # fmt: skip
+
+
+class LuongAttention:
+    """Luong's attention: one of four scores, over all keys or a window.
+
+    Parameters
+    ----------
+    score, weight, v, local, w_position, v_position
+        As in `nbattn.luong_attention`.
+    w_output : ndarray, shape (d, Dv + Dq), optional
+        Makes the result the attentional state ``tanh(w_output @ [context; query])``, the paper's equation 5.
+    backend : {None, "cpu", "reference"}
+
+    See Also
+    --------
+    nbattn.luong_attention : What computes it, with the reference.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from nbattn.layers import LuongAttention
+    >>> rng = np.random.default_rng(0)
+    >>> weight, w_output = (rng.standard_normal(shape, np.float32) for shape in ((32, 48), (24, 80)))
+    >>> layer = LuongAttention("general", weight, w_output=w_output)
+    >>> layer(rng.standard_normal((4, 1, 32), np.float32), rng.standard_normal((4, 9, 48), np.float32)).shape
+    (4, 1, 24)
+    """
+
+    def __init__(
+        self,
+        score: str = "dot",
+        weight: ArrayLike | None = None,
+        v: ArrayLike | None = None,
+        *,
+        local: int | None = None,
+        w_position: ArrayLike | None = None,
+        v_position: ArrayLike | None = None,
+        w_output: ArrayLike | None = None,
+        backend: str | None = None,
+    ) -> None:
+        self.options = {
+            "score": score, "weight": weight, "v": v, "local": local, "w_position": w_position,
+            "v_position": v_position, "backend": backend,
+        }  # fmt: skip
+        self.output = None if w_output is None else Linear(w_output, backend=backend)
+
+    def __call__(
+        self,
+        x: ArrayLike,
+        context: ArrayLike,
+        *,
+        mask: ArrayLike | None = None,
+        query_offset: ArrayLike | str = 0,
+        key_lengths: ArrayLike | None = None,
+        return_weights: bool = False,
+    ) -> NDArray[Any] | AttentionOutput:
+        """Queries ``(B, Sq, Dq)`` over a context ``(B, Sk, Dk)``; the batch may be missing.
+
+        `mask` broadcasts to ``(B, Sq, Sk)``; `query_offset` is where query 0 stands, for a window. With
+        `return_weights` the named tuple with the weights ``(B, Sq, Sk)``.
+        """
+        query, keys = check.floating(x, "x"), check.floating(context, "context")
+        result = _one_head(
+            luong_attention, query, keys, keys, mask, query_offset=query_offset, key_lengths=key_lengths,
+            return_weights=return_weights, **self.options,
+        )  # fmt: skip
+        if self.output is None:
+            return result
+        mixed = result.output if isinstance(result, AttentionOutput) else result
+        state = np.tanh(self.output(np.concatenate([mixed, query], axis=-1)))
+        return result._replace(output=state) if isinstance(result, AttentionOutput) else state
+
+
+def _memory(
+    layer: Any, context: ArrayLike | None, memory: tuple[NDArray[Any], NDArray[Any]] | None
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    if (context is None) == (memory is None):
+        msg = "give either context or memory, what project made of it"
+        raise ValueError(msg)
+    return layer.project(context) if memory is None else memory
+
+
+def _one_head(
+    attend: Any,
+    x: ArrayLike,
+    keys: NDArray[Any],
+    values: NDArray[Any],
+    mask: ArrayLike | None,
+    **options: Any,
+) -> NDArray[Any] | AttentionOutput:
+    """Attention of (B, S, D) arrays, whose heads are one and missing."""
+    query, masks = check.floating(x, "x"), None if mask is None else np.asarray(mask)
+    if query.ndim == 3:
+        query, keys, values = query[:, None], keys[:, None], values[:, None]
+        masks = masks[:, None] if masks is not None and masks.ndim == 3 else masks
+        result = attend(query, keys, values, mask=masks, **options)
+        if not isinstance(result, AttentionOutput):
+            return result[:, 0]
+        assert result.weights is not None
+        return AttentionOutput(result.output[:, 0], result.weights[:, 0], None)
+    return attend(query, keys, values, mask=masks, **options)
 
 
 def _split(x: NDArray[Any], heads: int) -> NDArray[Any]:
