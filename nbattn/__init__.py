@@ -22,6 +22,12 @@ Some of the keys:
 - `hard_attention`: one key, the best or one drawn by its weight, and which one
   (Xu et al. 2015, https://arxiv.org/abs/1502.03044).
 
+Scores of your own:
+
+- `scaled_dot_product_attention` takes a `score_mod` and a `mask_mod`, Python functions of score and positions
+  that become part of the kernel (Dong et al. 2024, https://arxiv.org/abs/2412.05496).
+- `scores` holds usual ones: ALiBi, relative positions, T5's buckets, a softcap.
+
 Other scores, of recurrent encoders and decoders:
 
 - `additive_attention`: v . tanh(W q + U k + b) (Bahdanau et al. 2015, https://arxiv.org/abs/1409.0473).

@@ -55,6 +55,12 @@ def test_public_names():
     assert sorted(nbattn.__all__) == nbattn.__all__
 
 
+def test_guide_names_everything():
+    """`help(nbattn)` says what each is for; results explain themselves."""
+    for name in nbattn.__all__:
+        assert f"`{name}`" in nbattn.__doc__ or name.endswith("Output"), name
+
+
 def test_every_module_imports():
     for module in pkgutil.walk_packages(nbattn.__path__, "nbattn."):
         if not module.name.endswith("__main__"):
