@@ -11,6 +11,8 @@ from numpy.typing import ArrayLike, NDArray
 from . import problem as check
 from .reference import masks as blocks
 from .reference.masks import BLOCK, EVERYTHING, NOTHING, PARTIAL, Strip, Table, Words
+from .reference.scores import seen_by
+from .scores import check_mods
 
 
 class BlockMask:
@@ -183,8 +185,9 @@ class BlockMask:
         batch: int = 1,
         heads: int = 1,
         mod_args: Sequence[Any] = (),
+        backend: str | None = None,
     ) -> BlockMask:
-        """The mask of a function of the positions.
+        """The mask of a function of the positions, as attention's `mask_mod`.
 
         Parameters
         ----------
@@ -195,6 +198,8 @@ class BlockMask:
             1 where the function does not depend on it.
         mod_args : sequence
             Arrays or numbers that the function reads.
+        backend : {None, "cpu", "reference"}
+            Who evaluates it: the CPU, which compiles it, or NumPy.
 
         Examples
         --------
@@ -207,14 +212,18 @@ class BlockMask:
         0.25
         """
         queries, keys = check_length(query_length, "query_length"), check_length(key_length, "key_length")
-        key = np.arange(keys)[None]
-
-        def strip(b: int, h: int, i: int) -> tuple[int, Words]:
-            query = np.arange(BLOCK * i, min(BLOCK * (i + 1), queries))[:, None]
-            seen = np.asarray(mask_mod(b, h, query, key, *mod_args)) != 0
-            return 0, blocks.pack(np.broadcast_to(seen, (len(query), keys)))
-
-        return assemble((check_length(batch, "batch"), check_length(heads, "heads"), queries, keys), strip)
+        shape = check_length(batch, "batch"), check_length(heads, "heads"), queries, keys
+        _, mod = check_mods(None, mask_mod, tuple(mod_args))
+        if mod is None:
+            msg = "mask_mod must be a function, got None"
+            raise TypeError(msg)
+        if backend == "reference":
+            seen = np.empty(shape, bool)
+            for b in range(shape[0]):
+                seen[b] = seen_by(mod, b, shape[1:])
+            return cls.from_dense(seen)
+        states, words = check.backend_module("mods", backend).block_words(mod, shape)
+        return cls(*blocks.of_states(states, words), queries, keys)
 
     def to_dense(self) -> NDArray[np.bool_]:
         """The mask element by element, (B or 1, H or 1, Sq, Sk)."""

@@ -250,16 +250,48 @@ class TestForms:
         assert_sees(BlockMask.from_sparse(shared), [[False, True], [False, False]])
         assert shared.nnz == 3
 
-    def test_mask_mod(self, rng):
+    def test_mask_mod(self, backend, rng):
         table = rng.random((2, 130)) < 0.5
 
         def mask_mod(batch, head, q_index, kv_index, table, far):
-            return table[batch, kv_index] & (kv_index <= q_index + far * head)
+            if q_index >= 128 and kv_index >= 64:
+                return True
+            return table[batch, kv_index] and kv_index <= q_index + far * head
 
-        mask = BlockMask.from_mask_mod(mask_mod, 200, 130, batch=2, heads=3, mod_args=(table, 40))
+        mask = BlockMask.from_mask_mod(
+            mask_mod, 200, 130, batch=2, heads=3, mod_args=(table, 40), backend=backend
+        )
         i, j = grid(200, 130)
-        seen = [[table[b] & (j <= i + 40 * h) for h in range(3)] for b in range(2)]
+        seen = [
+            [(table[b] & (j <= i + 40 * h)) | ((i >= 128) & (j >= 64)) for h in range(3)] for b in range(2)
+        ]
         assert_sees(mask, seen)
+        for size in ((0, 5), (5, 0), (0, 0)):
+            mask = BlockMask.from_mask_mod(mask_mod, *size, mod_args=(table, 40), backend=backend)
+            assert mask.shape == (1, 1, *size)
+        empty = BlockMask.from_mask_mod(mask_mod, 5, 5, batch=0, mod_args=(table, 40), backend=backend)
+        assert empty.shape == (0, 1, 5, 5)
+
+    def test_mask_mod_as_attention_takes_it(self, rng):
+        q, k, v = inputs(rng, 1, 2, 1, 200, 330, 8)
+
+        def mask_mod(batch, head, q_index, kv_index):
+            return (q_index * 5 + kv_index * 3) % 7 < 3 + head
+
+        mask = BlockMask.from_mask_mod(mask_mod, 200, 330, heads=2)
+        by_blocks = scaled_dot_product_attention(q, k, v, mask)
+        np.testing.assert_allclose(
+            by_blocks, scaled_dot_product_attention(q, k, v, mask_mod=mask_mod), rtol=1e-5, atol=1e-6
+        )
+        # The block mask and the function combine by and.
+        both = mask & masks.causal(200, 330, offset=130)
+        got = scaled_dot_product_attention(q, k, v, masks.causal(200, 330, offset=130), mask_mod=mask_mod)
+        np.testing.assert_allclose(got, scaled_dot_product_attention(q, k, v, both), rtol=1e-5, atol=1e-6)
+
+    @pytest.mark.parametrize("mask_mod", [lambda b, h, q: True, None, 3])
+    def test_bad_mask_mod(self, backend, mask_mod):
+        with pytest.raises(TypeError, match="mask_mod"):
+            BlockMask.from_mask_mod(mask_mod, 70, 70, backend=backend)
 
     def test_repr(self):
         assert repr(masks.causal(200, 130)) == (

@@ -114,6 +114,13 @@ def assemble(shape: tuple[int, int, int, int], strip: Strip) -> tuple[Table, Wor
     return compact(table, np.concatenate(parts))
 
 
+def of_states(states: NDArray[np.uint8], words: Words) -> tuple[Table, Words]:
+    """The mask of blocks that show nothing (0), some (1) or everything (2), with words of the second kind."""
+    table = np.array([NOTHING, PARTIAL, EVERYTHING], np.int32)[states]
+    table[states == 1] += np.arange(len(words), dtype=np.int32)
+    return compact(table, words)
+
+
 def by_distance(queries: int, keys: int, seen: NDArray[np.bool_]) -> tuple[Table, Words]:
     """The mask of ``seen[j - i + Sq - 1]``, (Sq + Sk - 1,): blocks on a diagonal are the same."""
     rows, columns = blocks(queries), blocks(keys)
