@@ -42,7 +42,7 @@ PARAMETERS = np.dtype(
         "bias", "bias_b", "bias_h", "bias_q", "bias_k", "bias_kind",
         "alibi_slopes", "sinks", "offset", "key_starts", "key_lengths", "page_table", "table_width",
         "page_size", "ring", "queries", "head_dim", "value_dim", "group", "heads", "blocks", "block_rows",
-        "value_bytes", "chunks", "left", "right", "plain",
+        "key_bytes", "value_bytes", "chunks", "eager", "left", "right", "plain",
     )]
     + [(name, np.float64) for name in ("scale", "softcap", "log2_scale")]
 )  # fmt: skip
@@ -64,6 +64,7 @@ class Scratch(NamedTuple):
     values: int  # of values,
     key_scales: int  # of scales; for int8 the scales themselves
     value_scales: int
+    next_keys: int  # addresses of the next chunk's first keys
     wide_keys: int  # where a tile's keys are widened to,
     wide_values: int  # and its values
     first: int  # one table each with an entry per row: the first key that is seen,
@@ -85,7 +86,7 @@ def scratch_bytes(dtype: Any, head_dim: int, value_dim: int) -> int:
     size = np.dtype(dtype).itemsize
     vectors = VECTORS * ROWS * emitters.REGISTER_BYTES
     rows = ROWS * (head_dim + KEYS) * size + KEYS * (max(head_dim, value_dim) + value_dim) * size
-    tables = TABLES * CHUNK * 8 + ROW_TABLES * ROWS * 8 + 2 * KEYS * 8
+    tables = TABLES * CHUNK * 8 + ROW_TABLES * ROWS * 8 + 3 * KEYS * 8
     return tables + vectors + rows
 
 
@@ -126,12 +127,12 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
     top1, top2, top4 = (dots.across(number, n, emitters.greater_value) for n in (1, 2, wide_rows))
     sum1, sum2, sum4 = (dots.across(number, n, lambda b, x, y: b.fadd(x, y)) for n in (1, 2, wide_rows))
     repeat1, repeat2, repeat4 = (dots.repeat(number, n) for n in (1, 2, wide_rows))
-    padded, filled, find, widen, widen_query = lookup.build(jit, storage)
+    padded, filled, find, find_keys, widen, widen_query = lookup.build(jit, storage)
     adjust, visible, place = seen.build(jit, storage, filled)
-    score_stored = score_wide = sweeps.scorer(jit, number, storage, padded)
+    score_stored = score_wide = sweeps.scorer(jit, number, storage, stored_bits, padded)
     weigh_stored = weigh_wide = sweeps.weigher(jit, number, storage, stored_bits, padded)
     if not as_stored:
-        score_wide = sweeps.scorer(jit, number, "float32", padded)
+        score_wide = sweeps.scorer(jit, number, "float32", stored_bits, padded)
         weigh_wide = sweeps.weigher(jit, number, "float32", stored_bits, padded)
 
     @jit
@@ -140,13 +141,14 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
         rows = w + TABLES * table
         vectors = rows + ROW_TABLES * ROWS * 8
         vector = ROWS * register
-        q = vectors + VECTORS * vector + 16 * KEYS
+        q = vectors + VECTORS * vector + 24 * KEYS
         s = q + ROWS * padded(p.head_dim) * size
         wide = s + ROWS * KEYS * size
         aside = wide + KEYS * padded(max(p.head_dim, p.value_dim)) * size
-        wide_keys = vectors + VECTORS * vector
+        next_keys = vectors + VECTORS * vector
+        wide_keys = next_keys + 8 * KEYS
         wide_values = wide_keys + 8 * KEYS
-        return Scratch(w, w + table, w + 2 * table, w + 3 * table, wide_keys, wide_values,
+        return Scratch(w, w + table, w + 2 * table, w + 3 * table, next_keys, wide_keys, wide_values,
                        rows, rows + 8 * ROWS, rows + 16 * ROWS, rows + 24 * ROWS, rows + 32 * ROWS,
                        vectors, vectors + vector, vectors + 2 * vector, q, s, wide, aside)  # fmt: skip
 
@@ -318,8 +320,10 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
         return dots.lowest_lane(simd.across_sum(seen)) == 0
 
     @jit
-    def attend_chunk(p, w, state, b, head, first, last, groups, together, all_first, all_last, careful):
-        """The sums over the keys from `first` to `last`."""
+    def attend_chunk(
+        p, w, state, b, head, first, last, groups, together, all_first, all_last, next_keys, careful
+    ):
+        """The sums over the keys from `first` to `last`; asks for the first keys of the next chunk, too."""
         for g in range(groups):
             store(state + 2 * g * register, splat(-infinity))
             store(state + (2 * g + 1) * register, splat(dtype(0)))
@@ -348,12 +352,14 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
                 widen(values_at, value_scales, padding, p.value_dim, w.wide)
             if int8:
                 scale_by(value_scales, w.s, padding, groups, together)
-            # The last tile of a chunk asks for its own keys: there is nothing to be gained.
-            ahead = w.keys + 8 * (t + KEYS if k0 + 2 * KEYS <= last else t)
+            wanted, count = keys_at + 8 * KEYS, min(KEYS, last - k0 - KEYS)
+            if count <= 0:  # the chunk's last; with no other to follow, it asks for what is there
+                wanted, count = (w.next_keys, next_keys) if next_keys > 0 else (keys_at, 1)
+            end = wanted + 8 * (count - 1)
             if wide_values:
-                weigh_wide(p, w, state, w.wide_values, 0, ahead, padding, groups, together)
+                weigh_wide(p, w, state, w.wide_values, 0, wanted, end, padding, groups, together)
             else:
-                weigh_stored(p, w, state, values_at, value_scales, ahead, padding, groups, together)
+                weigh_stored(p, w, state, values_at, value_scales, wanted, end, padding, groups, together)
             if careful:
                 add_visible(p, w, state, values_at, k0, keys, groups, together)
             if careful and pairs and p.value_dim % unit == 0 and k0 + KEYS >= last:
@@ -446,25 +452,38 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
                 x = -infinity if total == 0 else dtype(x + math.log(np.float64(total)))
                 put(p.lse + b * p.lse_b + h * p.lse_h + i * p.lse_s, x)
 
+    @jit
+    def locate(p, task):
+        """(sequence, key head, first row, rows, chunks, first key, one past the last) of a task.
+
+        It has no keys where its number is not below that of chunks.
+        """
+        unit, number = task // p.chunks, task % p.chunks
+        row0 = unit % p.blocks * p.block_rows
+        head, b = unit // p.blocks % p.heads, unit // (p.blocks * p.heads)
+        rows = min(p.block_rows, p.group * p.queries - row0)
+        first, last = reach(p, b, row0, rows)
+        start = get_int(p.key_starts + 8 * b)
+        skipped = (first - start) // CHUNK
+        chunks = max(1, (last - start + CHUNK - 1) // CHUNK - skipped)
+        begin = start + (skipped + number) * CHUNK
+        return b, head, row0, rows, chunks, max(begin, first), min(begin + CHUNK, last)
+
     def attend(address):
         p = parameters_at(address)
         w = scratch_at(p, p.workspace + simd.fetch_add(address + WORKERS) * p.workspace_bytes)
-        finished_last, ready = 0, -1
+        finished_last, ready, following = 0, -1, -1
         all_first = all_last = 0
         while True:
-            task = simd.fetch_add(address + NEXT_TASK)
+            task = following if following >= 0 else simd.fetch_add(address + NEXT_TASK)
             if task >= p.tasks:
                 return finished_last
+            # The next task's first keys are on their way when it begins.
+            following = simd.fetch_add(address + NEXT_TASK) if task < p.eager else -1
+            b, head, row0, rows, chunks, begin, end = locate(p, task)
             unit, number = task // p.chunks, task % p.chunks
-            row0 = unit % p.blocks * p.block_rows
-            head, b = unit // p.blocks % p.heads, unit // (p.blocks * p.heads)
-            rows = min(p.block_rows, p.group * p.queries - row0)
             together = rows_together(p)
             groups = (rows + together - 1) // together
-            first, last = reach(p, b, row0, rows)
-            start = get_int(p.key_starts + 8 * b)
-            skipped = (first - start) // CHUNK
-            chunks = max(1, (last - start + CHUNK - 1) // CHUNK - skipped)
             if number < chunks:
                 # A helper that comes late finds no task, and must not touch memory that others use by then.
                 if ready < 0:
@@ -474,13 +493,29 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
                 if ready != unit:
                     all_first, all_last = set_up(p, w, b, head, row0, rows, together)
                     ready = unit
+                next_keys = 0
+                if 0 <= following < p.tasks:
+                    next_b, next_head, _, _, next_chunks, next_begin, next_end = locate(p, following)
+                    if following % p.chunks < next_chunks:
+                        next_keys = min(KEYS, next_end - next_begin)
+                        find_keys(p, w.next_keys, next_b, next_head, next_begin, next_keys)
                 state = p.partials + task * p.partial_bytes
-                begin = start + (skipped + number) * CHUNK
-                begin, end = max(begin, first), min(begin + CHUNK, last)
                 careful = False
                 while True:
                     attend_chunk(
-                        p, w, state, b, head, begin, end, groups, together, all_first, all_last, careful
+                        p,
+                        w,
+                        state,
+                        b,
+                        head,
+                        begin,
+                        end,
+                        groups,
+                        together,
+                        all_first,
+                        all_last,
+                        next_keys,
+                        careful,
                     )
                     # A value that is not finite meets a weight of 0 where it is masked, and 0 * inf is NaN.
                     # It shows in the sums: only then the chunk is done again, with masked values left out.

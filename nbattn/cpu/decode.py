@@ -18,7 +18,7 @@ from .chunks import CHUNK, PARAMETERS, ROWS
 
 _WORDS = {name: PARAMETERS.fields[name][1] // 8 for name in PARAMETERS.names}  # type: ignore[index, union-attr]
 QUERY, KEY, VALUE, OUT, LSE = (_WORDS[name] for name in ("query", "key", "value", "out", "lse"))
-TASKS, CHUNKS, PARTIALS = (_WORDS[name] for name in ("tasks", "chunks", "partials"))
+TASKS, CHUNKS, EAGER, PARTIALS = (_WORDS[name] for name in ("tasks", "chunks", "eager", "partials"))
 WORKSPACE, WORKSPACE_BYTES = (_WORDS[name] for name in ("workspace", "workspace_bytes"))
 SERIAL_WORK = 1 << 22
 """Numbers read and multiplied, 60 us of them, below which a call is not worth a second thread.
@@ -86,6 +86,7 @@ class Plan:
             "queries": queries,
             "head_dim": head_dim,
             "value_dim": value_dim,
+            "key_bytes": max(p.key_pages.shape[3] * p.key_pages.itemsize, 1),
             "value_bytes": p.value_pages.shape[3] * p.value_pages.itemsize,
             "group": heads // kv_heads if kv_heads else 1,
             "heads": kv_heads,
@@ -147,6 +148,8 @@ class Plan:
         helpers = 0
         if self.work_per_key * min(keys, self.span) >= SERIAL_WORK:
             helpers = min(runtime.threads(), tasks) - 1
+        # Towards the end nobody takes a second task that others could begin at once.
+        words[EAGER] = tasks - 8 * (helpers + 1)
         partials = tasks * self.partial_bytes
         memory, start = runtime.scratch(partials + (helpers + 1) * self.workspace_bytes)
         words[PARTIALS], words[WORKSPACE] = start, start + partials

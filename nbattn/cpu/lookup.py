@@ -17,6 +17,7 @@ class Lookup(NamedTuple):
     padded: Any
     filled: Any
     find: Any
+    find_keys: Any
     widen: Any
     widen_query: Any
 
@@ -32,7 +33,7 @@ def build(jit: Any, storage: str) -> Lookup:
     stored_bits = {"int8": 8, "int4": 4}.get(storage, 8 * outer_bytes)  # of a number
     unit = dots.unit(storage) * lanes
     portion = max(lanes, dots.SCORED_AT_ONCE)  # keys that every tile takes a whole number of times
-    _, store, get, put = simd.loads("float64" if size == 8 else "float32")
+    _, store, _, put = simd.loads("float64" if size == 8 else "float32")
     load_outer, _, get_outer, _ = simd.loads(outer)
     get_int, put_int = simd.scalars(types.int64)
     get_float32 = simd.scalars(types.float32)[0]
@@ -47,11 +48,27 @@ def build(jit: Any, storage: str) -> Lookup:
         return (keys + portion - 1) // portion * portion
 
     @jit
+    def find_keys(p, table, b, head, k0, keys):
+        """Fill a table with the addresses of keys alone."""
+        walk(p, table, p.key + head * p.key_h, p.key_p, p.key_s, b, k0, keys)
+
+    @jit
     def find(p, w, b, head, k0, keys):
         """Fill the tables for `keys` positions from k0 on, padded with the last one."""
-        key, value = p.key + head * p.key_h, p.value + head * p.value_h
-        key_scales = p.key_scales + head * p.key_scales_h
-        value_scales = p.value_scales + head * p.value_scales_h
+        walk(p, w.keys, p.key + head * p.key_h, p.key_p, p.key_s, b, k0, keys)
+        walk(p, w.values, p.value + head * p.value_h, p.value_p, p.value_s, b, k0, keys)
+        if int8 or int4:
+            a, c = p.key_scales + head * p.key_scales_h, p.value_scales + head * p.value_scales_h
+            walk(p, w.key_scales, a, p.key_scales_p, p.key_scales_s, b, k0, keys)
+            walk(p, w.value_scales, c, p.value_scales_p, p.value_scales_s, b, k0, keys)
+        if int8:
+            for scales in (w.key_scales, w.value_scales):
+                for j in range(filled(keys)):
+                    put(scales + size * j, dtype(get_float32(get_int(scales + 8 * j))))
+
+    @jit
+    def walk(p, table, base, page_bytes, row_bytes, b, k0, keys):
+        """Addresses of rows from position k0 on, padded with the last one."""
         slot = k0 % p.ring if p.ring != 0 else k0
         page, row = slot // p.page_size, slot % p.page_size
         j = 0
@@ -59,41 +76,17 @@ def build(jit: Any, storage: str) -> Lookup:
             count = min(keys - j, p.page_size - row)
             if p.ring != 0:
                 count = min(count, p.ring - page * p.page_size - row)
-            number = get_int(p.page_table + 8 * (b * p.table_width + page))
-            fill(w.keys + 8 * j, count, key + number * p.key_p + row * p.key_s, p.key_s)
-            fill(w.values + 8 * j, count, value + number * p.value_p + row * p.value_s, p.value_s)
-            if int8 or int4:
-                a = key_scales + number * p.key_scales_p + row * p.key_scales_s
-                c = value_scales + number * p.value_scales_p + row * p.value_scales_s
-                if int4:
-                    fill(w.key_scales + 8 * j, count, a, p.key_scales_s)
-                    fill(w.value_scales + 8 * j, count, c, p.value_scales_s)
-                else:
-                    collect(w.key_scales + size * j, count, a, p.key_scales_s)
-                    collect(w.value_scales + size * j, count, c, p.value_scales_s)
+            a = base + get_int(p.page_table + 8 * (b * p.table_width + page)) * page_bytes + row * row_bytes
+            for c in range(j, j + count):
+                put_int(table + 8 * c, a)
+                a += row_bytes
             j += count
             page, row = page + 1, 0
             if p.ring != 0 and page * p.page_size >= p.ring:
                 page = 0
         while j % portion != 0:
-            for table in (w.keys, w.values):
-                put_int(table + 8 * j, get_int(table + 8 * j - 8))
-            for table in (w.key_scales, w.value_scales):
-                if int8:
-                    put(table + size * j, get(table + size * j - size))
-                elif int4:
-                    put_int(table + 8 * j, get_int(table + 8 * j - 8))
+            put_int(table + 8 * j, get_int(table + 8 * j - 8))
             j += 1
-
-    @jit
-    def fill(table, count, a, step):
-        for c in range(count):
-            put_int(table + 8 * c, a + c * step)
-
-    @jit
-    def collect(scales, count, a, step):
-        for c in range(count):
-            put(scales + size * c, dtype(get_float32(a + c * step)))
 
     @jit
     def widen(table, scales, keys, columns, target):
@@ -118,4 +111,4 @@ def build(jit: Any, storage: str) -> Lookup:
         for c in range(whole, padded(columns)):
             put(t + c * size, get_outer(a + c * outer_bytes) if c < columns else dtype(0))
 
-    return Lookup(padded, filled, find, widen, widen_query)
+    return Lookup(padded, filled, find, find_keys, widen, widen_query)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from numba import types
-
-from . import dots, emitters, simd
+from . import dots, emitters
 from .dots import KEYS
 
 
-def scorer(jit: Any, number: Any, kind: str, padded: Any) -> Any:
+def scorer(jit: Any, number: Any, kind: str, stored_bits: int, padded: Any) -> Any:
     """The function that makes the raw products with keys of this storage.
 
     float16, int8 and int4 are read in place for one row a vector alone: for more they are widened first.
@@ -19,22 +17,13 @@ def scorer(jit: Any, number: Any, kind: str, padded: Any) -> Any:
     lanes = emitters.REGISTER_BYTES // size
     wide_rows = dots.rows_per_vector(lanes)
     pair_rows = 2 if wide_rows > 2 else 0
-    get_int, _ = simd.scalars(types.int64)
     vectors = dots.unit(kind)
     few = kind in ("float16", "int8", "int4")
-    score1, keys1 = dots.scores_tile(number, 1, 1, kind)
+    score1, keys1 = dots.scores_tile(number, 1, 1, kind, stored_bits)
     kind = number.name if few else kind
-    score2, keys2 = dots.scores_tile(number, 2, 1, kind)
-    score4, keys4 = dots.scores_tile(number, wide_rows, 1, kind)
-    score8, keys8 = dots.scores_tile(number, wide_rows, 2, kind)
-
-    @jit
-    def ask(p, table, keys):
-        """Have the rows of some values brought into the caches."""
-        for j in range(keys):
-            a = get_int(table + 8 * j)
-            for c in range(0, p.value_bytes, 64):
-                simd.prefetch(a + c)
+    score2, keys2 = dots.scores_tile(number, 2, 1, kind, stored_bits)
+    score4, keys4 = dots.scores_tile(number, wide_rows, 1, kind, stored_bits)
+    score8, keys8 = dots.scores_tile(number, wide_rows, 2, kind, stored_bits)
 
     @jit
     def score(p, w, table, scales, values, keys, groups, together):
@@ -44,58 +33,54 @@ def scorer(jit: Any, number: Any, kind: str, padded: Any) -> Any:
         q_group, s_group = together * depth * size, together * KEYS * size
         if together == 1:
             for j in range(0, keys, keys1):
-                ask(p, values + 8 * j, keys1)
-                score1(table + 8 * j, scales + 8 * j, w.q, 0, w.s + j * size, 0, steps)
+                v, t = values + 8 * j, w.s + j * size
+                score1(table + 8 * j, scales + 8 * j, v, p.value_bytes, w.q, 0, t, 0, steps)
             return
         if few:
             return
         if together == pair_rows:
             for j in range(0, keys, keys2):
-                ask(p, values + 8 * j, keys2)
-                score2(table + 8 * j, 0, w.q, 0, w.s + 2 * j * size, 0, steps)
+                score2(table + 8 * j, 0, values + 8 * j, p.value_bytes, w.q, 0, w.s + 2 * j * size, 0, steps)
             return
         for g in range(0, groups - 1, 2):
             q, s = w.q + g * q_group, w.s + g * s_group
             for j in range(0, keys, keys8):
-                if g == 0:
-                    ask(p, values + 8 * j, keys8)
-                score8(table + 8 * j, 0, q, q_group, s + j * wide_rows * size, s_group, steps)
+                t = s + j * wide_rows * size
+                score8(table + 8 * j, 0, values + 8 * j, p.value_bytes, q, q_group, t, s_group, steps)
         if groups % 2 == 1:
             q, s = w.q + (groups - 1) * q_group, w.s + (groups - 1) * s_group
             for j in range(0, keys, keys4):
-                if groups == 1:
-                    ask(p, values + 8 * j, keys4)
-                score4(table + 8 * j, 0, q, 0, s + j * wide_rows * size, 0, steps)
+                t = s + j * wide_rows * size
+                score4(table + 8 * j, 0, values + 8 * j, p.value_bytes, q, 0, t, 0, steps)
 
     return score
 
 
 def weigher(jit: Any, number: Any, kind: str, stored_bits: int, padded: Any) -> Any:
-    """The function that adds up values of this storage; `stored_bits` of a number are asked for ahead."""
+    """The function that adds up values of this storage, or widened from numbers of `stored_bits`."""
     size = number.bitwidth // 8
     register = emitters.REGISTER_BYTES
     lanes = register // size
     wide_rows = dots.rows_per_vector(lanes)
     pair_rows = 2 if wide_rows > 2 else 0
     vectors, most = dots.unit(kind), dots.UNDER_WAY
-    bits = stored_bits * register // (8 * size)
 
-    def tiles(rows: int, groups: int) -> tuple[Any, Any, int]:
+    def pair_of(rows: int, groups: int) -> tuple[Any, Any, int]:
         columns = max(min(4, most // (rows * groups)) // vectors, 1) * vectors
-        wide, narrow = (dots.values_tile(number, rows, groups, n, kind, bits) for n in (columns, vectors))
-        return wide, narrow, columns * register
+        tiles = (dots.values_tile(number, rows, groups, n, kind, stored_bits) for n in (columns, vectors))
+        return *tiles, columns * register
 
-    weigh1, weigh1_few, bytes1 = tiles(1, 1)
-    weigh2, weigh2_few, bytes2 = tiles(2, 1)
-    weigh4, weigh4_few, bytes4 = tiles(wide_rows, 1)
-    weigh8, weigh8_few, bytes8 = tiles(wide_rows, 2)
+    weigh1, weigh1_few, bytes1 = pair_of(1, 1)
+    weigh2, weigh2_few, bytes2 = pair_of(2, 1)
+    weigh4, weigh4_few, bytes4 = pair_of(wide_rows, 1)
+    weigh8, weigh8_few, bytes8 = pair_of(wide_rows, 2)
     few = vectors * register
 
     @jit
-    def weigh(p, w, state, table, scales, ahead, keys, groups, together):
+    def weigh(p, w, state, table, scales, wanted, last, keys, groups, together):
         """o = o * factor + weights @ values; asks for the next tile's keys meanwhile."""
         blocks = keys * together // lanes
-        o_row = padded(p.value_dim) * size
+        o_row, width = padded(p.value_dim) * size, p.key_bytes
         o = state + 2 * groups * register
         s_group = together * KEYS * size
         g = 0
@@ -105,29 +90,32 @@ def weigher(jit: Any, number: Any, kind: str, stored_bits: int, padded: Any) -> 
             c = 0
             while c < o_row:
                 left, count = o_row - c, few
+                begin = (c * keys * stored_bits) // (8 * size) if g == 0 else keys * width
                 if together == 1:
                     if left >= bytes1:
-                        weigh1(table, scales, ahead, c, a, 0, t, o_row, f, blocks)
+                        weigh1(table, scales, wanted, width, last, begin, c, a, 0, t, o_row, f, blocks)
                         count = bytes1
                     else:
-                        weigh1_few(table, scales, ahead, c, a, 0, t, o_row, f, blocks)
+                        weigh1_few(table, scales, wanted, width, last, begin, c, a, 0, t, o_row, f, blocks)
                 elif together == pair_rows:
                     if left >= bytes2:
-                        weigh2(table, scales, ahead, c, a, 0, t, o_row, f, blocks)
+                        weigh2(table, scales, wanted, width, last, begin, c, a, 0, t, o_row, f, blocks)
                         count = bytes2
                     else:
-                        weigh2_few(table, scales, ahead, c, a, 0, t, o_row, f, blocks)
+                        weigh2_few(table, scales, wanted, width, last, begin, c, a, 0, t, o_row, f, blocks)
                 elif pair:
                     if left >= bytes8:
-                        weigh8(table, scales, ahead, c, a, s_group, t, o_row, f, blocks)
+                        weigh8(table, scales, wanted, width, last, begin, c, a, s_group, t, o_row, f, blocks)
                         count = bytes8
                     else:
-                        weigh8_few(table, scales, ahead, c, a, s_group, t, o_row, f, blocks)
+                        weigh8_few(
+                            table, scales, wanted, width, last, begin, c, a, s_group, t, o_row, f, blocks
+                        )
                 elif left >= bytes4:
-                    weigh4(table, scales, ahead, c, a, 0, t, o_row, f, blocks)
+                    weigh4(table, scales, wanted, width, last, begin, c, a, 0, t, o_row, f, blocks)
                     count = bytes4
                 else:
-                    weigh4_few(table, scales, ahead, c, a, 0, t, o_row, f, blocks)
+                    weigh4_few(table, scales, wanted, width, last, begin, c, a, 0, t, o_row, f, blocks)
                 c += count
             g += 2 if pair else 1
 
