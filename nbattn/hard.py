@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,6 +46,9 @@ def hard_attention(
     scale: float | None = None,
     softcap: float | None = None,
     alibi_slopes: ArrayLike | None = None,
+    score_mod: Callable[..., Any] | None = None,
+    mask_mod: Callable[..., Any] | None = None,
+    mod_args: Sequence[Any] = (),
     out: NDArray[Any] | None = None,
     backend: str | None = None,
 ) -> HardAttentionOutput:
@@ -64,9 +68,9 @@ def hard_attention(
     say which key was looked at, and take half of the products.
 
     The scores go through the steps of `scaled_dot_product_attention`: ``scale * (q . k)``, softcap, bias,
-    ALiBi, the masks. A row that sees no key, or only keys that score -inf, gives index -1 and output 0. What
-    is selected does not depend on the number of threads or the rest of the batch. Memory grows with the
-    queries and keys, never with their product.
+    ALiBi, `score_mod`, the masks. A row that sees no key, or only keys that score -inf, gives index -1 and
+    output 0. What is selected does not depend on the number of threads or the rest of the batch. Memory grows
+    with the queries and keys, never with their product.
 
     Parameters
     ----------
@@ -88,6 +92,8 @@ def hard_attention(
         Not used by "argmax".
     bias, is_causal, window_size, query_offset, key_lengths, scale, softcap, alibi_slopes
         As in `scaled_dot_product_attention`.
+    score_mod, mask_mod, mod_args
+        The user's own functions, as there.
     out : ndarray, optional
         Where to write the output: right shape and dtype, writable, no memory shared with an input.
     backend : {None, "cpu", "reference", "cuda"}
@@ -149,7 +155,7 @@ def hard_attention(
         max_queries=queries,
         max_keys=keys,
         options=_Options(mask, bias, is_causal, window_size, query_offset, key_lengths, scale, softcap,
-                         alibi_slopes, sinks=None, compute_dtype=None),
+                         alibi_slopes, None, None, score_mod, mask_mod, mod_args),
     )  # fmt: skip
     shape = (batch, heads, queries, v.shape[3])
     given = (query, key, value, mask, bias)

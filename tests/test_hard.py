@@ -8,6 +8,7 @@ from ml_dtypes import bfloat16, finfo
 from oracle import SIZES, assert_same_bits, compute_dtype_of, formula, inputs, normal, see
 from test_errors import BAD, GOOD, OUT
 from test_memory import LAYOUTS
+from test_scores import raises
 
 import nbattn
 from nbattn import BlockMask, hard_attention, scaled_dot_product_attention
@@ -32,14 +33,17 @@ def selected(value, index, heads):
     return np.where(index[..., None] < 0, value.dtype.type(0), rows)
 
 
-def check(backend, query, key, value, mask=None, **options):
-    """Hold both modes to the formula's weights, and the outputs to the values that they name."""
+def check(backend, query, key, value, mask=None, *, given=None, **options):
+    """Hold both modes to the formula's weights, and the outputs to the values that they name.
+
+    `given` is what the door gets in place of the mask and options that it stands for.
+    """
     result = exact(query, key, value, mask, **options)
     weights = result.weights
     eps = float(finfo(compute_dtype_of(query.dtype)).eps)
     unit = 16 * eps * (1 + result.condition)
     empty = result.lse == -np.inf
-    call = {"mask": mask, "backend": backend, **options}
+    call = {"backend": backend} | ({"mask": mask, **options} if given is None else given)
     best = hard_attention(query, key, value, **call)
     drawn = hard_attention(query, key, value, mode="sample", rng=3, **call)
     for got in (best, drawn):
@@ -170,6 +174,45 @@ class TestFormula:
             output, index = hard_attention(q, k, v, mode=mode, backend=backend, **options)
             assert (index == -1).all()
             assert not output.any()
+
+
+def from_table(score, batch, head, q_index, kv_index, table):
+    return score + table[q_index, kv_index]
+
+
+def two_of_three(batch, head, q_index, kv_index):
+    return (q_index + kv_index + head) % 3 != 0
+
+
+class TestFunctions:
+    @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+    def test_are_what_they_say(self, backend, dtype, rng):
+        q, k, v = inputs(rng, 2, 4, 2, 70, 300, dtype=dtype)
+        table = normal(rng, (70, 300), dtype)
+        seen = (np.arange(300) + np.arange(70)[:, None] + np.arange(4)[:, None, None]) % 3 != 0
+        own = {"score_mod": from_table, "mask_mod": two_of_three, "mod_args": (table,)}
+        for options in ({}, {"is_causal": True, "query_offset": 200}):
+            check(backend, q, k, v, seen, bias=table, given=own | options, **options)
+        check(backend, q, k, v, seen, given={"mask_mod": two_of_three})
+
+    @modes
+    def test_special_scores(self, backend, mode, rng):
+        q, k, v = inputs(rng, 1, 2, 2, 40, 200)
+        table = np.zeros((40, 200), np.float32)
+        table[3, [60, 150]] = np.nan
+        table[5, 170] = np.inf
+        table[7] = -np.inf
+        table[9, :190] = -np.inf
+        call = {"score_mod": from_table, "mod_args": (table,), "mode": mode, "rng": 0, "backend": backend}
+        index = hard_attention(q, k, v, **call).index[0]
+        np.testing.assert_array_equal(index[:, [3, 5, 7]], [[60, 170, -1]] * 2)
+        assert (index[:, 9] >= 190).all()
+
+    @modes
+    def test_that_raise(self, backend, mode):
+        x = np.zeros((1, 2, 5, 4), np.float32)
+        with pytest.raises((RuntimeError, ValueError), match="score_mod 'raises'"):
+            hard_attention(x, x, x, score_mod=raises, mode=mode, backend=backend)
 
 
 class TestArgmax:

@@ -74,8 +74,22 @@ def _forward_packed(p: Problem, out: NDArray[Any], lse: NDArray[Any] | None) -> 
 def _forward(
     problem: Problem, out: NDArray[Any], lse: NDArray[Any] | None, weights: NDArray[Any] | None
 ) -> None:
-    words, keep_alive = parameters(problem, out, lse, weights)
-    run(_kernel_of(problem), words, is_small(problem), (problem, out, lse, weights, keep_alive))
+    run_tiled(_kernel_of(problem), problem, out, lse, weights)
+
+
+def run_tiled(
+    kernel: Any,
+    problem: Problem,
+    out: NDArray[Any],
+    lse: NDArray[Any] | None = None,
+    weights: NDArray[Any] | None = None,
+    index: NDArray[np.int64] | None = None,
+    uniforms: NDArray[np.float64] | None = None,
+) -> None:
+    """Run one of the kernels whose lanes are queries; those of `hard` take an `index`, and make no sums."""
+    results = out, lse, weights, index, uniforms
+    words, keep_alive = _parameters(problem, *results)
+    _run(kernel, words, _is_small(problem), (problem, results, keep_alive))
     for mod, arguments in zip((problem.score_mod, problem.mask_mod), keep_alive, strict=False):
         if mod is not None:
             mods.check_done(mod, arguments)
@@ -90,9 +104,9 @@ class Repeat:
             self.plan = decode.Plan(decode.as_cache(problem), out)
             return
         self.kernel = _kernel_of(problem)
-        self.words, _ = parameters(problem, out)
+        self.words, _ = _parameters(problem, out)
         self.keep_alive = problem.offset, problem.key_lengths
-        self.small = is_small(problem)
+        self.small = _is_small(problem)
 
     def forward(self, query: NDArray[Any], key: NDArray[Any], value: NDArray[Any], out: NDArray[Any]) -> None:
         if self.plan is not None:
@@ -101,11 +115,10 @@ class Repeat:
         words = self.words.copy()
         words[QUERY], words[KEY] = runtime.address(query), runtime.address(key)
         words[VALUE], words[OUT] = runtime.address(value), runtime.address(out)
-        run(self.kernel, words, self.small, (query, key, value, out, self))
+        _run(self.kernel, words, self.small, (query, key, value, out, self))
 
 
-def run(kernel: Any, words: NDArray[np.int64], small: bool, keep_alive: Any) -> None:
-    """Run a kernel with these parameters, on one thread where the call is small."""
+def _run(kernel: Any, words: NDArray[np.int64], small: bool, keep_alive: Any) -> None:
     tasks = int(words[TASKS])
     if tasks == 0:
         return
@@ -137,7 +150,7 @@ def _kernel_of(p: Problem) -> Any:
     return kernel(f"attention-{p.storage}" + ("-bfloat16" if p.bfloat16_products else ""))
 
 
-def is_small(p: Problem) -> bool:
+def _is_small(p: Problem) -> bool:
     """Whether one thread is done before a second one is awake."""
     _, heads, _, head_dim = p.query.shape
     return p.batch * heads * p.max_queries * p.max_keys * (head_dim + p.value.shape[3]) < SERIAL_WORK
@@ -155,7 +168,7 @@ def kernel(name: str) -> Any:
     return runtime.compiled(name, partial(blocks.build, storage, bool(products)))
 
 
-def parameters(
+def _parameters(
     p: Problem,
     out: NDArray[Any],
     lse: NDArray[Any] | None = None,
@@ -163,10 +176,7 @@ def parameters(
     index: NDArray[np.int64] | None = None,
     uniforms: NDArray[np.float64] | None = None,
 ) -> tuple[NDArray[np.int64], Any]:
-    """The kernel's record as words of 8 bytes, and what else must stay alive while it runs.
-
-    With an `index` it is for the kernel of `hard`, which makes no sums of values.
-    """
+    """The kernel's record as words of 8 bytes, and what else must stay alive while it runs."""
     values: dict[str, int] = {}
 
     def array(name: str, x: NDArray[Any] | None, axes: str = "", unit: int = 0) -> None:

@@ -38,9 +38,7 @@ def forward(
 
     With `uniforms` (B, Hq, Sq) keys are sampled by them, else they are those of the largest scores.
     """
-    words, keep_alive = attention.parameters(problem, out, index=index, uniforms=uniforms)
-    alive = problem, out, index, uniforms, keep_alive
-    attention.run(kernel(f"hard-{problem.storage}"), words, attention.is_small(problem), alive)
+    attention.run_tiled(kernel(f"hard-{problem.storage}"), problem, out, index=index, uniforms=uniforms)
 
 
 def kernel_names(dtypes: Sequence[str]) -> list[str]:
