@@ -276,7 +276,7 @@ class BahdanauAttention:
     >>> from nbattn.layers import BahdanauAttention
     >>> rng = np.random.default_rng(0)
     >>> w_query, w_key, v = (rng.standard_normal(shape, np.float32) for shape in ((16, 32), (16, 48), 16))
-    >>> layer = BahdanauAttention(w_query, w_key, v)
+    >>> layer = BahdanauAttention(w_query, w_key, v, backend="reference")
 
     A decoder's state over what an encoder read, whose keys are projected once:
 
