@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from typing import Any
 
 import numpy as np
 
@@ -17,12 +18,12 @@ RULES = ("linear", "gated", "delta", "gated delta")
 
 
 class Functions:
-    """A score_mod, or a BlockMask, and how far it is from exact."""
+    """A score_mod, or a BlockMask."""
 
     params = FEATURES
     param_names = ("feature",)
 
-    def setup(self, feature: str) -> None:
+    def setup(self: Any, feature: str) -> None:
         self.case = Modified(8, 1024, feature=feature)
         self.inputs = self.case.inputs()
         self.run = self.case.ours(self.inputs).run
@@ -31,7 +32,15 @@ class Functions:
     def time_attention(self, feature: str) -> None:
         self.run()
 
-    def track_error(self, feature: str) -> float:
+
+class Errors:
+    """How far they are from exact."""
+
+    params = ("window", "softcap", "relative")
+    param_names = ("feature",)
+    setup = Functions.setup
+
+    def track_error(self: Any, feature: str) -> float:
         """In units of the last place of the largest result."""
         return cases.largest_error(self.result, self.case.exact(self.inputs))[1] / np.finfo(np.float32).eps
 

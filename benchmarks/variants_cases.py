@@ -17,7 +17,7 @@ from nbattn import masks
 
 from .cases import EXACT_ROWS, SOFTCAP, WINDOW, Call
 
-FEATURES = ("causal", "document", "window")
+FEATURES = ("plain", "alibi", "softcap", "relative", "causal", "document", "window")
 DOCUMENT = 300
 """Tokens of each of the documents that share a sequence."""
 BLOCK = 64
@@ -126,7 +126,7 @@ class Modified(Variant):
     def inputs(self) -> ModInputs:
         rng = np.random.default_rng(1)
         extra = {
-            "alibi": lambda: 2.0 ** -np.arange(1, self.heads + 1, dtype=np.float32),
+            "alibi": lambda: 2.0 ** -np.arange(5, self.heads + 5, dtype=np.float32),
             "relative": lambda: rng.standard_normal(2 * self.length - 1, np.float32),
             "document": lambda: np.arange(self.length) // DOCUMENT,
         }.get(self.feature, lambda: np.zeros(0, np.float32))()
