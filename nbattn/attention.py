@@ -130,11 +130,13 @@ def scaled_dot_product_attention(
     On the CPU `score_mod` and `mask_mod` are compiled at first sight (some tenths of a second) and kept, on
     disk too, by what they say: one that is made anew compiles no second time. They may use numbers, arrays by
     index, if and for, functions of `math` and NumPy on numbers, and other such functions. exp, log, tanh, sin
-    and their like become vector arithmetic, powers by `math.pow`. Python's floats have the precision of the
-    scores. The indices count the call's own queries and keys, from 0 (in `varlen_attention` the sequence's);
-    a `query_offset` does not shift them. Nobody checks that an index lies within its array. Globals and
-    closures are constants: what changes from call to call belongs into `mod_args`, or into the default of a
-    parameter behind the indices, which is passed likewise. `nbattn.scores` has ready-made ones.
+    and their like become vector arithmetic, powers by `math.pow`; infinity is `math.inf`, no
+    ``float("inf")``, and an int to the power of an int needs a float base, ``2.0 ** -head``. Python's floats
+    have the precision of the scores. The indices count the call's own queries and keys, from 0 (in
+    `varlen_attention` the sequence's); a `query_offset` does not shift them. Nobody checks that an index lies
+    within its array. Globals and closures are constants: what changes from call to call belongs into
+    `mod_args`, or into the default of a parameter behind the indices, which is passed likewise.
+    `nbattn.scores` has ready-made ones.
 
     References
     ----------

@@ -196,7 +196,7 @@ class BlockMask:
         query_length, key_length : int
         batch, heads : int
             1 where the function does not depend on it.
-        mod_args : sequence
+        mod_args : tuple
             Arrays or numbers that the function reads.
         backend : {None, "cpu", "reference"}
             Who evaluates it: the CPU, which compiles it, or NumPy.
@@ -213,7 +213,7 @@ class BlockMask:
         """
         queries, keys = check_length(query_length, "query_length"), check_length(key_length, "key_length")
         shape = check_length(batch, "batch"), check_length(heads, "heads"), queries, keys
-        _, mod = check_mods(None, mask_mod, tuple(mod_args))
+        _, mod = check_mods(None, mask_mod, mod_args)
         if mod is None:
             msg = "mask_mod must be a function, got None"
             raise TypeError(msg)

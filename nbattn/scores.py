@@ -254,7 +254,9 @@ def _argument(x: Any, name: str) -> Any:
         msg = f"{name} has dtype {array.dtype}; expected an array of numbers or bools, or one of these"
         raise TypeError(msg)
     if array.ndim:
-        return np.ascontiguousarray(array, array.dtype.newbyteorder("="))
+        array = np.ascontiguousarray(array, array.dtype.newbyteorder("=")).view()
+        array.setflags(write=False)  # it may be the caller's own
+        return array
     if array.dtype.kind == "u" and array > np.iinfo(np.int64).max:
         msg = f"{name} is {array}; expected less than 2**63"
         raise ValueError(msg)

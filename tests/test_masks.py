@@ -292,6 +292,8 @@ class TestForms:
     def test_bad_mask_mod(self, backend, mask_mod):
         with pytest.raises(TypeError, match="mask_mod"):
             BlockMask.from_mask_mod(mask_mod, 70, 70, backend=backend)
+        with pytest.raises(TypeError, match="mod_args must be a tuple, got int"):
+            BlockMask.from_mask_mod(mask_mod, 70, 70, mod_args=3, backend=backend)
 
     def test_repr(self):
         assert repr(masks.causal(200, 130)) == (

@@ -217,6 +217,7 @@ class TestScoreMod:
     def test_kinds_of_functions(self, backend, rng):
         q, k, v = inputs(rng)
         factor, pair = 3.0, (0.5, 2)
+        three, half, two = np.array([3], np.float16), np.array([0.5], bfloat16), np.float16(2)
 
         @numba.njit
         def helper(x):
@@ -230,6 +231,7 @@ class TestScoreMod:
             numba.njit(lambda s, b, h, i, j: (s / 3.0 + 0.5) * 2),
             lambda s, b, h, i, j, third=1 / 3, two=2: (s * third + 0.5) * two,
             lambda s, *indices: (np.where(indices[0] < 0, s, s / 3) + np.float32(0.5)) * 2,
+            lambda s, b, h, i, j: (s / three[0] + half[0] * h**0) * two,
         ]
         truth = formula(q, k, v, lambda s: (s / 3 + 0.5) * 2)
         for function in kinds:
@@ -461,6 +463,13 @@ def prints(score, batch, head, q_index, kv_index):
     return score
 
 
+def power_of_two(n):
+    n += 1
+    x = 2
+    x **= n
+    return x
+
+
 def raises(score, batch, head, q_index, kv_index):
     if kv_index == 3:
         raise ValueError
@@ -512,7 +521,16 @@ COMPILED = {
         {"score_mod": makes_a_list},
         "'makes_a_list'.*cannot be compiled: it makes a list.*; it may use numbers",
     ),
-    "print": ({"score_mod": prints}, r"'prints' \(.*:\d+\) cannot be compiled: "),
+    "print": ({"score_mod": prints}, r"'prints' \(.*:\d+\) cannot be compiled: it calls print \(line \d+\);"),
+    "inf": ({"score_mod": lambda s, b, h, i, j: s * float("inf")}, r"of a string, .* write math\.inf"),
+    "power": (
+        {"score_mod": lambda s, b, h, i, j: s + 2 ** -(h + 1)},
+        r"int to the power.*\(line \d+\); write a",
+    ),
+    "power of a helper": (
+        {"mask_mod": lambda b, h, i, j: power_of_two(-i) * j < 1},
+        r"int to the power.*\(line \d+\); write a",
+    ),
     "global": ({"score_mod": lambda s, b, h, i, j: s * BOTH["a"]}, "Untyped global name 'BOTH'"),
 }
 
@@ -536,6 +554,12 @@ class TestErrors:
         with pytest.raises(ValueError, match=message) as caught:
             attention(x, x, x, **options)
         assert "\n" not in str(caught.value)
+
+    def test_arguments_stay(self):
+        x, table = np.zeros((1, 2, 3, 4), np.float32), np.ones(3)
+        with pytest.raises(ValueError, match=r"'writes'.*read-only"):
+            attention(x, x, x, score_mod=writes, mod_args=(table,), backend="reference")
+        assert (table == 1).all()
 
     def test_what_raises(self, backend):
         x = np.zeros((1, 2, 5, 4), np.float32)

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import builtins
 import hashlib
+import operator
 import re
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, ModuleType
 from typing import Any
 
 import numba
 import numpy as np
+from numba.core import ir
 from numba.core.dispatcher import Dispatcher
 from numba.core.errors import NumbaError
 
@@ -117,6 +119,8 @@ def translate(function: Any, jit: Any, stand_ins: dict[Any, Any], dtype: Any) ->
             return twin_of_module(x, names)
         if x is float:
             return dtype
+        if isinstance(x, (np.ndarray, np.generic)) and x.dtype.name in ("float16", "bfloat16"):
+            return x.astype(np.float32)  # as those of mod_args
         try:
             if x in stand_ins:
                 return stand_ins[x]
@@ -149,7 +153,7 @@ def translate(function: Any, jit: Any, stand_ins: dict[Any, Any], dtype: Any) ->
                 elif name == "float":
                     values[name] = dtype
                 elif name == "print":  # would compile, and wait for the interpreter with each score
-                    values[name] = ALLOWED
+                    values[name] = name
             for cell, old in zip(cells, f.__closure__ or (), strict=True):
                 cell.cell_contents = exchange(_content(old), names)
         return made[id(f)]
@@ -161,14 +165,41 @@ def compiled(translation: Any, types: tuple[Any, ...], function: Any, label: str
     """Compile a translation for arguments of these Numba types; the type that it returns."""
     try:
         folded = translation.get_call_template(types, {})[2]  # *args are one
-    except NumbaError as error:
+    except (NumbaError, NotImplementedError) as error:
         reason, line = _reason(error, function.__code__)
         msg = f"{label} cannot be compiled: {reason}{line}; {ALLOWED}"
         raise ValueError(msg) from None
+    power = _integer_power(translation, set())
+    if power:
+        msg = f"{label} cannot be compiled: for Numba an int to the power of an int is an int, 0 for powers "
+        msg += f"below 0 (line {power}); write a base of float, as 2.0 ** -x"
+        raise ValueError(msg)
     return translation.overloads[tuple(folded)].signature.return_type
 
 
-def _reason(error: NumbaError, code: CodeType) -> tuple[str, str]:
+def _integer_power(function: Any, met: set[int]) -> int:
+    """The line where a compiled function, or one that it calls, has an int to the power of an int, or 0.
+
+    Powers that are known and not negative are as in Python.
+    """
+    met.add(id(function))
+    for result in function.overloads.values():
+        kinds, calls = result.type_annotation.typemap, result.type_annotation.calltypes
+        for x, signature in calls.items():
+            is_operator = isinstance(x, ir.Expr) and x.op in ("binop", "inplace_binop")
+            if is_operator and x.fn in (operator.pow, operator.ipow):
+                known = getattr(kinds[x.rhs.name], "literal_value", -1) >= 0
+                if isinstance(signature.return_type, numba.types.Integer) and not known:
+                    return int(x.loc.line)
+        called = (t.dispatcher for t in kinds.values() if isinstance(t, numba.types.Dispatcher))
+        for other in called:
+            line = 0 if id(other) in met else _integer_power(other, met)
+            if line:
+                return line
+    return 0
+
+
+def _reason(error: Exception, code: CodeType) -> tuple[str, str]:
     """What Numba says in one line, and where in the function."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
     place = re.search(rf'File "[^"]*?{re.escape(code.co_filename.rpartition("/")[2])}", line (\d+)', text)
@@ -178,4 +209,8 @@ def _reason(error: NumbaError, code: CodeType) -> tuple[str, str]:
         reason = "it makes a list, an array or a string"
     if reason.endswith(":") and len(lines) > 1:
         reason += f" {lines[1].lstrip('> ')}"
+    if "Literal[str](print)" in reason:
+        reason = "it calls print"
+    if "(Literal[str](" in reason:
+        reason = "it makes a number of a string, as float('inf') does; write math.inf"
     return reason.rstrip(".;:"), f" (line {place[1]})" if place else ""
