@@ -232,6 +232,7 @@ class TestScoreMod:
             lambda s, b, h, i, j, third=1 / 3, two=2: (s * third + 0.5) * two,
             lambda s, *indices: (np.where(indices[0] < 0, s, s / 3) + np.float32(0.5)) * 2,
             lambda s, b, h, i, j: (s / three[0] + half[0] * h**0) * two,
+            lambda s, b, h, i, j: (s / 3 + math.pow(2, -1 - h * 0)) * 2,
         ]
         truth = formula(q, k, v, lambda s: (s / 3 + 0.5) * 2)
         for function in kinds:
@@ -525,6 +526,10 @@ COMPILED = {
     "inf": ({"score_mod": lambda s, b, h, i, j: s * float("inf")}, r"of a string, .* write math\.inf"),
     "power": (
         {"score_mod": lambda s, b, h, i, j: s + 2 ** -(h + 1)},
+        r"int to the power.*\(line \d+\); write a",
+    ),
+    "pow": (
+        {"score_mod": lambda s, b, h, i, j: s + pow(2, -h)},
         r"int to the power.*\(line \d+\); write a",
     ),
     "power of a helper": (

@@ -240,7 +240,11 @@ def functions(jit: Any, dtype: Any) -> dict[Any, Any]:
         x = low if x < low else x
         return high if x > high else x
 
-    put(raised, "pow", "power", "float_power")
+    def float_raised(x, y):
+        return power(dtype(x), dtype(y))
+
+    put(float_raised, "pow", "float_power")
+    put(raised, "power")  # also numpy.pow
     put(where, "where")
     put(minimum, "minimum")
     put(maximum, "maximum")

@@ -186,11 +186,16 @@ def _integer_power(function: Any, met: set[int]) -> int:
     for result in function.overloads.values():
         kinds, calls = result.type_annotation.typemap, result.type_annotation.calltypes
         for x, signature in calls.items():
-            is_operator = isinstance(x, ir.Expr) and x.op in ("binop", "inplace_binop")
-            if is_operator and x.fn in (operator.pow, operator.ipow):
-                known = getattr(kinds[x.rhs.name], "literal_value", -1) >= 0
-                if isinstance(signature.return_type, numba.types.Integer) and not known:
-                    return int(x.loc.line)
+            returns = getattr(signature, "return_type", None)
+            if not isinstance(x, ir.Expr) or not isinstance(returns, numba.types.Integer):
+                continue
+            if x.op in ("binop", "inplace_binop"):
+                is_power = x.fn in (operator.pow, operator.ipow)
+                is_wrong = is_power and not getattr(kinds[x.rhs.name], "literal_value", -1) >= 0
+            else:
+                is_wrong = x.op == "call" and getattr(kinds[x.func.name], "typing_key", None) is pow
+            if is_wrong:
+                return int(x.loc.line)
         called = (t.dispatcher for t in kinds.values() if isinstance(t, numba.types.Dispatcher))
         for other in called:
             line = 0 if id(other) in met else _integer_power(other, met)
