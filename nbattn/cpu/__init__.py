@@ -8,9 +8,8 @@ from what is shared to what one kernel alone needs:
   LLVM code, and `simd` makes intrinsics of them;
 - many queries, whose lanes are queries: `blocks` is the kernel, `hard` has its own, and `layout` says where
   they keep things; `queries` is what comes before the softmax, of which `tiles` and `amx` are the products,
-  and `thirds` those of float32 on AMX, `panels` reads and writes memory for them, and `scores` (with `masks`)
-  makes scores of them; `mods` compiles the user's functions for it, which `functions` translates and
-  `elementary` gives their arithmetic; `weights` makes of scores what is multiplied with the values;
+  `panels` reads and writes memory for them, and `scores` (with `masks`) makes scores of them; `mods` compiles
+  the user's functions for it, which `functions` translates and `elementary` gives their arithmetic;
 - `hidden` is the kernel of additive attention, with queries in its lanes too;
 - few queries over long keys, whose lanes are numbers of a head: `chunks` is the kernel; `dots` are its
   products, `sweeps` says which of them takes what, `lookup` finds rows in pages, `seen` is what `scores` is

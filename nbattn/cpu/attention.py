@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..problem import STORAGE_DTYPES, Problem, storage_name
-from . import blocks, decode, layout, mods, runtime, thirds
+from . import blocks, decode, layout, mods, runtime
 from .layout import PARAMETERS, STATE_ROWS, TABLES
 from .masks import WORDS
 from .panels import KEYS
@@ -242,22 +242,12 @@ def _parameters(
     if as_stored and packed_heads * p.max_queries < PANEL_BLOCKS * rows * runtime.threads():
         value_panel = 0
     key_panel, value_panel = planes * key_panel, planes * value_panel
-    parts = 0
-    if index is None and layout.form(p.storage, p.bfloat16_products).thirds:
-        value_panel = 0
-        if group * p.max_queries >= thirds.ROWS_THAT_PAY and abs(p.scale) <= thirds.LARGEST_SCALE:
-            value_rows, steps = -(-value_dim // 16) * 16, -(-head_dim // 32)
-            key_panel, value_panel = (
-                thirds.STEP // itemsize * n for n in (KEYS // 16 * steps, value_rows // 16 * thirds.KEY_STEPS)
-            )
-            parts = thirds.ACROSS * steps + thirds.WEIGHT_BYTES
     slot_bytes = -(-(key_panel + value_panel) * itemsize // 64) * 64
-    kept = (2 if parts else 1) * PANEL_BYTES // runtime.threads()
+    kept = PANEL_BYTES // runtime.threads()
     slots = min(-(-p.max_keys // KEYS), max(1, kept // slot_bytes)) if slot_bytes else 0
     score_rows = layout.score_rows(multiplies)
     scratch = ROW_BYTES * (planes * query_rows + value_rows + score_rows + STATE_ROWS)
     scratch += 8 * (rows * TABLES + WORDS) + mods.CALL_BYTES + 64 * -(-slots // 8)
-    finite = -(-KEYS * (value_rows + 1) * itemsize // 64) * 64
     # With an ordinary scale the softmax takes the raw products, and the scale goes into its exponent.
     changes = (p.bias, p.alibi_slopes, p.sinks, p.score_mod)
     plain = 1e-30 < p.scale < 1e30 and not p.softcap and all(x is None for x in changes)
@@ -271,11 +261,9 @@ def _parameters(
         array("states", states, "bhq")
     values |= {
         "tasks": tasks,
-        "workspace_bytes": scratch + slots * slot_bytes + finite + parts,
-        "finite_bytes": finite,
+        "workspace_bytes": -(-(scratch + slots * slot_bytes + KEYS * (value_rows + 1) * itemsize) // 64) * 64,
         "slots": slots,
         "slot_bytes": slot_bytes,
-        "slots_turn": p.left + p.right + rows < (slots - 1) * KEYS,
         "key_panel_bytes": key_panel * itemsize,
         "key_tiles": -(-p.max_keys // KEYS),
         "batch": p.batch,

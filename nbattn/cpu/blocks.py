@@ -20,12 +20,11 @@ from typing import Any
 import numpy as np
 from numba import types
 
-from . import amx, emitters, layout, panels, queries, simd, thirds
+from . import amx, emitters, layout, panels, queries, simd
 from .layout import Operand
 from .masks import NOTHING, SOME, trim_words
 from .panels import KEYS
 from .tiles import ROW_BYTES, product
-from .weights import LOW, TOGETHER, weigh
 
 SUMS, CAREFUL_SUMS, WEIGHTS = range(3)
 """What a pass over the keys is for."""
@@ -46,7 +45,7 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
     find, set_up, transpose_queries, panel = parts.find, parts.set_up, parts.transpose_queries, parts.panel
     score, mend_scores = parts.score, parts.mend_scores
     trim = jit(trim_words)
-    look, adjust, visible, odd = parts.look, parts.adjust, parts.visible, parts.odd
+    look, adjust, visible = parts.look, parts.adjust, parts.visible
     load, store, get, put = simd.loads("float64" if size == 8 else "float32")
     _, _, get_stored, put_stored = simd.loads(storage)
     get_int = simd.scalars(types.int64)[0]
@@ -54,99 +53,99 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
         accumulate = amx.product(jit, True, len_planes)
     else:
         accumulate = product(jit, number, rescale=True, pairs=pairs)
-    by_parts = form.thirds
-    add_parts: Any = thirds.product(jit, True) if by_parts else None
-    weigh_run = weigh(number, "split" if split else "pairs" if pairs else "rounded" if rounds else "numbers")
-    weigh_parts = weigh(number, "thirds")
+    as_operand = simd.round_bfloat16 if rounds else simd.same
+    low_weights = KEYS * ROW_BYTES  # where the second plane of weights lies behind the first
     write_square = panels.rows_out(lanes, storage)[0]
     write_weight_square = panels.rows_out(lanes, "float64" if size == 8 else "float32")[1]
     get_operand, put_operand = simd.loads("bfloat16")[2:] if pairs else (get, put)
-    sub, mul, greater, splat = simd.sub, simd.mul, simd.greater, simd.splat
+    sub, add, mul, greater, splat = simd.sub, simd.add, simd.mul, simd.greater, simd.splat
     exp2_product = simd.exp2_product_short if pairs else simd.exp2_product
-    lowest, magic = emitters.exp2_floor(dtype), emitters.exp2_magic(dtype)
+    lowest = emitters.exp2_floor(dtype)
 
     @jit
-    def soften(p, w, keys, vectors, shift):
-        """s^T -> unnormalised weights; moves the maximum and total, leaves the factor for older sums.
+    def put_weights(t, x, y):
+        """Two weights of each query as a word."""
+        if split:
+            upper_x, upper_y = simd.upper(x), simd.upper(y)
+            panels.pack_weights(t, upper_x, upper_y)
+            panels.pack_weights(t + low_weights, sub(x, upper_x), sub(y, upper_y))
+        else:
+            panels.pack_weights(t, x, y)
 
-        The weights go to w.s; as parts, times 2**shift, to w.weight_parts where there is a shift.
-        """
-        scale, floor = splat(dtype(p.log2_scale)), splat(dtype(lowest / p.log2_scale))
-        margin = splat(dtype(8 / p.log2_scale))
-        floor_below, magic_above = splat(dtype((lowest - shift) / p.log2_scale)), splat(dtype(magic + shift))
-        step = 32 if shift != 0 else TOGETHER
-        whole = (keys + step - 1) // step * step
-        for j in range(keys, whole):
-            for v in range(vectors):
-                store(w.s + j * ROW_BYTES + v * register, splat(-infinity))
+    @jit
+    def soften(p, w, keys, vectors):
+        """s^T -> unnormalised weights; moves the maximum and total, leaves the factor for older sums."""
+        scale = splat(dtype(p.log2_scale))
+        floor, margin = splat(dtype(lowest / p.log2_scale)), splat(dtype(8 / p.log2_scale))
         for v in range(vectors):
             c = w.s + v * register
             before = load(w.maximum + v * register)
             # Two chains: one waits four cycles for each step.
             top = other = before
-            for j in range(0, whole, 2):
+            for j in range(0, keys - 1, 2):
                 top = greater(load(c + j * ROW_BYTES), top)
                 other = greater(load(c + (j + 1) * ROW_BYTES), other)
+            if keys % 2 == 1:
+                top = greater(load(c + (keys - 1) * ROW_BYTES), top)
             # Older sums stay as they are until the maximum has grown by much: weights up to 2**8 do no harm.
             top = simd.if_above(greater(top, other), before, margin)
             zero_point = simd.finite_or_zero(top)
             rescale = exp2_product(sub(before, zero_point), scale, floor)
-            # A sum of its own for this run: added one by one to a large total, small weights would be lost.
-            total = splat(dtype(0))
-            if by_parts and shift != 0:
-                for first in range(0, whole, 32):
-                    for j in range(first, first + 16, 2):
-                        a, t = c + j * ROW_BYTES, w.weight_parts + thirds.place(v, j)
-                        total = weigh_parts(a, t, zero_point, scale, floor_below, magic_above, total)
-                total = mul(total, splat(dtype(2.0**-thirds.SHIFT)))
-            else:
-                for j in range(0, whole, TOGETHER):
-                    a, t = c + j * ROW_BYTES, c + j // per_operand * ROW_BYTES
-                    total = weigh_run(a, t, zero_point, scale, floor, magic_above, total)
+            # Sums of their own for this run: added one by one to a large total, small weights would be lost.
+            even = odd = splat(dtype(0))
+            for j in range(0, keys - 1, 2):
+                x = exp2_product(sub(load(c + j * ROW_BYTES), zero_point), scale, floor)
+                y = exp2_product(sub(load(c + (j + 1) * ROW_BYTES), zero_point), scale, floor)
+                even, odd = add(even, x), add(odd, y)
+                if pairs:
+                    put_weights(c + j // 2 * ROW_BYTES, x, y)
+                else:
+                    store(c + j * ROW_BYTES, as_operand(x))
+                    store(c + (j + 1) * ROW_BYTES, as_operand(y))
+            if keys % 2 == 1:
+                x = exp2_product(sub(load(c + (keys - 1) * ROW_BYTES), zero_point), scale, floor)
+                even = add(even, x)
+                if pairs:
+                    put_weights(c + keys // 2 * ROW_BYTES, x, splat(dtype(0)))
+                else:
+                    store(c + (keys - 1) * ROW_BYTES, as_operand(x))
             if tiled:
-                for j in range(whole // 2, (keys + 31) // 32 * 16):
+                for j in range((keys + 1) // 2, (keys + 31) // 32 * 16):
                     store(c + j * ROW_BYTES, splat(dtype(0)))
                     if split:
-                        store(c + j * ROW_BYTES + LOW, splat(dtype(0)))
-            total = simd.fma(load(w.total + v * register), rescale, total)
+                        store(c + j * ROW_BYTES + low_weights, splat(dtype(0)))
+            total = simd.fma(load(w.total + v * register), rescale, add(even, odd))
             store(w.maximum + v * register, top)
             store(w.total + v * register, total)
             store(w.rescale + v * register, rescale)
 
     @jit
-    def operand_of(p, value, converted, key0, shift):
+    def operand_of(p, value, converted, key0):
         """The values from key0 on."""
         a, first = converted + p.key_panel_bytes, key0 % KEYS
-        if shift != 0:
-            return Operand(a + first // 32 * thirds.STEP, 0, 0, 0)
         if tiled:
             return Operand(a + first // 2 * size, KEYS, KEYS // 2, 1)
         if pairs:
             return Operand(a + first // 2 * p.value_dim * size, 2, 1, p.value_dim)
-        if by_parts or p.slots == 0:
+        if p.slots == 0:
             return Operand(value + key0 * p.value_s * stored, 2, 1, p.value_s)
         if size == 8:
             return Operand(a + first * 8, 2 * KEYS, KEYS, 1)
         return Operand(a + first * 8, 2 * KEYS, 1, 2)
 
     @jit
-    def add_values(p, w, x, keys, vectors, shift):
+    def add_values(p, w, x, keys, vectors):
         """o^T = o^T * rescale + v^T p^T"""
-        if tiled or shift != 0:
+        if tiled:
             for v in range(vectors):
                 rescale = load(w.rescale + v * register)
                 if not simd.all_ones(rescale):
                     for d in range(p.value_dim):
                         t = w.o + d * ROW_BYTES + v * register
                         store(t, mul(load(t), rescale))
-        if by_parts and shift != 0:
-            rows, row = (p.value_dim + 15) // 16, thirds.KEY_STEPS * thirds.STEP
-            add_parts(x.address, row, rows, w.weight_parts, w.o, vectors, (keys + 31) // 32)
-            return
-        if tiled:
             depth = (keys + 31) // 32 * 16
             plane = p.value_rows * x.column * size
-            accumulate(x.address, x.column * size, plane, p.value_rows, w.s, LOW, w.o, vectors, depth)
+            accumulate(x.address, x.column * size, plane, p.value_rows, w.s, low_weights, w.o, vectors, depth)
             return
         depth = (keys + per_operand - 1) // per_operand
         accumulate(x.address, x.two, x.column, x.key, p.value_dim, w.s, w.o, vectors, depth, w.rescale)
@@ -168,7 +167,7 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
                 for d in range(p.value_dim):
                     y = get_operand(number_at(operand, j, d) + shift) if j < keys else dtype(0)
                     put_operand(number_at(finite, j, d) + shift, y if y - y == 0 else dtype(0))
-        add_values(p, w, finite, keys, vectors, 0)
+        add_values(p, w, finite, keys, vectors)
         for j in range(keys):
             for d in range(p.value_dim):
                 y = get_stored(value + ((key0 + j) * p.value_s + d) * stored)
@@ -181,7 +180,7 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
                         a = w.s + j // per_operand * ROW_BYTES + r * size + j % per_operand * 2
                         x = get_operand(a)
                         if split:
-                            x += get_operand(a + LOW)
+                            x += get_operand(a + low_weights)
                         t = w.o + d * ROW_BYTES + r * size
                         put(t, get(t) + x * y)
 
@@ -274,13 +273,10 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
                 if stage == WEIGHTS:
                     write_weights(p, w, key0, keys, rows, vectors)
                 else:
-                    shift = 0
-                    if by_parts:
-                        shift = thirds.SHIFT if odd(p, w, key0) & thirds.ODD_VALUES == 0 else 0
-                    soften(p, w, keys, vectors, shift)
-                    operand = operand_of(p, value, converted, key0, shift)
-                    if stage == SUMS or shift != 0:
-                        add_values(p, w, operand, keys, vectors, shift)
+                    soften(p, w, keys, vectors)
+                    operand = operand_of(p, value, converted, key0)
+                    if stage == SUMS:
+                        add_values(p, w, operand, keys, vectors)
                     else:
                         add_visible_values(p, w, value, operand, key0, keys, rows, vectors)
                 key0 += keys

@@ -216,36 +216,21 @@ def _times_power(b: ir.IRBuilder, p: Any, n: Any) -> Any:
     return b.fmul(p, b.bitcast(b.shl(field, const(field.type, bits)), t))
 
 
-def exp2_magic(dtype: Any) -> float:
-    """Added to this, a product is rounded to a whole number and has the exponent's field in its last bits."""
-    return 1.5 * 2.0**23 + 127 if dtype is np.float32 else 1.5 * 2.0**52 + 1023
-
-
-def exp2_products(
-    b: ir.IRBuilder, xs: list[Any], c: Any, floor: Any, magic: Any, polynomial: Any = None
-) -> list[Any]:
-    """2**(x * c) of each x, for c > 0, where x * c <= 127; 0 from `floor` down, NaN stays NaN.
-
-    The product is never rounded as a whole: only its distance from a whole number is, which is small. With n
-    more than `exp2_magic` as `magic`, 2**n times that; `floor` is then n lower. Each step is done for all in
-    turn.
-    """
-    t = xs[0].type
-    bits, dtype = (23, np.float32) if _is_single(t) else (52, np.float64)
-    xs = [b.select(b.fcmp_ordered("<", x, floor), floor, x) for x in xs]
-    shifted = [fma_value(b, x, c, magic) for x in xs]
-    whole = [b.fsub(n, magic) for n in shifted]
-    fs = [fma_value(b, x, c, b.fneg(n)) for x, n in zip(xs, whole, strict=True)]
-    fields = [b.bitcast(n, int_type(t)) for n in shifted]
-    powers = [b.bitcast(b.shl(n, const(n.type, bits)), t) for n in fields]
-    return [
-        b.fmul(p, power) for p, power in zip(_horners(b, fs, polynomial or EXP2[dtype]), powers, strict=True)
-    ]
-
-
 def exp2_product_value(b: ir.IRBuilder, x: Any, c: Any, floor: Any, polynomial: Any = None) -> Any:
-    magic = const(x.type, exp2_magic(np.float32 if _is_single(x.type) else np.float64))
-    return exp2_products(b, [x], c, floor, magic, polynomial)[0]
+    """2**(x * c) for c > 0, where x * c <= 127; 0 from `floor` down, NaN stays NaN.
+
+    The product is never rounded as a whole: only its distance from a whole number is, which is small.
+    """
+    t = x.type
+    it = int_type(t)
+    bits, bias = (23, 127) if _is_single(t) else (52, 1023)
+    x = b.select(b.fcmp_ordered("<", x, floor), floor, x)
+    # Added to this, a product is rounded to a whole number and has the exponent's field in its lowest bits.
+    magic = const(t, 1.5 * 2.0**bits + bias)
+    shifted = fma_value(b, x, c, magic)
+    f = fma_value(b, x, c, b.fneg(b.fsub(shifted, magic)))
+    power = b.bitcast(b.shl(b.bitcast(shifted, it), const(it, bits)), t)
+    return b.fmul(_horner(b, f, polynomial or EXP2[np.float32 if _is_single(t) else np.float64]), power)
 
 
 def exp_value(b: ir.IRBuilder, x: Any) -> Any:
@@ -285,15 +270,10 @@ def log_value(b: ir.IRBuilder, x: Any) -> Any:
 
 def _horner(b: ir.IRBuilder, x: Any, coefficients: Any) -> Any:
     """The polynomial with these coefficients, lowest first."""
-    return _horners(b, [x], coefficients)[0]
-
-
-def _horners(b: ir.IRBuilder, xs: list[Any], coefficients: Any) -> list[Any]:
-    *others, p = (const(xs[0].type, c) for c in coefficients)
-    ps = [p] * len(xs)
+    *others, p = (const(x.type, c) for c in coefficients)
     for c in reversed(others):
-        ps = [fma_value(b, p, x, c) for p, x in zip(ps, xs, strict=True)]
-    return ps
+        p = fma_value(b, p, x, c)
+    return p
 
 
 def tanh_value(b: ir.IRBuilder, x: Any) -> Any:
@@ -355,11 +335,6 @@ def narrow_value(b: ir.IRBuilder, x: Any, storage: str) -> Any:
 
 def _bit(b: ir.IRBuilder, bits: Any, n: int) -> Any:
     return b.and_(b.lshr(bits, const(bits.type, n)), const(bits.type, 1))
-
-
-def rounded_value(b: ir.IRBuilder, x: Any) -> Any:
-    """float32 x rounded to a bfloat16."""
-    return b.bitcast(b.and_(round_bits(b, x, 16), const(int_type(x.type), -0x10000)), x.type)
 
 
 def round_bits(b: ir.IRBuilder, x: Any, dropped: int) -> Any:

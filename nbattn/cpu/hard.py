@@ -53,7 +53,7 @@ def kernel(name: str) -> Any:
 
 def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
     """The kernel for arrays of one storage dtype, as a function of its parameters' address."""
-    form = layout.form(storage, False)._replace(thirds=False)
+    form = layout.form(storage, False)
     dtype: Any = form.dtype
     size, stored, lanes, split = form.size, form.stored, form.lanes, form.split
     register = emitters.REGISTER_BYTES

@@ -11,7 +11,7 @@ import numpy as np
 from . import emitters, runtime, simd
 from .panels import KEYS
 
-STATE_ROWS = 10
+STATE_ROWS = 8
 """Rows of per-query numbers in a block's scratch."""
 TABLES = 5
 """Tables of per-query addresses."""
@@ -37,8 +37,7 @@ PARAMETERS = np.dtype(
         "states", "states_b", "states_h", "states_q",
         "batch", "queries", "head_dim", "value_dim", "query_rows", "value_rows",
         "group", "packed_heads", "units", "blocks",
-        "left", "right", "plain", "slots", "slot_bytes", "slots_turn", "key_panel_bytes", "key_tiles",
-        "finite_bytes",
+        "left", "right", "plain", "slots", "slot_bytes", "key_panel_bytes", "key_tiles",
     )]
     + [(name, np.float64) for name in ("scale", "softcap", "log2_scale")]
 )  # fmt: skip
@@ -72,8 +71,6 @@ class Scratch(NamedTuple):
     slope: int  # of ALiBi,
     position: int  # of the query among the keys
     selected: int  # the key that hard attention selects, an integer
-    odd: int  # not 0 where the query is multiplied in float32 beside `thirds`
-    choice: int  # one word: whether the block is multiplied as `thirds`, and whether it has odd queries
     queries: int  # one table each of addresses: where the query lies,
     outs: int  # its output,
     masks: int  # its mask, or of a block mask the row of the table, and the bit of the first query,
@@ -84,8 +81,6 @@ class Scratch(NamedTuple):
     tags: int  # which panel each slot holds
     panels: int
     finite: int  # one run's values without NaN and inf
-    query_parts: int  # q^T as `thirds`
-    weight_parts: int  # and a run's weights
 
 
 class Block(NamedTuple):
@@ -135,7 +130,6 @@ class Form(NamedTuple):
     pairs: bool  # of bfloat16, as words
     rounds: bool  # operands are rounded to bfloat16 and multiplied as float32
     converts: bool  # operands are not what memory holds
-    thirds: bool  # float32 that AMX multiplies as `thirds` where that pays
 
 
 def form(storage: str, bfloat16_products: bool) -> Form:
@@ -149,18 +143,6 @@ def form(storage: str, bfloat16_products: bool) -> Form:
     size = np.dtype(dtype).itemsize
     stored = 2 if storage in ("float16", "bfloat16") else size
     converts = operands != storage or rounds
-    thirds = emitters.AMX and storage == "float32" and not bfloat16_products
     return Form(
-        storage,
-        operands,
-        dtype,
-        size,
-        stored,
-        simd.lanes(dtype),
-        split,
-        tiled,
-        pairs,
-        rounds,
-        converts,
-        thirds,
+        storage, operands, dtype, size, stored, simd.lanes(dtype), split, tiled, pairs, rounds, converts
     )

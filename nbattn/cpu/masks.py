@@ -202,9 +202,9 @@ def build(jit: Any, dtype: Any) -> tuple[Any, Any, Any]:
     return look, hide, masked
 
 
-def with_blocks(jit: Any, look_array: Any, masked_in_array: Any, run: int) -> tuple[Any, Any]:
+def with_blocks(jit: Any, look_array: Any, masked_in_array: Any) -> tuple[Any, Any]:
     """``look(p, w, key0, end, rows)``, what the mask, of whichever kind, shows from a key on, and of how many
-    before `end`, a `run` at most; and ``masked(p, w, r, j)``. Both made of those for arrays.
+    before `end`; and ``masked(p, w, r, j)``. Both made of those for arrays.
     """
 
     @jit
@@ -238,7 +238,7 @@ def with_blocks(jit: Any, look_array: Any, masked_in_array: Any, run: int) -> tu
     @jit
     def look(p, w, key0, end, rows):
         """(NOTHING, SOME or EVERYTHING, of how many keys); for SOME, the words at w.seen say what."""
-        keys = min(run - key0 % run, end - key0)
+        keys = min(KEYS - key0 % KEYS, end - key0)
         if p.table != 0:
             return look_up(p, w, key0, keys, end)
         return look_array(p, w, key0, keys, rows) if p.mask != 0 else EVERYTHING, keys

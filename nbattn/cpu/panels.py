@@ -180,13 +180,20 @@ def pair_words(vector: bool) -> Any:
     return pack
 
 
-def weight_words(b: Any, low: Any, high: Any) -> Any:
-    """As `_pair_words`, for numbers in [0, 1]: adding half a unit before the cut rounds to nearest."""
-    t = ir.VectorType(I32, low.type.count)
-    halves = ir.VectorType(ir.IntType(16), 2 * t.count)
-    low, high = (b.bitcast(b.add(b.bitcast(x, t), const(t, 0x8000)), halves) for x in (low, high))
-    take = [c + 1 if c % 2 == 0 else 2 * t.count + c for c in range(2 * t.count)]
-    return b.shuffle_vector(low, high, ir.Constant(ir.VectorType(I32, 2 * t.count), take))
+@intrinsic
+def pack_weights(typingctx: Any, address: Any, low: Any, high: Any) -> Any:
+    """As `pair_words`, for numbers in [0, 1]: adding half a unit before the cut rounds to nearest."""
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        t = ir.VectorType(I32, args[1].type.count)
+        halves = ir.VectorType(ir.IntType(16), 2 * t.count)
+        low, high = (b.bitcast(b.add(b.bitcast(x, t), const(t, 0x8000)), halves) for x in args[1:])
+        take = [c + 1 if c % 2 == 0 else 2 * t.count + c for c in range(2 * t.count)]
+        words = b.shuffle_vector(low, high, ir.Constant(ir.VectorType(I32, 2 * t.count), take))
+        store_value(b, words, pointer(b, args[0], words.type))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, low, high), codegen
 
 
 @intrinsic

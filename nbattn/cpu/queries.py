@@ -13,7 +13,7 @@ import numpy as np
 from numba import types
 
 from ..reference.masks import BLOCK
-from . import amx, emitters, panels, scores, simd, thirds
+from . import amx, emitters, panels, scores, simd
 from .layout import (
     NEXT_TASK,
     STATE_ROWS,
@@ -51,8 +51,6 @@ class Queries(NamedTuple):
     """As of `scores.build`."""
     panel: Any
     """As of `panels.build`."""
-    odd: Any
-    """As of `thirds.build`; None without them."""
     kernel: Callable[[Any], Callable[[Any], Any]]
     """The kernel that runs ``block(p, w, b, unit, number)`` for each task, to be compiled."""
 
@@ -64,7 +62,7 @@ def build(form: Form, jit: Any, inline: Any) -> Queries:
     dtype: Any = form.dtype
     planes = panels.parts(operands)
     len_planes, rows_of_scores = len(planes), score_rows(operands)
-    whole_run = 32 if tiled or form.thirds else 16  # keys that are multiplied together
+    whole_run = 32 if tiled else 16  # keys that are multiplied together
     number = types.float64 if size == 8 else types.float32
     register = emitters.REGISTER_BYTES
     block_rows = ROW_BYTES // size
@@ -79,16 +77,8 @@ def build(form: Form, jit: Any, inline: Any) -> Queries:
     if not tiled:
         fresh = product(jit, number, rescale=False, pairs=pairs)
     as_operand = simd.round_bfloat16 if rounds else simd.same
-    odd: Any = None
-    fresh_parts: Any = None
-    part_queries: Any = None
-    by_parts = form.thirds
-    if by_parts:
-        panel, odd, part_queries = thirds.build(jit)
-        fresh_parts = thirds.product(jit, False)
-    else:
-        panel = panels.build(jit, storage, operands, converts, as_operand)
-    look, adjust, visible, place = scores.build(jit, inline, dtype, storage, thirds.RUN if by_parts else KEYS)
+    panel = panels.build(jit, storage, operands, converts, as_operand)
+    look, adjust, visible, place = scores.build(jit, inline, dtype, storage)
     read_square = panels.rows_in(lanes, storage)
     read_words: Any = panels.words_in(lanes, storage, planes[0][0]) if pairs else None
     read_rest: Any = panels.words_in(lanes, storage, planes[-1][0]) if pairs else None
@@ -106,13 +96,10 @@ def build(form: Form, jit: Any, inline: Any) -> Queries:
         call = seen + WORDS * 8
         tags = call + CALL_BYTES
         converted = tags + 64 * ((p.slots + 7) // 8)
-        finite = converted + p.slots * p.slot_bytes
-        parts, query_parts = finite + p.finite_bytes, (p.head_dim + 31) // 32 * thirds.ACROSS
         return Scratch(q, o, s, row, row + ROW_BYTES, row + 2 * ROW_BYTES, row + 3 * ROW_BYTES,
                        row + 4 * ROW_BYTES, row + 5 * ROW_BYTES, row + 6 * ROW_BYTES, row + 7 * ROW_BYTES,
-                       row + 8 * ROW_BYTES, row + 9 * ROW_BYTES,
                        table, table + step, table + 2 * step, table + 3 * step, table + 4 * step,
-                       seen, call, tags, converted, finite, parts, parts + query_parts)  # fmt: skip
+                       seen, call, tags, converted, converted + p.slots * p.slot_bytes)  # fmt: skip
 
     @jit
     def task(p, t):
@@ -201,9 +188,6 @@ def build(form: Form, jit: Any, inline: Any) -> Queries:
             put_int(w.masks, p.table + row)
             put_int(w.masks + 8, row0 % BLOCK)
         place(p, w, b, unit, row0, rows)
-        if by_parts:
-            pays = p.slots > 0 and p.group * queries >= thirds.ROWS_THAT_PAY
-            put_int(w.choice, thirds.BY_PARTS if pays else 0)
         # A start at a multiple of it keeps pairs of keys together, and tiles of them.
         return any_first // whole_run * whole_run, any_last, all_first, all_last
 
@@ -248,8 +232,6 @@ def build(form: Form, jit: Any, inline: Any) -> Queries:
                 for v in range(vectors):
                     a = w.q + c * ROW_BYTES + v * register
                     store(a, as_operand(load(a)))
-        if by_parts and get_int(w.choice) != 0:
-            part_queries(p, w, vectors)
 
     @jit
     def score(p, w, key, converted, key0, keys, vectors):
@@ -260,36 +242,12 @@ def build(form: Form, jit: Any, inline: Any) -> Queries:
             rows = (keys + 15) // 16 * 16
             fresh(a, row, KEYS * row, rows, w.q, p.query_rows * ROW_BYTES, w.s, vectors, p.query_rows)
             return
-        if by_parts and odd(p, w, key0) & thirds.ODD_KEYS == 0:
-            steps = (p.head_dim + 31) // 32
-            row = steps * thirds.STEP
-            a = converted + key0 % KEYS // 16 * row
-            fresh_parts(a, row, (keys + 15) // 16, w.query_parts, w.s, vectors, steps)
-            if get_int(w.choice) & thirds.ODD_QUERIES != 0:
-                mend_odd_queries(p, w, key, key0, keys, vectors)
-            return
         depth = p.query_rows
         if converts and p.key_panel_bytes > 0:
             a, stride = converted + key0 % KEYS * depth * size, depth
         else:
             a, stride = key + key0 * p.key_s * stored, p.key_s // 2 if pairs else p.key_s
         fresh(a, 2 * stride, stride, 1, keys, w.q, w.s, vectors, depth, 0)
-
-    @jit
-    def mend_odd_queries(p, w, key, key0, keys, vectors):
-        """Multiply anew, in float32, the queries whose parts are not exact."""
-        for r in range(vectors * lanes):
-            if get(w.odd + r * size) != 0:
-                q = get_int(w.queries + 8 * r)
-                for j in range(keys):
-                    put(w.s + j * ROW_BYTES + r * size, dot(p, q, key + (key0 + j) * p.key_s * stored))
-
-    @jit
-    def dot(p, q, k):
-        total = dtype(0)
-        for d in range(p.head_dim):
-            total += get_stored(q + d * stored) * get_stored(k + d * stored)
-        return total
 
     @jit
     def mend_scores(p, w, key, key0, keys, rows):
@@ -299,11 +257,10 @@ def build(form: Form, jit: Any, inline: Any) -> Queries:
             for r in range(rows):
                 t = w.s + j * ROW_BYTES + r * size
                 if get(t) != get(t):
-                    put(t, dot(p, get_int(w.queries + 8 * r), k))
-
-    @jit
-    def uses_amx(p):
-        return tiled or (by_parts and p.slots > 0)
+                    q, total = get_int(w.queries + 8 * r), dtype(0)
+                    for d in range(p.head_dim):
+                        total += get_stored(q + d * stored) * get_stored(k + d * stored)
+                    put(t, total)
 
     def kernel(block):
         def run(address):
@@ -314,11 +271,11 @@ def build(form: Form, jit: Any, inline: Any) -> Queries:
             while True:
                 t = simd.fetch_add(address + NEXT_TASK)
                 if t >= p.tasks:
-                    if uses_amx(p) and started:
+                    if tiled and started:
                         amx.release()
                     return finished_last
                 if not started:
-                    if uses_amx(p):
+                    if tiled:
                         amx.configure()
                     for slot in range(p.slots):
                         put_int(w.tags + 8 * slot, 0)
@@ -330,6 +287,4 @@ def build(form: Form, jit: Any, inline: Any) -> Queries:
 
         return run
 
-    return Queries(
-        find, set_up, transpose_queries, score, mend_scores, look, adjust, visible, panel, odd, kernel
-    )
+    return Queries(find, set_up, transpose_queries, score, mend_scores, look, adjust, visible, panel, kernel)

@@ -21,7 +21,7 @@ from .tiles import ROW_BYTES
 get_int, put_int = simd.scalars(types.int64)
 
 
-def build(jit: Any, inline: Any, dtype: Any, storage: str, run: int) -> tuple[Any, Any, Any, Any]:
+def build(jit: Any, inline: Any, dtype: Any, storage: str) -> tuple[Any, Any, Any, Any]:
     """The compiled functions ``look(p, w, key0, end, rows)``, what all masks show of how many keys, as of
     `masks.with_blocks`; ``adjust(p, w, key0, keys, rows, vectors, all_first, all_last, seen, careful)``, that
     turns raw products into scores where the masks showed `seen`; ``visible(p, w, r, j)``, whether row r sees
@@ -39,7 +39,7 @@ def build(jit: Any, inline: Any, dtype: Any, storage: str, run: int) -> tuple[An
     get_index, _ = simd.scalars(types.int64 if size == 8 else types.int32)
     fma, mul, sub, splat = simd.fma, simd.mul, simd.sub, simd.splat
     look_array, hide, masked_in_array = masks.build(jit, dtype)
-    look_at_mask, masked = masks.with_blocks(jit, look_array, masked_in_array, run)
+    look_at_mask, masked = masks.with_blocks(jit, look_array, masked_in_array)
     modify, ask = mods.callers(jit)
 
     @jit

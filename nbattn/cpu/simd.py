@@ -33,7 +33,7 @@ from .emitters import (
     pointer,
     prefetch_value,
     rest_value,
-    rounded_value,
+    round_bits,
     splat_value,
     store_value,
     stored,
@@ -213,7 +213,9 @@ smaller = _elementwise(lambda b, x, y: b.select(b.fcmp_ordered("<", x, y), x, y)
 exp = _elementwise(exp_value, 1)
 log = _elementwise(log_value, 1)
 tanh = _elementwise(tanh_value, 1)
-round_bfloat16 = _elementwise(rounded_value, 1)
+round_bfloat16 = _elementwise(
+    lambda b, x: b.bitcast(b.and_(round_bits(b, x, 16), const(int_type(x.type), -0x10000)), x.type), 1
+)
 if_above = _elementwise(lambda b, x, y, margin: b.select(b.fcmp_ordered(">", x, b.fadd(y, margin)), x, y), 3)
 """x where it is above y by more than the margin, else y."""
 if_equal = _elementwise(lambda b, x, y, z, rest: b.select(b.fcmp_ordered("==", x, y), z, rest), 4)
