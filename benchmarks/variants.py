@@ -42,7 +42,8 @@ class Errors:
 
     def track_error(self: Any, feature: str) -> float:
         """In units of the last place of the largest result."""
-        return cases.largest_error(self.result, self.case.exact(self.inputs))[1] / float(np.finfo(np.float32).eps)
+        error = cases.largest_error(self.result, self.case.exact(self.inputs))[1]
+        return error / float(np.finfo(np.float32).eps)
 
     track_error.unit = "ulp"  # type: ignore[attr-defined]
 
