@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import problem as check
-from .attention import AttentionOutput, _missing_dimensions
+from . import check
+from .attention import AttentionOutput
 from .problem import Problem
+from .resolve import Call, zero_weights
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -150,18 +151,10 @@ class Options(NamedTuple):
     key_lengths: ArrayLike | None
 
 
-class Call(NamedTuple):
-    """A call's inputs and masks, checked; the weights of its scores are not."""
-
-    problem: Problem
-    dtype: np.dtype[Any]
-    missing: int  # leading dimensions that the inputs leave out
-
-
 def prepare(query: ArrayLike, key: ArrayLike, value: ArrayLike, options: Options) -> Call:
     """Check and resolve all that the doors share whose queries and keys may differ in head_dim."""
     q, k, v = check.check_inputs(query, key, value)
-    missing = _missing_dimensions(q, k, v)
+    missing = check.missing_dimensions(q, k, v)
     if missing:
         q, k, v = (x.reshape((1,) * missing + x.shape) for x in (q, k, v))
     if 0 in (q.shape[3], k.shape[3]):
@@ -209,9 +202,7 @@ def answer(
     shape = (*p.query.shape[:3], p.value.shape[3])
     result = check.check_out(out, shape[missing:], dtype, inputs)
     lse = np.empty(shape[:3], p.compute) if check.check_flag(return_lse, "return_lse") else None
-    # Zeros: kernels write only what a row can see.
-    is_wanted = check.check_flag(return_weights, "return_weights")
-    weights = np.zeros((*shape[:3], p.max_keys), p.compute) if is_wanted else None
+    weights = zero_weights(p) if check.check_flag(return_weights, "return_weights") else None
     whole = result[(None,) * missing]
     is_target = dtype == p.compute and check.kernel_view(whole) is whole
     target = whole if is_target else np.empty(shape, p.compute)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import problem as check
+from . import check
 from .block_mask import BlockMask
 from .problem import Problem
-from .scores import check_mods
+from .resolve import Options, arrays_of, check_starts, resolve, resolve_batch, run, zero_weights
 
 
 class AttentionOutput(NamedTuple):
@@ -189,27 +189,15 @@ def scaled_dot_product_attention(
         if repeat is not None:
             return repeat(query, key, value)
     module = check.backend_module("attention", backend)
-    q, k, v = check.check_inputs(query, key, value)
-    missing = _missing_dimensions(q, k, v)
-    if missing:
-        q, k, v = (x.reshape((1,) * missing + x.shape) for x in (q, k, v))
-    check.check_heads(q, k, v)
-    batch, heads, queries, _ = q.shape
-    keys = k.shape[2]
-    problem = _problem(
-        (q, k, v),
-        query_lengths=np.full(batch, queries, np.int64),
-        key_limits=np.full(batch, keys, np.int64),
-        max_queries=queries,
-        max_keys=keys,
-        options=_Options(mask, bias, is_causal, window_size, query_offset, key_lengths, scale, softcap,
-                         alibi_slopes, sinks, compute_dtype, score_mod, mask_mod, mod_args),
-    )  # fmt: skip
-    shape = (batch, heads, queries, v.shape[3])
-    result = check.check_out(out, shape[missing:], q.dtype, _inputs((query, key, value, mask, bias), problem))
+    options = Options(mask, bias, is_causal, window_size, query_offset, key_lengths, scale, softcap,
+                      alibi_slopes, sinks, compute_dtype, score_mod, mask_mod, mod_args)  # fmt: skip
+    problem, dtype, missing = resolve_batch(query, key, value, options)
+    shape = (*problem.query.shape[:3], problem.value.shape[3])
+    given = (query, key, value, mask, bias)
+    result = check.check_out(out, shape[missing:], dtype, arrays_of(given, problem))
     lse = np.empty(shape[:3], problem.compute) if check.check_flag(return_lse, "return_lse") else None
-    weights = _weights(problem, heads) if check.check_flag(return_weights, "return_weights") else None
-    _run(module, problem, result[(None,) * missing], lse, weights)
+    weights = zero_weights(problem) if check.check_flag(return_weights, "return_weights") else None
+    run(module, problem, result[(None,) * missing], lse, weights)
     if layout is not None:
         _remember(layout, module, problem, result, (query, key, value))
     if lse is None and weights is None:
@@ -306,29 +294,29 @@ def varlen_attention(
             raise ValueError(msg)
     packed = tuple(x.transpose(1, 0, 2)[None] for x in (q, k, v))
     check.check_heads(*packed)
-    q_starts = _check_starts(cu_seqlens_q, "cu_seqlens_q", q.shape[0], "query")
-    k_starts = _check_starts(cu_seqlens_k, "cu_seqlens_k", k.shape[0], "key")
+    q_starts = check_starts(cu_seqlens_q, "cu_seqlens_q", q.shape[0], "query")
+    k_starts = check_starts(cu_seqlens_k, "cu_seqlens_k", k.shape[0], "key")
     if len(q_starts) != len(k_starts):
         msg = f"cu_seqlens_q has {len(q_starts)} entries and cu_seqlens_k {len(k_starts)}; both must match"
         raise ValueError(msg)
     q_lengths, k_lengths = np.diff(q_starts), np.diff(k_starts)
-    problem = _problem(
+    problem = resolve(
         packed,
         query_lengths=q_lengths,
         key_limits=k_lengths,
         max_queries=int(q_lengths.max(initial=0)),
         max_keys=int(k_lengths.max(initial=0)),
-        options=_Options(mask, bias, is_causal, window_size, query_offset, key_lengths, scale, softcap,
+        options=Options(mask, bias, is_causal, window_size, query_offset, key_lengths, scale, softcap,
                          alibi_slopes, sinks, compute_dtype, score_mod, mask_mod, mod_args),
         starts=(q_starts, k_starts),
     )  # fmt: skip
     total, heads, _ = q.shape
     result = check.check_out(
-        out, (total, heads, v.shape[2]), q.dtype, _inputs((query, key, value, mask, bias), problem)
+        out, (total, heads, v.shape[2]), q.dtype, arrays_of((query, key, value, mask, bias), problem)
     )
     lse = np.empty((total, heads), problem.compute) if check.check_flag(return_lse, "return_lse") else None
-    weights = _weights(problem, heads) if check.check_flag(return_weights, "return_weights") else None
-    _run(module, problem, result.transpose(1, 0, 2)[None], None if lse is None else lse.T[None], weights)
+    weights = zero_weights(problem) if check.check_flag(return_weights, "return_weights") else None
+    run(module, problem, result.transpose(1, 0, 2)[None], None if lse is None else lse.T[None], weights)
     if lse is None and weights is None:
         return result
     return AttentionOutput(result, weights, lse)
@@ -376,125 +364,6 @@ def merge_states(outputs: ArrayLike, lses: ArrayLike) -> tuple[NDArray[Any], NDA
         msg = f"{shapes}; expected (N, ..., head_dim) and (N, ...)"
         raise ValueError(msg)
     return merge(partial, weights)
-
-
-class _Options(NamedTuple):
-    """The keyword arguments that both doors share, as the caller gave them."""
-
-    mask: ArrayLike | BlockMask | None
-    bias: ArrayLike | None
-    is_causal: bool
-    window_size: Any
-    query_offset: Any
-    key_lengths: ArrayLike | None
-    scale: float | None
-    softcap: float | None
-    alibi_slopes: ArrayLike | None
-    sinks: ArrayLike | None
-    compute_dtype: str | None
-    score_mod: Any = None
-    mask_mod: Any = None
-    mod_args: Any = ()
-
-
-def _problem(
-    inputs: tuple[NDArray[Any], ...],
-    *,
-    query_lengths: NDArray[np.int64],
-    key_limits: NDArray[np.int64],
-    max_queries: int,
-    max_keys: int,
-    options: _Options,
-    starts: tuple[NDArray[np.int64], NDArray[np.int64]] | tuple[None, None] = (None, None),
-) -> Problem:
-    """Resolve every option of a call whose inputs are checked (B, H, S, D) arrays."""
-    q, k, v = (check.kernel_view(x) for x in inputs)
-    storage = cast(str, check.storage_name(q.dtype))
-    heads = q.shape[1]
-    shape = (len(query_lengths), heads, max_queries, max_keys)
-    compute = np.float64 if storage == "float64" else np.float32
-    blocks = options.mask if isinstance(options.mask, BlockMask) else None
-    left, right = check.check_window(options.window_size, check.check_flag(options.is_causal, "is_causal"))
-    lengths = check.check_key_lengths(options.key_lengths, key_limits)
-    score_mod, mask_mod = check_mods(options.score_mod, options.mask_mod, options.mod_args)
-    return Problem(
-        query=q,
-        key=k,
-        value=v,
-        storage=storage,
-        batch=len(query_lengths),
-        max_queries=max_queries,
-        max_keys=max_keys,
-        scale=check.check_scale(options.scale, q.shape[3], compute),
-        softcap=check.check_softcap(options.softcap, compute),
-        left=left,
-        right=right,
-        offset=check.check_offset(options.query_offset, query_lengths, lengths),
-        key_lengths=lengths,
-        mask=check.check_mask(options.mask, shape) if blocks is None else None,
-        blocks=None if blocks is None else blocks.fit(shape),
-        bias=check.check_bias(options.bias, shape),
-        alibi_slopes=check.check_per_head(options.alibi_slopes, "alibi_slopes", heads, compute),
-        sinks=check.check_per_head(options.sinks, "sinks", heads, compute),
-        score_mod=score_mod,
-        mask_mod=mask_mod,
-        bfloat16_products=check.check_compute_dtype(options.compute_dtype, storage),
-        query_starts=starts[0],
-        key_starts=starts[1],
-    )
-
-
-def _missing_dimensions(q: NDArray[Any], k: NDArray[Any], v: NDArray[Any]) -> int:
-    """How many leading dimensions of (B, H, S, D) all three inputs leave out."""
-    if not q.ndim == k.ndim == v.ndim or not 2 <= q.ndim <= 4:
-        msg = (
-            f"query, key and value have {q.ndim}, {k.ndim} and {v.ndim} dimensions; "
-            f"expected the same number, 2 to 4: (batch, heads, positions, head_dim)"
-        )
-        raise ValueError(msg)
-    return 4 - q.ndim
-
-
-def _check_starts(starts: ArrayLike, name: str, total: int, what: str) -> NDArray[np.int64]:
-    array = check.as_array(starts, name)
-    if array.ndim != 1 or len(array) == 0:
-        msg = f"{name} has shape {array.shape}; expected (batch + 1,)"
-        raise ValueError(msg)
-    array = check.check_int_vector(array, name, len(array))
-    if array[0] != 0:
-        msg = f"{name} starts at {array[0]}; expected 0"
-        raise ValueError(msg)
-    if (np.diff(array) < 0).any():
-        b = int(np.flatnonzero(np.diff(array) < 0)[0])
-        step = f"from {array[b]} to {array[b + 1]} at entry {b + 1}"
-        msg = f"{name} decreases {step}; sequences cannot have negative lengths"
-        raise ValueError(msg)
-    if array[-1] != total:
-        msg = f"{name} ends at {array[-1]} but {what} has {total} rows; both must match"
-        raise ValueError(msg)
-    return array
-
-
-def _inputs(given: tuple[Any, ...], problem: Problem) -> tuple[NDArray[Any] | None, ...]:
-    """Every array that `out` must not overlap, the caller's own ones where a copy was made."""
-    own = tuple(x for x in given if isinstance(x, np.ndarray))
-    options = (problem.mask, problem.bias, problem.alibi_slopes, problem.sinks)
-    mods = (mod for mod in (problem.score_mod, problem.mask_mod) if mod is not None)
-    read = (x for mod in mods for x in mod.arguments if isinstance(x, np.ndarray))
-    return (*own, problem.query, problem.key, problem.value, *options, *read)
-
-
-def _weights(problem: Problem, heads: int) -> NDArray[Any]:
-    # Zeros: kernels write only what a row can see.
-    return np.zeros((problem.batch, heads, problem.max_queries, problem.max_keys), problem.compute)
-
-
-def _run(module: ModuleType, problem: Problem, out: NDArray[Any], *others: NDArray[Any] | None) -> None:
-    """Let the backend write its results, through a contiguous array where kernels cannot write `out`."""
-    target = out if check.kernel_view(out) is out else np.empty(out.shape, out.dtype.newbyteorder("="))
-    module.forward(problem, target, *others)
-    if target is not out:
-        out[...] = target
 
 
 # --- calls that repeat an earlier one -----------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import problem as check
+from . import check
 from .reference import masks as blocks
 from .reference.masks import BLOCK, EVERYTHING, NOTHING, PARTIAL, Strip, Table, Words
 from .reference.scores import seen_by

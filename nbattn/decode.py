@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import problem as check
+from . import check
 from .attention import AttentionOutput
-from .problem import INT4_GROUP, CacheProblem
+from .problem import INT4_GROUP, CacheProblem, storage_name
 
 
 def paged_attention(
@@ -156,7 +156,7 @@ def check_query(query: ArrayLike, pages: Pages, batch: int) -> NDArray[Any]:
     if pages.key_scales is not None and q.dtype == np.float64:
         msg = f"query has dtype float64; keys in {pages.storage} take float32, float16 or bfloat16"
         raise TypeError(msg)
-    if pages.key_scales is None and check.storage_name(q.dtype) != pages.storage:
+    if pages.key_scales is None and storage_name(q.dtype) != pages.storage:
         msg = f"query has dtype {q.dtype} but the keys have {pages.storage}; both must match"
         raise TypeError(msg)
     if q.ndim != 4:
@@ -251,7 +251,7 @@ def _check_pages(key_pages: ArrayLike, value_pages: ArrayLike, key_scales: Any, 
     arrays, storages = [], []
     for x, name in ((key_pages, "key_pages"), (value_pages, "value_pages")):
         array = check.as_array(x, name)
-        storage = {"int8": "int8", "uint8": "int4"}.get(array.dtype.name) or check.storage_name(array.dtype)
+        storage = {"int8": "int8", "uint8": "int4"}.get(array.dtype.name) or storage_name(array.dtype)
         if storage is None:
             msg = (
                 f"{name} has dtype {array.dtype}; expected float32, float64, float16, bfloat16, int8 or uint8"

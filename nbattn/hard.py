@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import problem as check
-from .attention import _inputs, _missing_dimensions, _Options, _problem, _run
+from . import check
 from .block_mask import BlockMask
+from .resolve import Options, arrays_of, resolve_batch, run
 
 MODES = ("argmax", "sample")
 
@@ -142,27 +142,15 @@ def hard_attention(
         msg = f"mode is {mode!r}; expected 'argmax' or 'sample'"
         raise (ValueError if isinstance(mode, str) else TypeError)(msg)
     generator = _generator(rng) if mode == "sample" else None
-    q, k, v = check.check_inputs(query, key, value)
-    missing = _missing_dimensions(q, k, v)
-    q, k, v = (x.reshape((1,) * missing + x.shape) for x in (q, k, v))
-    check.check_heads(q, k, v)
-    batch, heads, queries, _ = q.shape
-    keys = k.shape[2]
-    problem = _problem(
-        (q, k, v),
-        query_lengths=np.full(batch, queries, np.int64),
-        key_limits=np.full(batch, keys, np.int64),
-        max_queries=queries,
-        max_keys=keys,
-        options=_Options(mask, bias, is_causal, window_size, query_offset, key_lengths, scale, softcap,
-                         alibi_slopes, None, None, score_mod, mask_mod, mod_args),
-    )  # fmt: skip
-    shape = (batch, heads, queries, v.shape[3])
+    options = Options(mask, bias, is_causal, window_size, query_offset, key_lengths, scale, softcap,
+                      alibi_slopes, None, None, score_mod, mask_mod, mod_args)  # fmt: skip
+    problem, dtype, missing = resolve_batch(query, key, value, options)
+    shape = (*problem.query.shape[:3], problem.value.shape[3])
     given = (query, key, value, mask, bias)
-    result = check.check_out(out, shape[missing:], q.dtype, _inputs(given, problem))
+    result = check.check_out(out, shape[missing:], dtype, arrays_of(given, problem))
     index = np.empty(shape[:3], np.int64)
     uniforms = None if generator is None else generator.random(shape[:3])
-    _run(module, problem, result[(None,) * missing], index, uniforms)
+    run(module, problem, result[(None,) * missing], index, uniforms)
     return HardAttentionOutput(result, index[(0,) * missing])
 
 

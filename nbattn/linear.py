@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import problem as check
-from .attention import _missing_dimensions
+from . import check
 from .problem import LinearProblem
 
 FEATURE_MAPS = ("identity", "elu", "relu")
@@ -147,7 +146,7 @@ def linear_attention(
     q, k, v = check.check_inputs(query, key, value)
     dtype = q.dtype
     compute = np.dtype(np.float64 if dtype == np.float64 else np.float32)
-    missing = _missing_dimensions(q, k, v)
+    missing = check.missing_dimensions(q, k, v)
     feature, q, k = _features(feature_map, q, k)
     q, k, v = (_as_compute(x[(None,) * missing], compute) for x in (q, k, v))
     check.check_heads(q, k, v)

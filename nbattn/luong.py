@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from numpy.typing import ArrayLike, NDArray
 
-from . import problem as check
+from . import check
 from .additive import Options, answer, prepare
 from .attention import AttentionOutput
 from .problem import UNBOUNDED, Problem

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import problem as check
+from . import check
 from .block_mask import BlockMask, assemble, check_length
 from .problem import UNBOUNDED
 from .reference import masks as blocks

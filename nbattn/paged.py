@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from . import problem as check
+from . import check
 from .attention import AttentionOutput
 from .store import Places, Store, check_size
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import problem as check
+from . import check
 from .problem import Mod
 
 ScoreMod = Callable[..., Any]

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from . import problem as check
+from . import check
 from .attention import AttentionOutput
 from .decode import Options, Pages, cache_problem, check_query, run
-from .problem import CACHE_DTYPES, INT4_GROUP, UNBOUNDED, AppendProblem, CacheProblem
+from .problem import CACHE_DTYPES, INT4_GROUP, UNBOUNDED, AppendProblem, CacheProblem, storage_name
 
 PLANS = 16
 """Layouts of calls that a cache remembers, and groups of sequences."""
@@ -119,7 +119,7 @@ class Store:
         if quantised and array.dtype == np.float64:
             msg = f"{name} has dtype float64; a cache of {pages.storage} takes float32, float16 or bfloat16"
             raise TypeError(msg)
-        if not quantised and check.storage_name(array.dtype) != pages.storage:
+        if not quantised and storage_name(array.dtype) != pages.storage:
             msg = f"{name} has dtype {array.dtype} but the cache {pages.storage}; both must match"
             raise TypeError(msg)
         heads, width = pages.key.shape[2], pages.head_dims[which]

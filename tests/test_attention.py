@@ -12,7 +12,7 @@ from oracle import DTYPES, SIZES, assert_accurate, check, compute_dtype_of, form
 
 import nbattn
 from nbattn import merge_states, scaled_dot_product_attention, varlen_attention
-from nbattn.problem import check_mask
+from nbattn.check import check_mask
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: np.dtype(d).name)
 

@@ -8,7 +8,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .. import problem as check
+from .. import check
 from ..additive import additive_attention
 from ..attention import AttentionOutput, scaled_dot_product_attention
 from ..cache import KVCache

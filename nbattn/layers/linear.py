@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .. import problem as check
+from .. import check
 from ..reference import matvec
 
 WEIGHTS = ("float32", "float64", "float16", "bfloat16", "int8")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .. import problem as check
+from .. import check
 from ..reference.append import turned
 
 
