@@ -250,6 +250,8 @@ def _argument(x: Any, name: str) -> Any:
     array = check.as_array(x, name)
     if array.dtype.name in ("float16", "bfloat16"):
         array = array.astype(np.float32)  # Numba computes with neither
+    elif array.dtype.kind in "iu" and array.dtype.itemsize < 8:
+        array = array.astype(np.int64)  # in which Numba computes; NumPy's small and unsigned ones wrap around
     if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
         msg = f"{name} has dtype {array.dtype}; expected an array of numbers or bools, or one of these"
         raise TypeError(msg)

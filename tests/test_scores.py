@@ -249,6 +249,17 @@ class TestScoreMod:
         got = attention(q, k, v, score_mod=function, mod_args=(x,), backend=backend, **FULL)
         hold(got, formula(q, k, v, lambda s: s * float(np.ravel(x)[0])))
 
+    @pytest.mark.parametrize("dtype", "bBhHiI")
+    def test_small_integers_do_not_wrap_around(self, backend, dtype, rng):
+        q, k, v = inputs(rng, 1, 1, 1, 4, 4, 2)
+        x = np.array([1, 0, 100, 127], dtype)
+        got = attention(
+            q, k, v, score_mod=lambda s, b, h, i, j, x: s + (x[i] - x[j]) * (x[i] + x[j]) / 9999,
+            mod_args=(x,), backend=backend, **FULL,
+        )  # fmt: skip
+        square = x.astype(np.float64) ** 2
+        hold(got, formula(q, k, v, lambda s: s + (square[:, None] - square) / 9999))
+
     def test_arguments_are_read_with_each_call(self, backend, rng):
         q, k, v = inputs(rng, 1, 1, 1, 3, 4, 2)
         x = np.array([1.0])
@@ -531,6 +542,10 @@ COMPILED = {
     "pow": (
         {"score_mod": lambda s, b, h, i, j: s + pow(2, -h)},
         r"int to the power.*\(line \d+\); write a",
+    ),
+    "NumPy's power": (
+        {"score_mod": lambda s, b, h, i, j: s + np.power(2, -h)},
+        r"np\.power of two ints; write .*\(line \d+\)",
     ),
     "power of a helper": (
         {"mask_mod": lambda b, h, i, j: power_of_two(-i) * j < 1},

@@ -264,17 +264,16 @@ _intrinsics = {name: _one(emit) for name, emit in EMITTERS.items()}
 
 
 def _power(number: Any) -> Any:
-    """x**y: of two integers an integer, as NumPy's, else a number of the given type."""
+    """x**y as a number of the given type."""
 
     @intrinsic
     def power(typingctx: Any, x: Any, y: Any) -> Any:
-        whole = isinstance(x, types.Integer) and isinstance(y, types.Integer)
+        if isinstance(x, types.Integer) and isinstance(y, types.Integer):
+            return None  # an int in NumPy, which raises for powers below 0; a kernel could only be wrong
 
         def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-            if whole:
-                return context.compile_internal(b, lambda x, y: x**y, types.int64(x, y), args)
             return _pow(b, *(context.cast(b, a, t, number) for a, t in zip(args, (x, y), strict=True)))
 
-        return (types.int64 if whole else number)(x, y), codegen
+        return number(x, y), codegen
 
     return power

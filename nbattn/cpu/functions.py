@@ -216,6 +216,8 @@ def _reason(error: Exception, code: CodeType) -> tuple[str, str]:
         reason += f" {lines[1].lstrip('> ')}"
     if "Literal[str](print)" in reason:
         reason = "it calls print"
+    if "<intrinsic power>" in reason:
+        reason = "it calls np.power of two ints; write x ** n for a known n, or make the base a float"
     if "(Literal[str](" in reason:
         reason = "it makes a number of a string, as float('inf') does; write math.inf"
     return reason.rstrip(".;:"), f" (line {place[1]})" if place else ""
