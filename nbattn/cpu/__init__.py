@@ -1,16 +1,18 @@
 """Numba kernels for the CPU.
 
 What a door calls has the door's name: `attention`, `hard`, `additive`, `luong`, `linear`, `decode`, `append`
-and `softmax` fill the parameters of a kernel (some through `records`) and choose the threads. Below them,
+and `softmax` fill the parameters of a kernel (through `records`) and choose the threads. Below them,
 from what is shared to what one kernel alone needs:
 
 - `runtime` compiles, keeps and runs kernels, with `handover` for helpers that are awake; `emitters` write
   LLVM code, and `simd` makes intrinsics of them;
 - many queries, whose lanes are queries: `blocks` is the kernel, `hard` has its own, and `layout` says where
   they keep things; `queries` is what comes before the softmax, of which `tiles` and `amx` are the products,
-  `panels` reads and writes memory for them, and `scores` (with `masks`) makes scores of them; `mods` compiles
-  the user's functions for it, which `functions` translates and `elementary` gives their arithmetic;
-- `hidden` is the kernel of additive attention, with queries in its lanes too;
+  `panels` reads and writes memory for them, and `scores` (with `masks`) makes scores of them; `outputs` is
+  how a block ends; `mods` compiles the user's functions, which `functions` translates and `elementary`
+  gives their arithmetic;
+- `hidden` is the kernel of additive attention, with queries in its lanes too, and `recurrence` that of linear
+  attention, with columns of values;
 - few queries over long keys, whose lanes are numbers of a head: `chunks` is the kernel; `dots` are its
   products, `sweeps` says which of them takes what, `lookup` finds rows in pages, `seen` is what `scores` is
   for the others.

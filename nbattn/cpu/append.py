@@ -20,7 +20,7 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from ..problem import INT4_GROUP, AppendProblem, storage_name
-from . import elementary, emitters, runtime, simd
+from . import elementary, emitters, records, runtime, simd
 
 BLOCK = 64
 """Tokens of a sequence worth taking from the counter."""
@@ -46,7 +46,7 @@ PARAMETERS = np.dtype(
         "page_table", "page_table_b", "page_size", "ring", "value_dim", "kind",
     )]
 )  # fmt: skip
-_WORDS = {name: PARAMETERS.fields[name][1] // 8 for name in PARAMETERS.names}  # type: ignore[index, union-attr]
+_WORDS = records.words_of(PARAMETERS)
 TASKS = _WORDS["tasks"]
 NEXT_TASK, TASKS_DONE, WORKERS = (8 * _WORDS[name] for name in ("next_task", "tasks_done", "workers"))
 _put_call, _put_rotation = (struct.Struct(f"{len(x)}q").pack_into for x in (_CALL, _CALL + _TURN))

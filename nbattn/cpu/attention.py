@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..problem import STORAGE_DTYPES, Problem, storage_name
-from . import blocks, decode, layout, mods, runtime
+from . import blocks, decode, layout, mods, records, runtime
 from .layout import PARAMETERS, STATE_ROWS, TABLES
 from .masks import WORDS
 from .panels import KEYS
@@ -22,7 +22,7 @@ PANEL_BYTES = 8 << 20
 """Converted keys and values that all threads of a call keep."""
 PANEL_BLOCKS = 2
 """Blocks of a head for each thread from which on values are turned that need no conversion."""
-_WORDS = {name: PARAMETERS.fields[name][1] // 8 for name in PARAMETERS.names}  # type: ignore[index, union-attr]
+_WORDS = records.words_of(PARAMETERS)
 QUERY, KEY, VALUE, OUT = (_WORDS[name] for name in ("query", "key", "value", "out"))
 TASKS, WORKSPACE, WORKSPACE_BYTES = (_WORDS[name] for name in ("tasks", "workspace", "workspace_bytes"))
 STATES = 1 << 24
@@ -288,7 +288,4 @@ def _parameters(
     for name in ("mask", "bias"):
         same_heads = packed_heads == 1 or values.get(f"{name}_h") == 0
         values[f"{name}_same_rows"] = same_heads and values.get(f"{name}_q") == 0
-    words = [0] * (PARAMETERS.itemsize // 8)
-    for name, number in values.items():
-        words[_WORDS[name]] = number
-    return np.array(words, np.int64), (*arguments, first_task, states)
+    return records.packed(values, _WORDS), (*arguments, first_task, states)

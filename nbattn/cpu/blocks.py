@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numba import types
 
-from . import amx, emitters, layout, panels, queries, simd
+from . import amx, emitters, layout, outputs, panels, queries, simd
 from .layout import Operand
 from .masks import NOTHING, SOME, trim_words
 from .panels import KEYS
@@ -47,20 +47,18 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
     trim = jit(trim_words)
     look, adjust, visible = parts.look, parts.adjust, parts.visible
     load, store, get, put = simd.loads("float64" if size == 8 else "float32")
-    _, _, get_stored, put_stored = simd.loads(storage)
-    get_int = simd.scalars(types.int64)[0]
+    get_stored = simd.loads(storage)[2]
     if tiled:
         accumulate = amx.product(jit, True, len_planes)
     else:
         accumulate = product(jit, number, rescale=True, pairs=pairs)
     as_operand = simd.round_bfloat16 if rounds else simd.same
     low_weights = KEYS * ROW_BYTES  # where the second plane of weights lies behind the first
-    write_square = panels.rows_out(lanes, storage)[0]
-    write_weight_square = panels.rows_out(lanes, "float64" if size == 8 else "float32")[1]
     get_operand, put_operand = simd.loads("bfloat16")[2:] if pairs else (get, put)
     sub, add, mul, greater, splat = simd.sub, simd.add, simd.mul, simd.greater, simd.splat
     exp2_product = simd.exp2_product_short if pairs else simd.exp2_product
     lowest = emitters.exp2_floor(dtype)
+    all_finite, write_rows, write_weights = outputs.build(jit, storage, exp2_product)
 
     @jit
     def put_weights(t, x, y):
@@ -185,65 +183,18 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
                         put(t, get(t) + x * y)
 
     @jit
-    def write_weights(p, w, key0, keys, rows, vectors):
-        """s^T -> weights as they are returned; `finish` has left what to divide by."""
-        scale, floor = splat(dtype(p.log2_scale)), splat(dtype(lowest / p.log2_scale))
-        for v in range(vectors):
-            top = simd.finite_or_zero(load(w.maximum + v * register))
-            share = simd.div(splat(dtype(1)), load(w.rescale + v * register))
-            for j in range(keys):
-                a = w.s + j * ROW_BYTES + v * register
-                store(a, simd.mul(exp2_product(sub(load(a), top), scale, floor), share))
-        for r in range(0, rows, lanes):
-            table = w.weights + 8 * r
-            for c in range(0, keys if keys >= lanes else 0, lanes):
-                first = min(c, keys - lanes)  # the last square overlaps
-                source = w.s + first * ROW_BYTES + r * size
-                write_weight_square(source, table, (key0 + first) * size, rows - r)
-            for c in range(keys if keys < lanes else 0):
-                for i in range(min(lanes, rows - r)):
-                    x = get(w.s + c * ROW_BYTES + (r + i) * size)
-                    put(get_int(table + 8 * i) + (key0 + c) * size, x)
-
-    @jit
-    def all_finite(p, w, rows, vectors):
-        """Whether every sum of the block is: 0 times them adds up to 0."""
-        zero = splat(dtype(0))
-        for v in range(vectors):
-            seen = zero
-            for d in range(p.value_dim):
-                seen = simd.fma(load(w.o + d * ROW_BYTES + v * register), zero, seen)
-            store(w.rescale + v * register, seen)
-        for r in range(rows):  # noqa: SIM110 - Numba compiles no all()
-            if get(w.rescale + r * size) != 0:
-                return False
-        return True
-
-    @jit
     def finish(p, w, b, unit, row0, rows, queries, start):
         """o^T / total -> out, and lse."""
         pb = 0 if p.query_starts != 0 else b
-        divisor = w.rescale
-        for r in range((rows + lanes - 1) // lanes * lanes):
+        write_rows(p, w, rows)
+        for r in range(rows if p.lse != 0 else 0):
+            h, i = unit * p.packed_heads + (row0 + r) // queries, (row0 + r) % queries
+            a = p.lse + (pb * p.lse_b + h * p.lse_h + (start + i) * p.lse_s) * size
             total = get(w.total + r * size)
-            put(divisor + r * size, dtype(1) if total == 0 else total)
-        whole = p.value_dim // lanes * lanes
-        for r in range(0, rows, lanes):
-            for c in range(0, whole, lanes):
-                source = w.o + c * ROW_BYTES + r * size
-                write_square(source, divisor + r * size, w.outs + 8 * r, c * stored, rows - r)
-        for r in range(rows):
-            for c in range(whole, p.value_dim):
-                x = get(w.o + c * ROW_BYTES + r * size) / get(divisor + r * size)
-                put_stored(get_int(w.outs + 8 * r) + c * stored, x)
-            if p.lse != 0:
-                h, i = unit * p.packed_heads + (row0 + r) // queries, (row0 + r) % queries
-                a = p.lse + (pb * p.lse_b + h * p.lse_h + (start + i) * p.lse_s) * size
-                total = get(w.total + r * size)
-                top = np.float64(get(w.maximum + r * size))
-                if p.plain:
-                    top *= p.scale
-                put(a, -infinity if total == 0 else dtype(top + math.log(np.float64(total))))
+            top = np.float64(get(w.maximum + r * size))
+            if p.plain:
+                top *= p.scale
+            put(a, -infinity if total == 0 else dtype(top + math.log(np.float64(total))))
 
     @inline
     def block(p, w, b, unit, number):
@@ -282,7 +233,7 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
                 key0 += keys
             # A non-finite value meets a weight of 0 where it is masked, and 0 * inf is NaN. It shows in the
             # sums: only then the block is done again, with every masked value left out.
-            if stage == SUMS and not all_finite(p, w, rows, vectors):
+            if stage == SUMS and not all_finite(p, w, vectors):
                 stage, careful = CAREFUL_SUMS, True
                 continue
             if stage != WEIGHTS:

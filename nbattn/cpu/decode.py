@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from ..problem import INT4_GROUP, STORAGE_DTYPES, CacheProblem, Problem, storage_name
 from ..reference.attention import merge_states
-from . import chunks, layout, runtime, simd
+from . import chunks, layout, records, runtime, simd
 from .chunks import CHUNK, PARAMETERS, ROWS
 
-_WORDS = {name: PARAMETERS.fields[name][1] // 8 for name in PARAMETERS.names}  # type: ignore[index, union-attr]
+_WORDS = records.words_of(PARAMETERS)
 QUERY, KEY, VALUE, OUT, LSE = (_WORDS[name] for name in ("query", "key", "value", "out", "lse"))
 TASKS, CHUNKS, EAGER, PARTIALS = (_WORDS[name] for name in ("tasks", "chunks", "eager", "partials"))
 WORKSPACE, WORKSPACE_BYTES = (_WORDS[name] for name in ("workspace", "workspace_bytes"))

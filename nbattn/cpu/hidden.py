@@ -22,7 +22,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from . import emitters, masks, panels, runtime, simd
+from . import emitters, masks, outputs, panels, runtime, simd
 from .emitters import I64, const, fma_value, load_value, pointer, splat_value, store_value
 from .masks import EVERYTHING, NOTHING, SOME, WORDS
 from .tiles import ROW_BYTES, product
@@ -172,10 +172,10 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
     join = _joiner(number)
     look, hide, masked = masks.build(jit, dtype)
     read_square = panels.rows_in(lanes, storage)
-    divide_square, write_square = panels.rows_out(lanes, storage)
-    add, sub, mul, fma, div, splat = simd.add, simd.sub, simd.mul, simd.fma, simd.div, simd.splat
+    add, sub, fma, div, splat = simd.add, simd.sub, simd.fma, simd.div, simd.splat
     greater, exp2_product = simd.greater, simd.exp2_product
     lowest = emitters.exp2_floor(dtype)
+    all_finite, write_rows, write_weights = outputs.build(jit, storage, exp2_product)
 
     @jit
     def scratch_at(p, x):
@@ -369,57 +369,14 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
                         put(t, get(t) + get(w.s + j * ROW_BYTES + r * size) * y)
 
     @jit
-    def write_weights(p, w, key0, keys, rows, vectors):
-        """s^T -> weights as they are returned; `finish` has left what to divide by."""
-        scale, floor = splat(dtype(p.log2_scale)), splat(dtype(lowest / p.log2_scale))
-        for c in range(vectors):
-            top = simd.finite_or_zero(load(w.maximum + c * register))
-            share = div(splat(dtype(1)), load(w.rescale + c * register))
-            for j in range(keys):
-                t = w.s + j * ROW_BYTES + c * register
-                store(t, mul(exp2_product(sub(load(t), top), scale, floor), share))
-        for r in range(0, rows, lanes):
-            for c in range(0, keys if keys >= lanes else 0, lanes):
-                j = min(c, keys - lanes)  # the last square overlaps
-                source = w.s + j * ROW_BYTES + r * size
-                write_square(source, w.weights + 8 * r, (key0 + j) * size, rows - r)
-        for j in range(keys if keys < lanes else 0):
-            for r in range(rows):
-                put(get_int(w.weights + 8 * r) + (key0 + j) * size, get(w.s + j * ROW_BYTES + r * size))
-
-    @jit
-    def all_finite(p, w, rows, vectors):
-        """Whether every sum of the block is: 0 times them adds up to 0."""
-        zero, one = splat(dtype(0)), splat(dtype(1))
-        for c in range(vectors):
-            seen = one
-            for d in range(p.value_dim):
-                seen = fma(load(w.o + d * ROW_BYTES + c * register), zero, seen)
-            if not simd.all_ones(seen):
-                return False
-        return True
-
-    @jit
     def finish(p, w, b, h, row0, rows):
         """o^T / total -> out, and lse."""
-        divisor = w.rescale
-        for r in range((rows + lanes - 1) // lanes * lanes):
+        write_rows(p, w, rows)
+        for r in range(rows if p.lse != 0 else 0):
             total = get(w.total + r * size)
-            put(divisor + r * size, dtype(1) if total == 0 else total)
-        whole = p.value_dim // lanes * lanes
-        for r in range(0, rows, lanes):
-            for c in range(0, whole, lanes):
-                source = w.o + c * ROW_BYTES + r * size
-                divide_square(source, divisor + r * size, w.outs + 8 * r, c * size, rows - r)
-        for r in range(rows):
-            for c in range(whole, p.value_dim):
-                x = get(w.o + c * ROW_BYTES + r * size) / get(divisor + r * size)
-                put(get_int(w.outs + 8 * r) + c * size, x)
-            if p.lse != 0:
-                total = get(w.total + r * size)
-                top = np.float64(get(w.maximum + r * size)) * p.scale + get_double(p.constants + 8 * h)
-                a = p.lse + (b * p.lse_b + h * p.lse_h + (row0 + r) * p.lse_s) * size
-                put(a, -infinity if total == 0 else dtype(top + math.log(np.float64(total))))
+            top = np.float64(get(w.maximum + r * size)) * p.scale + get_double(p.constants + 8 * h)
+            a = p.lse + (b * p.lse_b + h * p.lse_h + (row0 + r) * p.lse_s) * size
+            put(a, -infinity if total == 0 else dtype(top + math.log(np.float64(total))))
 
     get_double, _ = simd.scalars(types.float64)
 
@@ -465,7 +422,7 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
                     add_visible_values(p, w, values, key0, keys, rows, vectors)
             # A non-finite value meets a weight of 0 where it is masked, and 0 * inf is NaN. It shows in the
             # sums: only then the block is done again, with every masked value left out.
-            if stage == SUMS and not all_finite(p, w, rows, vectors):
+            if stage == SUMS and not all_finite(p, w, vectors):
                 stage = CAREFUL_SUMS
                 continue
             if stage != WEIGHTS:

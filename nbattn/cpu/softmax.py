@@ -20,7 +20,7 @@ from numba import types
 from numpy.typing import NDArray
 
 from ..problem import STORAGE_DTYPES, storage_name
-from . import emitters, runtime, simd
+from . import emitters, records, runtime, simd
 
 SHORT = 256
 """Elements of a row from which on the lanes lie along it; 100 took 85 ns so and take 42 as columns."""
@@ -64,7 +64,7 @@ ZERO, TOTAL, A, B, C, STATES = range(6)
 
 parameters_at = simd.record(PARAMETERS)
 get_byte, _ = simd.scalars(types.int8)
-_WORDS = {name: PARAMETERS.fields[name][1] // 8 for name in PARAMETERS.names}  # type: ignore[index, union-attr]
+_WORDS = records.words_of(PARAMETERS)
 X, OUT, WORKSPACE = (_WORDS[name] for name in ("x", "out", "workspace"))
 NEXT_TASK, TASKS_DONE, WORKERS = (8 * _WORDS[name] for name in ("next_task", "tasks_done", "workers"))
 
@@ -102,7 +102,7 @@ def repeat(
     values = _parameters(result, laid, None, scale, target)
     if values["segments"] > 1:
         return None
-    call, words = kernel(f"softmax-{storage_name(x.dtype)}"), _words(values)
+    call, words = kernel(f"softmax-{storage_name(x.dtype)}"), records.packed(values, _WORDS)
     workspace_bytes = values["workspace_bytes"]
 
     def run(x: NDArray[Any], out: NDArray[Any]) -> None:
@@ -147,7 +147,7 @@ def _run(
 
     def sweep(number: int, *keep_alive: Any) -> None:
         # A record of its own for each sweep: a helper may come late and still read the first.
-        words = _words(values | {"sweep": number})
+        words = records.packed(values | {"sweep": number}, _WORDS)
         keep_alive += (x, where, out, memory)
         runtime.run(kernel(f"softmax-{storage}"), words, helpers, keep_alive)
 
@@ -179,14 +179,6 @@ def _parameters(
             values[name] = runtime.address(array)
             values[f"{name}_o"], values[f"{name}_n"], values[f"{name}_i"] = array.strides
     return values
-
-
-def _words(values: dict[str, int]) -> NDArray[np.int64]:
-    """The kernel's record as words of 8 bytes."""
-    words = [0] * (PARAMETERS.itemsize // 8)
-    for name, value in values.items():
-        words[_WORDS[name]] = value
-    return np.array(words, np.int64)
 
 
 def _lanes_last(

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from ..additive import AdditiveProblem
 from ..problem import Problem
-from .attention import _attend, _visible
+from .attention import visible, weigh
 
 
 def forward(
@@ -27,7 +27,7 @@ def forward(
             if problem.bias is not None:
                 query = query + problem.bias[:, None]
             scores = hidden_scores(query, for_each_head(p, key), problem.v)
-            results = attend(p, b, scores, _visible(p, b, p.max_queries, p.max_keys))
+            results = attend(p, b, scores, visible(p, b, p.max_queries, p.max_keys))
             for result, target in zip(results, (out, weights, lse), strict=True):
                 if target is not None:
                     target[b] = result
@@ -37,7 +37,7 @@ def attend(
     p: Problem, b: int, scores: NDArray[Any], seen: NDArray[np.bool_]
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
     """Output, weights and lse of sequence b from its scores (Hq, Sq, Sk)."""
-    return _attend(p, scores, seen, for_each_head(p, p.value[b]))
+    return weigh(p, scores, seen, for_each_head(p, p.value[b]))
 
 
 def for_each_head(p: Problem, x: NDArray[Any]) -> NDArray[Any]:

@@ -28,11 +28,11 @@ def forward(
             row, queries, keys = _place(problem, b)
             query, key, value = _operands(problem, row, queries, keys)
             n, m = query.shape[1], key.shape[1]
-            seen = _visible(problem, b, n, m)
+            seen = visible(problem, b, n, m)
             scores = _scores(problem, b, query, key)
             if problem.score_mod is not None:
                 seen &= scores != -np.inf
-            output, row_weights, row_lse = _attend(problem, scores, seen, value)
+            output, row_weights, row_lse = weigh(problem, scores, seen, value)
             out[row, :, queries] = output
             if lse is not None:
                 lse[row, :, queries] = row_lse
@@ -43,7 +43,7 @@ def forward(
 def masked_scores(problem: Problem, b: int) -> NDArray[Any]:
     """The scores of sequence b (H, n, m), -inf where a query does not see the key."""
     query, key, _ = _operands(problem, *_place(problem, b))
-    seen = _visible(problem, b, query.shape[1], key.shape[1])
+    seen = visible(problem, b, query.shape[1], key.shape[1])
     return np.where(seen, _scores(problem, b, query, key), -np.inf)
 
 
@@ -90,7 +90,7 @@ def _distance(problem: Problem, b: int, n: int, m: int) -> NDArray[np.int64]:
     return np.arange(m) - (np.arange(n)[:, None] + problem.offset[b])
 
 
-def _visible(problem: Problem, b: int, n: int, m: int) -> NDArray[np.bool_]:
+def visible(problem: Problem, b: int, n: int, m: int) -> NDArray[np.bool_]:
     """Which key each query may attend to, (H, n, m)."""
     distance = _distance(problem, b, n, m)
     seen = (distance >= -problem.left) & (distance <= problem.right) & (np.arange(m) < problem.key_lengths[b])
@@ -125,7 +125,7 @@ def _scores(problem: Problem, b: int, query: NDArray[Any], key: NDArray[Any]) ->
     return scores
 
 
-def _attend(
+def weigh(
     problem: Problem, scores: NDArray[Any], seen: NDArray[np.bool_], value: NDArray[Any]
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
     """Softmax over the keys that are seen, and the sink, applied to `value`: output, weights and lse."""
@@ -142,10 +142,10 @@ def _attend(
     divisor = np.where(total == 0, 1, total)[:, :, None]
     factors = round_to_bfloat16(exponentials) if problem.bfloat16_products else exponentials
     weights = np.where(seen, exponentials / divisor, 0)
-    return _weighted_sum(factors, value, seen) / divisor, weights, largest + np.log(total)
+    return weighted_sum(factors, value, seen) / divisor, weights, largest + np.log(total)
 
 
-def _weighted_sum(factors: NDArray[Any], value: NDArray[Any], seen: NDArray[np.bool_]) -> NDArray[Any]:
+def weighted_sum(factors: NDArray[Any], value: NDArray[Any], seen: NDArray[np.bool_]) -> NDArray[Any]:
     """``factors @ value``, where a NaN or inf reaches only the rows that see its key (0 * NaN is NaN)."""
     finite = np.isfinite(value)
     total = factors @ np.where(finite, value, 0)

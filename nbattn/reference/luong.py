@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from ..luong import LuongProblem
 from .additive import attend, for_each_head, hidden_scores
-from .attention import _visible, _weighted_sum
+from .attention import visible, weighted_sum
 
 
 def forward(
@@ -19,7 +19,7 @@ def forward(
     p = problem.attention
     with np.errstate(all="ignore"):
         for b in range(p.batch):
-            seen = _visible(p, b, p.max_queries, p.max_keys)
+            seen = visible(p, b, p.max_queries, p.max_keys)
             scores = _scores(problem, b)
             if problem.position is None:
                 results = attend(p, b, scores, seen)
@@ -31,7 +31,7 @@ def forward(
                 seen &= ~(np.abs(distance) > width)
                 _, shares, sums = attend(p, b, scores, seen)
                 shares = np.where(seen, shares * np.exp(-2 * (distance / width) ** 2), 0)
-                results = _weighted_sum(shares, for_each_head(p, p.value[b]), seen), shares, sums
+                results = weighted_sum(shares, for_each_head(p, p.value[b]), seen), shares, sums
             for result, target in zip(results, (out, weights, lse), strict=True):
                 if target is not None:
                     target[b] = result
