@@ -115,10 +115,7 @@ class BlockMask:
         ■■
         ■■
         """
-        array = check.as_array(mask, "mask")
-        if array.dtype.kind not in "biu":
-            msg = f"mask has dtype {array.dtype}; expected bool or integer where nonzero means attend"
-            raise TypeError(msg)
+        array = check.mask_array(mask)
         if not 2 <= array.ndim <= 4:
             msg = (
                 f"mask has shape {array.shape}; expected (queries, keys), with heads and batch before or not"

@@ -194,6 +194,14 @@ def check_flag(x: Any, name: str) -> bool:
     return bool(x)
 
 
+def check_rng(rng: Any) -> np.random.Generator:
+    try:
+        return np.random.default_rng(rng)
+    except (TypeError, ValueError) as error:
+        msg = f"rng is {rng!r}; expected None, a seed (a non-negative int) or a numpy.random.Generator"
+        raise type(error)(msg) from error
+
+
 def check_int_vector(x: ArrayLike, name: str, length: int) -> NDArray[np.int64]:
     """A 1-D integer array of the given length, as int64."""
     array = as_array(x, name)
@@ -279,15 +287,25 @@ def check_mask(mask: Any, shape: tuple[int, int, int, int]) -> NDArray[Any] | No
     """A mask broadcast to (B, Hq, Sq, Sk): bytes, along the keys a run of memory or one for all."""
     if mask is None:
         return None
-    array = as_array(mask, "mask")
-    if array.dtype.kind not in "biu":
-        kind = "pass a floating mask as bias" if storage_name(array.dtype) else "use bool or integers"
-        msg = f"mask has dtype {array.dtype}; expected bool or integer where nonzero means attend ({kind})"
-        raise TypeError(msg)
-    array = _broadcast(array, "mask", shape)
+    array = _broadcast(mask_array(mask), "mask", shape)
     if array.itemsize == 1 and array.strides[-1] in (0, 1):
         return array
     return np.broadcast_to(np.not_equal(_once(array), 0, order="C"), shape)
+
+
+def mask_array(mask: Any) -> NDArray[Any]:
+    """A mask as an array of bools or integers."""
+    array = as_array(mask, "mask")
+    if array.dtype.kind in "biu":
+        return array
+    if callable(mask):
+        msg = "mask is a function; pass it as mask_mod, or BlockMask.from_mask_mod of it as mask"
+    elif hasattr(mask, "tocsr"):  # of scipy.sparse
+        msg = f"mask is a {type(mask).__name__}; pass BlockMask.from_sparse of it"
+    else:
+        kind = "pass a floating mask as bias" if storage_name(array.dtype) else "use bool or integers"
+        msg = f"mask has dtype {array.dtype}; expected bool or integer where nonzero means attend ({kind})"
+    raise TypeError(msg)
 
 
 def check_bias(bias: Any, shape: tuple[int, int, int, int]) -> NDArray[Any] | None:

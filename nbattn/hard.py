@@ -141,7 +141,7 @@ def hard_attention(
     if not isinstance(mode, str) or mode not in MODES:
         msg = f"mode is {mode!r}; expected 'argmax' or 'sample'"
         raise (ValueError if isinstance(mode, str) else TypeError)(msg)
-    generator = _generator(rng) if mode == "sample" else None
+    generator = check.check_rng(rng) if mode == "sample" else None
     options = Options(mask, bias, is_causal, window_size, query_offset, key_lengths, scale, softcap,
                       alibi_slopes, None, None, score_mod, mask_mod, mod_args)  # fmt: skip
     problem, dtype, missing = resolve_batch(query, key, value, options)
@@ -152,11 +152,3 @@ def hard_attention(
     uniforms = None if generator is None else generator.random(shape[:3])
     run(module, problem, result[(None,) * missing], index, uniforms)
     return HardAttentionOutput(result, index[(0,) * missing])
-
-
-def _generator(rng: Any) -> np.random.Generator:
-    try:
-        return np.random.default_rng(rng)
-    except (TypeError, ValueError) as error:
-        msg = f"rng is {rng!r}; expected None, a seed (a non-negative int) or a numpy.random.Generator"
-        raise type(error)(msg) from error

@@ -191,7 +191,9 @@ def document(query_ids: ArrayLike, key_ids: ArrayLike | None = None) -> BlockMas
     ----------
     query_ids : int array_like (Sq,) or (B, Sq)
         Which document each query belongs to: ``np.repeat(np.arange(n), lengths)`` where n of them lie one
-        after the other, but they may lie in pieces and in any order.
+        after the other, but they may lie in pieces and in any order. A block in which only some see each
+        other takes 512 bytes: ids in no order at all, where every block is one, are better a `mask_mod`
+        ``ids[q_index] == ids[kv_index]``, which takes none.
     key_ids : int array_like (Sk,) or (B, Sk), optional
         Likewise of the keys; those of the queries unless given.
 
@@ -343,7 +345,7 @@ def big_bird(
     if width % 2 == 0:
         msg = f"window is {window}; expected an odd number of blocks, half of the others on either side"
         raise ValueError(msg)
-    generator = np.random.default_rng(rng)
+    generator = check.check_rng(rng)
     count = -(-n // size)
     i, j = np.arange(count)[:, None], np.arange(count)
     always = (abs(i - j) <= reach) | (i < first) | (j < first)

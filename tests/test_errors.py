@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 from ml_dtypes import bfloat16
+from scipy.sparse import csr_array
 
 import nbattn
 from nbattn import merge_states, scaled_dot_product_attention, varlen_attention
@@ -49,6 +50,13 @@ BAD = {
     "None": ({"query": None}, TypeError, "query has dtype object"),
     "ragged": ({"query": [[1.0], [1.0, 2.0]]}, TypeError, "query cannot be read as an array"),
     # mask and bias
+    "function as mask": (
+        {"mask": lambda b, h, i, j: i >= j}, TypeError,
+        r"mask is a function; pass it as mask_mod, or BlockMask.from_mask_mod of it",
+    ),
+    "sparse mask": (
+        {"mask": csr_array(zeros(3, 5))}, TypeError, r"mask is a csr_array; pass BlockMask.from_sparse of it",
+    ),
     "float mask": ({"mask": zeros(3, 5)}, TypeError, "mask has dtype float32.*as bias"),
     "bfloat16 mask": ({"mask": zeros(3, 5, dtype=bfloat16)}, TypeError, "mask has dtype bfloat16.*as bias"),
     "complex mask": ({"mask": zeros(3, 5, dtype=complex)}, TypeError, "mask has dtype complex128.*use bool"),

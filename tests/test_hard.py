@@ -80,7 +80,7 @@ class Numbers:
 @pytest.fixture
 def uniform(monkeypatch):
     """Have every row's number be this one."""
-    return lambda number: monkeypatch.setattr("nbattn.hard._generator", lambda rng: Numbers(number))
+    return lambda number: monkeypatch.setattr("nbattn.check.check_rng", lambda rng: Numbers(number))
 
 
 class TestFormula:

@@ -580,6 +580,11 @@ BAD = {
         lambda: masks.longformer(5, left=1, right=1, global_tokens=[5]), ValueError, "each 0 to 4"
     ),
     "even window": (lambda: masks.big_bird(500, window=2), ValueError, "window is 2; expected an odd number"),
+    "seed": (lambda: masks.big_bird(500, rng="a"), TypeError, "rng is 'a'; expected None, a seed"),
+    "negative seed": (lambda: masks.big_bird(500, rng=-1), ValueError, "rng is -1; expected None, a seed"),
+    "function": (lambda: BlockMask.from_dense(grid), TypeError, "is a function; pass .*from_mask_mod of it"),
+    "sparse": (lambda: BlockMask.from_dense(scipy.sparse.eye_array(3, format="csr")), TypeError,
+        "is a csr_array; pass BlockMask.from_sparse of it"),
     "kernel_size": (lambda: masks.neighborhood((9, 4), 5), ValueError, r"5 \* 1 along an axis of 4"),
     "dilated kernel": (lambda: masks.neighborhood(9, 5, 2), ValueError, r"5 \* 2 along an axis of 9"),
     "kernel sizes": (lambda: masks.neighborhood(9, (3, 3)), ValueError,
