@@ -133,8 +133,11 @@ def scaled_dot_product_attention(
     and their like become vector arithmetic, powers by `math.pow`; infinity is `math.inf`, no
     ``float("inf")``, and an int to the power of an int needs a float base, ``2.0 ** -head``. Python's floats
     have the precision of the scores. The indices count the call's own queries and keys, from 0 (in
-    `varlen_attention` the sequence's); a `query_offset` does not shift them. Nobody checks that an index lies
-    within its array. Globals and closures are constants: what changes from call to call belongs into
+    `varlen_attention` the sequence's); a `query_offset` does not shift them. An index beyond
+    its array's end is undefined, as checking each would cost half as much again; ``backend="reference"``
+    raises for it. A function that raises is a ValueError, and leaves `out` undefined. Two bools take ``and``,
+    ``or``, ``&``, ``|`` and ``~``, but no ``+`` or ``-``, of which NumPy and Numba make different things:
+    write ``int(x)``. Globals and closures are constants: what changes from call to call belongs into
     `mod_args`, or into the default of a parameter behind the indices, which is passed likewise.
     `nbattn.scores` has ready-made ones.
 

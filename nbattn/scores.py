@@ -17,6 +17,8 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
+from functools import partial
+from types import BuiltinFunctionType
 from typing import Any
 
 import numpy as np
@@ -226,7 +228,7 @@ def check_mod(function: Any, name: str, arguments: tuple[Any, ...] = ()) -> Mod:
     plain = getattr(function, "py_func", function)  # of an @njit function
     if not inspect.isfunction(plain):
         msg = f"{name} must be a Python function (def, lambda or @njit), got {type(function).__name__}"
-        raise TypeError(msg)
+        raise TypeError(msg + _instead(function))
     code, defaults = plain.__code__, plain.__defaults__ or ()
     label = f"{name} {plain.__name__!r} ({code.co_filename}:{code.co_firstlineno})"
     takes = TAKES[name]
@@ -243,6 +245,17 @@ def check_mod(function: Any, name: str, arguments: tuple[Any, ...] = ()) -> Mod:
     given = arguments if more or takes_rest else ()
     own = tuple(_argument(x, f"a default of {label}") for x in defaults)
     return Mod(plain, name, given + own, label)
+
+
+def _instead(x: Any) -> str:
+    """What to pass in place of something that is no function but can be called."""
+    if isinstance(x, partial):
+        return "; pass the function that it holds, and what it binds, in order, as mod_args"
+    if isinstance(x, (BuiltinFunctionType, np.ufunc)):
+        return "; call it in a function of your own"
+    if callable(x) and not isinstance(x, type):
+        return "; pass a function, and what it reads of the object as mod_args"
+    return ""
 
 
 def _argument(x: Any, name: str) -> Any:

@@ -1,5 +1,6 @@
 """score_mod and mask_mod: the user's functions equal formulas of their own, on both backends."""
 
+import functools
 import math
 import re
 import subprocess
@@ -488,8 +489,29 @@ def raises(score, batch, head, q_index, kv_index):
     return score
 
 
+class Callable:
+    def __call__(self, score, batch, head, q_index, kv_index):
+        return score
+
+    def method(self, score, batch, head, q_index, kv_index):
+        return score
+
+
 TABLE = np.ones(3)
 BOTH = {
+    "partial": (
+        {"score_mod": functools.partial(by_slope, slopes=SLOPES)}, TypeError,
+        "score_mod must be a Python function.*got partial; pass the function that it holds, and .* mod_args",
+    ),
+    "method": (
+        {"score_mod": Callable().method}, TypeError,
+        "got method; pass a function, and what it reads of the object as mod_args",
+    ),
+    "callable": (
+        {"score_mod": Callable()}, TypeError,
+        "got Callable; pass a function, and what it reads of the object as mod_args",
+    ),
+    "builtin": ({"mask_mod": max}, TypeError, "got builtin_function_or_method; call it in a function of"),
     "no function": ({"score_mod": 3}, TypeError, "score_mod must be a Python function.*got int"),
     "ufunc": ({"score_mod": np.tanh}, TypeError, "score_mod must be a Python function.*got ufunc"),
     "class": ({"mask_mod": int}, TypeError, "mask_mod must be a Python function.*got type"),
@@ -552,6 +574,14 @@ COMPILED = {
         r"int to the power.*\(line \d+\); write a",
     ),
     "global": ({"score_mod": lambda s, b, h, i, j: s * BOTH["a"]}, "Untyped global name 'BOTH'"),
+    "sum of bools": (
+        {"score_mod": lambda s, b, h, i, j: s + ((i > j) + (j > h))},
+        r"with bools as if they were numbers \(line \d+\); write and, or, not, or int\(x\)",
+    ),
+    "minus": (
+        {"score_mod": lambda s, b, h, i, j, x: s - -x[j], "mod_args": (np.ones(3, bool),)},
+        "with bools as if they were numbers",
+    ),
 }
 
 
@@ -583,13 +613,22 @@ class TestErrors:
 
     def test_what_raises(self, backend):
         x = np.zeros((1, 2, 5, 4), np.float32)
-        with pytest.raises(
-            (RuntimeError, ValueError), match=r"score_mod 'raises' \(.*:\d+\) (raised|fails with)"
-        ):
+        with pytest.raises(ValueError, match=r"score_mod 'raises' \(.*:\d+\) (raised|fails with)"):
             attention(x, x, x, score_mod=raises, backend=backend)
-        with pytest.raises((RuntimeError, ValueError), match="mask_mod '<lambda>'"):
+        with pytest.raises(ValueError, match="mask_mod '<lambda>'"):
             attention(x, x, x, mask_mod=lambda b, h, i, j: raises(0.0, b, h, i, j) == 0, backend=backend)
         attention(x[:, :, :3], x[:, :, :3], x[:, :, :3], score_mod=raises, backend=backend)  # has no key 3
+
+    def test_bools_beside_numbers(self, backend, rng):
+        q, k, v = inputs(rng)
+        _, _, i, j = grids(q, k)
+        got = attention(
+            q, k, v, backend=backend, **FULL,
+            score_mod=lambda s, b, h, i, j: s * (i > j) + int(j > 2) + int(i > 1),
+            mask_mod=lambda b, h, i, j, yes=True: (i >= j) & ~(i == 3 + 2 * j) | (j < 2) | ~yes,
+        )  # fmt: skip
+        seen = (i >= j) & (i != 3 + 2 * j) | (j < 2)
+        hold(got, formula(q, k, v, lambda s: s * (i > j) + (j > 2) + 1 * (i > 1), seen))
 
     def test_out_may_not_be_an_argument(self, backend):
         x = np.zeros((1, 1, 3, 3), np.float32)

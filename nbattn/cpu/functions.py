@@ -169,39 +169,60 @@ def compiled(translation: Any, types: tuple[Any, ...], function: Any, label: str
         reason, line = _reason(error, function.__code__)
         msg = f"{label} cannot be compiled: {reason}{line}; {ALLOWED}"
         raise ValueError(msg) from None
-    power = _integer_power(translation, set())
-    if power:
-        msg = f"{label} cannot be compiled: for Numba an int to the power of an int is an int, 0 for powers "
-        msg += f"below 0 (line {power}); write a base of float, as 2.0 ** -x"
-        raise ValueError(msg)
+    for is_wrong, reason, remedy in (
+        (_is_integer_power, "for Numba an int to the power of an int is an int, 0 for powers below 0",
+         "write a base of float, as 2.0 ** -x"),
+        (_is_sum_of_bools, "it computes with bools as if they were numbers",
+         "write and, or, not, or int(x) of each"),
+    ):  # fmt: skip
+        if number := _line_where(is_wrong, translation, set()):
+            msg = f"{label} cannot be compiled: {reason} (line {number}); {remedy}"
+            raise ValueError(msg)
     return translation.overloads[tuple(folded)].signature.return_type
 
 
-def _integer_power(function: Any, met: set[int]) -> int:
-    """The line where a compiled function, or one that it calls, has an int to the power of an int, or 0.
-
-    Powers that are known and not negative are as in Python.
-    """
+def _line_where(is_wrong: Any, function: Any, met: set[int]) -> int:
+    """The line where an expression of a compiled function, or of one that it calls, is wrong, or 0."""
     met.add(id(function))
     for result in function.overloads.values():
         kinds, calls = result.type_annotation.typemap, result.type_annotation.calltypes
         for x, signature in calls.items():
-            returns = getattr(signature, "return_type", None)
-            if not isinstance(x, ir.Expr) or not isinstance(returns, numba.types.Integer):
-                continue
-            if x.op in ("binop", "inplace_binop"):
-                is_power = x.fn in (operator.pow, operator.ipow)
-                is_wrong = is_power and not getattr(kinds[x.rhs.name], "literal_value", -1) >= 0
-            else:
-                is_wrong = x.op == "call" and getattr(kinds[x.func.name], "typing_key", None) is pow
-            if is_wrong:
+            if isinstance(x, ir.Expr) and is_wrong(x, getattr(signature, "return_type", None), kinds):
                 return int(x.loc.line)
         called = (t.dispatcher for t in kinds.values() if isinstance(t, numba.types.Dispatcher))
         for other in called:
-            line = 0 if id(other) in met else _integer_power(other, met)
+            line = 0 if id(other) in met else _line_where(is_wrong, other, met)
             if line:
                 return line
     return 0
+
+
+def _is_integer_power(x: ir.Expr, returns: Any, kinds: Any) -> bool:
+    """Powers that are known and not negative are as in Python."""
+    if not isinstance(returns, numba.types.Integer):
+        return False
+    if x.op in ("binop", "inplace_binop"):
+        is_power = x.fn in (operator.pow, operator.ipow)
+        return is_power and not getattr(kinds[x.rhs.name], "literal_value", -1) >= 0
+    return x.op == "call" and getattr(kinds[x.func.name], "typing_key", None) is pow
+
+
+def _is_sum_of_bools(x: ir.Expr, returns: Any, kinds: Any) -> bool:
+    """Numba makes ints of them; for NumPy, and so for the reference, True + True is True, -True an error."""
+    if x.op in ("binop", "inplace_binop"):
+        return x.fn in _ARITHMETIC and all(_is_bool(kinds[y.name]) for y in (x.lhs, x.rhs))
+    return x.op == "unary" and x.fn in (operator.neg, operator.pos) and _is_bool(kinds[x.value.name])
+
+
+def _is_bool(kind: Any) -> bool:
+    return isinstance(kind, numba.types.Boolean)
+
+
+_ARITHMETIC = {
+    getattr(operator, prefix + name)
+    for name in ("add", "sub", "mul", "pow", "floordiv", "mod", "lshift", "rshift")
+    for prefix in ("", "i")
+}
 
 
 def _reason(error: Exception, code: CodeType) -> tuple[str, str]:

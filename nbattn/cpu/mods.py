@@ -122,7 +122,7 @@ def check_done(mod: Mod, words: NDArray[np.int64]) -> None:
     """After a call: nothing was raised."""
     if words[0]:
         msg = f'{mod.label} raised an exception; backend="reference" shows which'
-        raise RuntimeError(msg)
+        raise ValueError(msg)
 
 
 def depends_on(mod: Mod) -> tuple[bool, bool]:

@@ -32,9 +32,10 @@ def _evaluate(
         what = "an array" if isinstance(first, np.ndarray) else type(first).__name__
         msg = f"{mod.label} returns {what}; expected {GIVES[mod.name]}"
         raise TypeError(msg)
+    arguments = _arguments(mod)
     try:
         grids = (np.int64(b), head.copy(), q_index.copy(), kv_index.copy())
-        result = mod.function(*(x.copy() for x in scores), *grids, *mod.arguments)
+        result = mod.function(*(x.copy() for x in scores), *grids, *arguments)
         return np.broadcast_to(result, shape).astype(dtype)
     except Exception:
         # An if, or a function of math: no grid can take both ways.
@@ -44,11 +45,16 @@ def _evaluate(
         return result
 
 
+def _arguments(mod: Mod) -> tuple[Any, ...]:
+    """Those of the function; a Python bool is NumPy's, of which ~ is the contrary."""
+    return tuple(np.bool_(x) if isinstance(x, bool) else x for x in mod.arguments)
+
+
 def _at(mod: Mod, place: tuple[int, ...], b: int, scores: tuple[NDArray[Any], ...]) -> Any:
     """The function at one (head, query, key)."""
-    indices = (np.int64(i) for i in (b, *place))
+    indices, arguments = (np.int64(i) for i in (b, *place)), _arguments(mod)
     try:
-        return mod.function(*(x[place] for x in scores), *indices, *mod.arguments)
+        return mod.function(*(x[place] for x in scores), *indices, *arguments)
     except Exception as error:
         msg = f"{mod.label} fails with {type(error).__name__}: {error}"
         raise ValueError(msg) from error
