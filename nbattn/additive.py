@@ -98,6 +98,8 @@ def additive_attention(
 
     See Also
     --------
+    scaled_dot_product_attention : takes functions of scores and masks, `score_mod` and `mask_mod`, which this
+        door does not; a function's mask is given as ``BlockMask.from_mask_mod(...)``.
     luong_attention : Luong's scores, of which "concat" is this one with both matrices in one.
 
     References

@@ -237,6 +237,11 @@ class KVCache:
         ------
         TypeError, ValueError
             As `scaled_dot_product_attention`; ValueError also where a ring no longer holds what a query sees.
+
+        Notes
+        -----
+        There is no `score_mod` or `mask_mod`: give what they add or hide as `bias` and `mask`, ALiBi and a
+        window by their own arguments.
         """
         options = (mask, bias, is_causal, window_size, scale, softcap, alibi_slopes, sinks)
         return self._store.attend(self._places, query, options, lengths, return_lse, out, backend)

@@ -112,6 +112,8 @@ def luong_attention(
 
     See Also
     --------
+    scaled_dot_product_attention : takes functions of scores and masks, `score_mod` and `mask_mod`, which this
+        door does not; a function's mask is given as ``BlockMask.from_mask_mod(...)``.
     additive_attention : "concat" with a matrix for each of query and key.
 
     References
