@@ -822,9 +822,10 @@ class TestCompiled:
         script = tmp_path / "mod.py"
         script.write_text(
             textwrap.dedent("""
-                import math, numpy as np, nbattn
+                import math, sys, numpy as np, nbattn
                 from nbattn.cpu import mods, runtime
                 from nbattn.scores import check_mod
+                __name__ = sys.argv[1]  # of a module that the next process does not have
                 STEP = 0.25
                 def helper(x):
                     return math.exp(-x)
@@ -839,9 +840,9 @@ class TestCompiled:
         )
         first, second = (
             subprocess.run(
-                [sys.executable, script], capture_output=True, text=True, check=True, cwd="."
+                [sys.executable, script, name], capture_output=True, text=True, check=True, cwd="."
             ).stdout
-            for _ in range(2)
+            for name in ("first", "second")
         )
         assert first.splitlines()[0] == second.splitlines()[0]
         assert second.splitlines()[1] == "True"

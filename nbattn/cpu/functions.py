@@ -140,7 +140,8 @@ def translate(function: Any, jit: Any, stand_ins: dict[Any, Any], dtype: Any) ->
         f = getattr(f, "py_func", f)
         if id(f) not in made:
             names = _names(f.__code__)
-            values = {"__name__": f.__module__, "__builtins__": builtins}
+            # A kept kernel imports the module that it names: not one that other scripts may not have.
+            values = {"__name__": __name__, "__builtins__": builtins}
             cells = tuple(CellType() for _ in f.__closure__ or ())
             defaults = None if f is function else exchange(f.__defaults__, names)
             copy = FunctionType(exchange(f.__code__, names), values, f.__name__, defaults, cells)
