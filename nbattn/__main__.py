@@ -1,4 +1,4 @@
-"""The command line: ``nbattn generate``, ``align``, ``info`` and ``warmup`` (``python -m nbattn`` too)."""
+"""The command line: ``nbattn generate``, ``align``, ``transcribe``, ``info`` and ``warmup``."""
 
 from __future__ import annotations
 
@@ -98,6 +98,17 @@ def _parser() -> _Parser:
     align.add_argument("--backend", choices=("cpu", "reference"), help="default: cpu")
     align.add_argument("--weights", metavar="DIR", help="where the weight file is; default: in its package")
 
+    transcribe = commands.add_parser("transcribe", help="what is said in a WAV file, by Whisper base")
+    transcribe.set_defaults(run=_transcribe)
+    transcribe.add_argument("file", help="a WAV file of any rate and length")
+    transcribe.add_argument("--translate", action="store_true", help="write it in English")
+    heard = "of the speech, as en; default: the likeliest of the first 30 s"
+    transcribe.add_argument("--language", metavar="CODE", help=heard)
+    looked = "write a picture of where in the first 30 s each token looks"
+    transcribe.add_argument("--plot", metavar="FILE", help=looked)
+    transcribe.add_argument("--backend", choices=("cpu", "reference"), help="default: cpu")
+    transcribe.add_argument("--weights", metavar="DIR", help="where model.bin is; default: in its packages")
+
     info = commands.add_parser("info", help="versions, processor, chosen kernels, threads, cache folder, GPU")
     info.set_defaults(run=_info)
 
@@ -193,6 +204,34 @@ def _align(args: argparse.Namespace) -> None:
         print(json.dumps(fields | {"weights": alignment.weights.astype(float).round(6).tolist()}))
     else:
         _write(f"{alignment.katakana}\n\n{e2k.table(alignment)}\n")
+
+
+def _transcribe(args: argparse.Namespace) -> None:
+    from .models import audio, whisper
+
+    pieces = list(audio.windows(audio.read_wav(args.file)))
+    model = whisper.load(args.weights, args.backend)
+    language, texts = args.language, []
+    for i, (_, sound) in enumerate(_bar(pieces)):
+        plot = bool(args.plot) and i == 0
+        heard = model(sound, language=language, translate=args.translate, return_weights=plot)
+        language = heard.language
+        texts.append(heard.text)
+        if plot:
+            from .plot import attention_map
+
+            weights, seconds = whisper.binned(heard, len(sound) / audio.RATE)
+            attention_map(weights, heard.pieces, seconds, title=heard.language).savefig(args.plot)
+    _write("".join(texts).strip() + "\n")
+
+
+def _bar(items: Sequence[Any]) -> Any:
+    """The items, with a progress bar on a terminal if there is tqdm and more than one."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return items
+    return tqdm(items, unit="window", disable=None if len(items) > 1 else True)
 
 
 def _info(args: argparse.Namespace) -> None:

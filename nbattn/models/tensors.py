@@ -74,8 +74,8 @@ def check_tiling(spans: Iterable[tuple[int, int, str]], size: int, alignment: in
         raise ValueError(msg)
 
 
-def parse_object(text: str | bytes) -> dict[str, Any]:
-    """A JSON object in which no name comes twice; ValueError."""
+def parse_object(text: str | bytes, kind: type = dict) -> Any:
+    """A JSON object, or list, in which no name comes twice; ValueError."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         data = dict(pairs)
@@ -89,7 +89,7 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
     except RecursionError as error:
         msg = "it is nested too deeply"
         raise ValueError(msg) from error
-    if not isinstance(data, dict):
-        msg = f"it is a JSON {type(data).__name__}; expected an object"
+    if not isinstance(data, kind):
+        msg = f"it is a JSON {type(data).__name__}; expected {'an object' if kind is dict else 'a list'}"
         raise ValueError(msg)
     return data

