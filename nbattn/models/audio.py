@@ -117,7 +117,7 @@ def log_mel(sound: NDArray[np.float32]) -> NDArray[np.float32]:
     >>> from nbattn.models.audio import log_mel
     >>> tone = np.sin(2 * np.pi * 1000 * np.arange(16_000) / 16_000).astype(np.float32)
     >>> log_mel(tone).shape, int(log_mel(tone)[:, 50].argmax())
-    ((80, 3000), 24)
+    ((80, 3000), 26)
     """
     if sound.ndim != 1 or len(sound) > WINDOW:
         msg = f"sound has shape {sound.shape}; expected one dimension of at most {WINDOW} samples"
