@@ -1,8 +1,9 @@
-"""The command line: ``nbattn generate``, ``align``, ``transcribe``, ``info`` and ``warmup``."""
+"""The command line: ``nbattn generate``, ``align``, ``embed``, ``transcribe``, ``info`` and ``warmup``."""
 
 from __future__ import annotations
 
 import argparse
+import codecs
 import importlib.metadata
 import json
 import math
@@ -11,7 +12,10 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
+
+import numpy as np
 
 from . import __version__
 from .models import LANGUAGES
@@ -97,6 +101,14 @@ def _parser() -> _Parser:
     align.add_argument("--plot", metavar="FILE", help="write a picture too, such as align.png")
     align.add_argument("--backend", choices=("cpu", "reference"), help="default: cpu")
     align.add_argument("--weights", metavar="DIR", help="where the weight file is; default: in its package")
+
+    embed = commands.add_parser("embed", help="how alike sentences are in meaning, by MiniLM")
+    embed.set_defaults(run=_embed)
+    embed.add_argument("sentences", nargs="*", metavar="sentence", help="of at most 512 tokens")
+    embed.add_argument("--file", metavar="FILE", help="more of them, one a line, in UTF-8")
+    embed.add_argument("--json", action="store_true", help="the vectors too, as JSON")
+    embed.add_argument("--backend", choices=("cpu", "reference"), help="default: cpu")
+    embed.add_argument("--weights", metavar="DIR", help="where model.safetensors is; default: in its package")
 
     transcribe = commands.add_parser("transcribe", help="what is said in a WAV file, by Whisper base")
     transcribe.set_defaults(run=_transcribe)
@@ -206,13 +218,48 @@ def _align(args: argparse.Namespace) -> None:
         _write(f"{alignment.katakana}\n\n{e2k.table(alignment)}\n")
 
 
+def _embed(args: argparse.Namespace) -> None:
+    from .models import minilm
+
+    sentences = [*args.sentences, *(_lines(args.file) if args.file else ())]
+    if not sentences:
+        msg = "there is no sentence; give at least one, or a --file of them"
+        raise ValueError(msg)
+    model = minilm.load(args.weights, args.backend)
+    batches = list(minilm.batches(model.tokens(sentences)))
+    vectors = np.concatenate([model.encode(batch) for batch in _bar(batches, "batch")])
+    if args.json:
+        numbers = {"embeddings": vectors, "similarities": vectors @ vectors.T}
+        rounded = {name: x.astype(float).round(8).tolist() for name, x in numbers.items()}
+        print(json.dumps({"sentences": sentences, **rounded}))
+    else:
+        for line in minilm.table(sentences, vectors):
+            _write(line + "\n")
+
+
+def _lines(path: str) -> list[str]:
+    """The lines of a UTF-8 file, without their ends."""
+    try:
+        content = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
+    except OSError as error:
+        msg = f"cannot read the file {path}: {error.strerror}"
+        raise type(error)(msg) from error
+    try:
+        text = content.decode().replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        number = content.count(b"\n", 0, error.start) + 1
+        msg = f"{path} is not UTF-8: line {number} has the byte {content[error.start]:#04x}"
+        raise ValueError(msg) from None
+    return text.removesuffix("\n").split("\n") if text else []
+
+
 def _transcribe(args: argparse.Namespace) -> None:
     from .models import audio, whisper
 
     pieces = list(audio.windows(audio.read_wav(args.file)))
     model = whisper.load(args.weights, args.backend)
     language, texts = args.language, []
-    for i, (_, sound) in enumerate(_bar(pieces)):
+    for i, (_, sound) in enumerate(_bar(pieces, "window")):
         plot = bool(args.plot) and i == 0
         heard = model(sound, language=language, translate=args.translate, return_weights=plot)
         language = heard.language
@@ -225,13 +272,13 @@ def _transcribe(args: argparse.Namespace) -> None:
     _write("".join(texts).strip() + "\n")
 
 
-def _bar(items: Sequence[Any]) -> Any:
+def _bar(items: Sequence[Any], unit: str) -> Any:
     """The items, with a progress bar on a terminal if there is tqdm and more than one."""
     try:
         from tqdm import tqdm
     except ImportError:
         return items
-    return tqdm(items, unit="window", disable=None if len(items) > 1 else True)
+    return tqdm(items, unit=unit, disable=None if len(items) > 1 else True)
 
 
 def _info(args: argparse.Namespace) -> None:

