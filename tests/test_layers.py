@@ -23,6 +23,7 @@ from nbattn.layers import (
     SwiGLU,
     gelu,
     gelu_tanh,
+    relu,
     silu,
 )
 from nbattn.layers.linear import FEW
@@ -252,8 +253,91 @@ class TestNorms:
         expected = 3 * x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
         np.testing.assert_allclose(RMSNorm(np.full(5, 3.0), 1e-6)(x), expected, rtol=1e-14)
 
+    @pytest.mark.isa
+    def test_rows_of_float32(self, rng, backend):
+        for d in (16, 17, 31, 64, 384, 577):
+            x, weight, bias = (rng.standard_normal(s).astype(np.float32) for s in ((3, 5, d), d, d))
+            x[0, 0], x[1, 2, d // 2], x[2, 1] = 0, np.nan, 1e4 + x[2, 1]
+            wide = x.astype(np.float64)
+            with np.errstate(invalid="ignore"):
+                centred = wide - wide.mean(-1, keepdims=True)
+                layer = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * weight
+                root = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-6) * weight
+            for got, exact in (
+                (LayerNorm(weight, bias, backend=backend)(x), layer + bias),
+                (LayerNorm(weight, backend=backend)(x), layer),
+                (RMSNorm(weight, 1e-6, backend=backend)(x), root),
+            ):
+                assert got.dtype == np.float32
+                assert np.isnan(got[1, 2]).all()
+                # Beside 1e4, the mean has only so many digits behind the point.
+                np.testing.assert_allclose(got[2, 1], exact[2, 1], atol=3e-3)
+                got, exact = (np.delete(a.reshape(15, d), (7, 11), 0) for a in (got, exact))
+                np.testing.assert_allclose(got, exact, rtol=2e-6, atol=2e-6)
+
+    def test_any_threads_and_strides(self, rng):
+        import numba
+
+        x = rng.standard_normal((300, 2, 96), np.float32)
+        layer = LayerNorm(np.ones(96, np.float32), np.ones(96, np.float32))
+        whole = layer(x)
+        curved = gelu(x)
+        threads = numba.get_num_threads()
+        try:
+            numba.set_num_threads(1)
+            np.testing.assert_array_equal(layer(x[:, 1]), whole[:, 1])
+            np.testing.assert_array_equal(gelu(x[::2]), curved[::2])
+        finally:
+            numba.set_num_threads(threads)
+        np.testing.assert_array_equal(layer(x[7, 0]), whole[7, 0])
+        assert layer(x[:0]).shape == (0, 2, 96)
+        assert gelu(x[:0]).shape == (0, 2, 96)
+
 
 class TestFeedForward:
+    @pytest.mark.isa
+    def test_activations_of_float32(self, backend):
+        from scipy.special import ndtr
+
+        x = np.r_[np.linspace(-14, 14, 20011), 0, -0.0, 1e30, -1e30, 1e-30].astype(np.float32)
+        wide = x.astype(np.float64)
+        with np.errstate(over="ignore"):
+            tanh = np.tanh(math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3))
+            exact = {
+                gelu: wide * ndtr(wide),
+                gelu_tanh: wide * (0.5 + 0.5 * tanh),
+                silu: wide / (1 + np.exp(-wide)),
+                relu: np.maximum(wide, 0),
+            }
+            for f, y in exact.items():
+                got = f(x, backend=backend)
+                assert got.dtype == np.float32
+                near = np.abs(x) < 1e3
+                np.testing.assert_allclose(got[near], y[near], rtol=4e-7, atol=6e-7)
+                assert (got[~near] == y[~near].astype(np.float32)).all()
+        for f in exact:
+            got = f(np.full(40, np.nan, np.float32), backend=backend)
+            assert np.isnan(got).all()
+            with np.errstate(invalid="ignore"):
+                assert (f(np.full(40, np.inf, np.float32), backend=backend) == np.inf).all()
+
+    def test_tail(self):
+        """The kernel's GELU keeps digits where 1 + erf has none left."""
+        from scipy.special import ndtr
+
+        x = np.linspace(-5, -1, 1001).astype(np.float32)
+        np.testing.assert_allclose(gelu(x), x * ndtr(x.astype(np.float64)), rtol=4e-6)
+
+    @pytest.mark.parametrize("rows", [2, 40])
+    def test_gated(self, rng, backend, rows):
+        gate, up = (Linear(rng.standard_normal((33, 20), np.float32), backend=backend) for _ in range(2))
+        down = Linear(rng.standard_normal((20, 33), np.float32), backend=backend)
+        x = rng.standard_normal((rows, 20), np.float32)
+        exact = [layer.weight.astype(np.float64) for layer in (gate, up, down)]
+        a, c = (x @ w.T for w in exact[:2])
+        expected = (a / (1 + np.exp(-a)) * c) @ exact[2].T
+        np.testing.assert_allclose(SwiGLU(gate, up, down)(x), expected, rtol=1e-4, atol=1e-3)
+
     def test_activations(self):
         from scipy.special import ndtr
 

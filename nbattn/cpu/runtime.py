@@ -505,8 +505,8 @@ def compile_kernel(name: str) -> str:
 
 
 def _stems() -> list[Any]:
-    stems = ("additive", "append", "attention", "decode", "hard", "linear", "luong", "matvec", "softmax")
-    return [importlib.import_module(f"nbattn.cpu.{stem}") for stem in stems]
+    stems = "additive append attention decode hard linear luong matvec rowwise softmax"
+    return [importlib.import_module(f"nbattn.cpu.{stem}") for stem in stems.split()]
 
 
 def describe() -> dict[str, str]:

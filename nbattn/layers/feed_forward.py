@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
+from .. import check
 from .linear import Linear
 
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
 
-def gelu(x: NDArray[Any]) -> NDArray[Any]:
+
+def gelu(x: NDArray[Any], *, backend: str | None = None) -> NDArray[Any]:
     """``x * Phi(x)``, with the normal distribution's exact Phi, by erf.
 
     References
@@ -25,12 +26,10 @@ def gelu(x: NDArray[Any]) -> NDArray[Any]:
     >>> gelu(np.array([-1.0, 0.0, 2.0])).round(4)
     array([-0.1587,  0.    ,  1.9545])
     """
-    from scipy.special import erf
-
-    return (0.5 * x) * (1 + erf(x * math.sqrt(0.5)))
+    return _activated("gelu", x, backend)
 
 
-def gelu_tanh(x: NDArray[Any]) -> NDArray[Any]:
+def gelu_tanh(x: NDArray[Any], *, backend: str | None = None) -> NDArray[Any]:
     """GELU with the tanh that approximates Phi: ``x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x**3)))``.
 
     Examples
@@ -40,10 +39,10 @@ def gelu_tanh(x: NDArray[Any]) -> NDArray[Any]:
     >>> gelu_tanh(np.array([-1.0, 0.0, 2.0])).round(4)
     array([-0.1588,  0.    ,  1.9546])
     """
-    return (0.5 * x) * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * (x * x * x))))
+    return _activated("gelu_tanh", x, backend)
 
 
-def silu(x: NDArray[Any]) -> NDArray[Any]:
+def silu(x: NDArray[Any], *, backend: str | None = None) -> NDArray[Any]:
     """``x * sigmoid(x)``.
 
     Examples
@@ -53,12 +52,10 @@ def silu(x: NDArray[Any]) -> NDArray[Any]:
     >>> silu(np.array([-1.0, 0.0, 2.0])).round(4)
     array([-0.2689,  0.    ,  1.7616])
     """
-    half = 0.5 * x
-    # By way of tanh, which does not overflow.
-    return half * (1 + np.tanh(half))
+    return _activated("silu", x, backend)
 
 
-def relu(x: NDArray[Any]) -> NDArray[Any]:
+def relu(x: NDArray[Any], *, backend: str | None = None) -> NDArray[Any]:
     """``max(x, 0)``.
 
     Examples
@@ -68,10 +65,14 @@ def relu(x: NDArray[Any]) -> NDArray[Any]:
     >>> relu(np.array([-1.0, 2.0]))
     array([0., 2.])
     """
-    return np.maximum(x, 0)
+    return _activated("relu", x, backend)
 
 
-ACTIVATIONS = {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu": relu, "silu": silu}
+def _activated(
+    name: str, x: NDArray[Any], backend: str | None, times: NDArray[Any] | None = None
+) -> NDArray[Any]:
+    """An activation of x, times another array."""
+    return check.backend_module("rowwise", backend).activation(name, x, times)
 
 
 class FeedForward:
@@ -101,11 +102,11 @@ class FeedForward:
             msg = f"activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}"
             raise ValueError(msg)
         _check_chain(up, down)
-        self.up, self.down, self.activation = up, down, ACTIVATIONS[activation]
+        self.up, self.down, self.activation = up, down, activation
 
     def __call__(self, x: NDArray[Any]) -> NDArray[Any]:
         """``(..., d)`` to ``(..., d)``."""
-        return self.down(self.activation(self.up(x)))
+        return self.down(_activated(self.activation, self.up(x), self.up.backend))
 
 
 class SwiGLU:
@@ -142,11 +143,11 @@ class SwiGLU:
             raise ValueError(msg)
         _check_chain(gate, down)
         _check_chain(up, down)
-        self.gate, self.up, self.down, self.activation = gate, up, down, ACTIVATIONS[activation]
+        self.gate, self.up, self.down, self.activation = gate, up, down, activation
 
     def __call__(self, x: NDArray[Any]) -> NDArray[Any]:
         """``(..., d)`` to ``(..., d)``."""
-        return self.down(self.activation(self.gate(x)) * self.up(x))
+        return self.down(_activated(self.activation, self.gate(x), self.gate.backend, self.up(x)))
 
 
 def _check_chain(first: Linear, second: Linear) -> None:

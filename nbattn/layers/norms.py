@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
+
+from .. import check
 
 
 class LayerNorm:
@@ -17,6 +18,8 @@ class LayerNorm:
     bias : ndarray, shape (d,), optional
     eps : float
         Added to the variance, which divides by d.
+    backend : {None, "cpu", "reference"}
+        "reference" never takes the kernel, which float32 in rows of a vector or more goes through.
 
     References
     ----------
@@ -30,16 +33,19 @@ class LayerNorm:
     array([-0.5,  1.5])
     """
 
-    def __init__(self, weight: NDArray[Any], bias: NDArray[Any] | None = None, eps: float = 1e-5) -> None:
-        self.weight, self.bias, self.eps = weight, bias, eps
+    def __init__(
+        self,
+        weight: NDArray[Any],
+        bias: NDArray[Any] | None = None,
+        eps: float = 1e-5,
+        *,
+        backend: str | None = None,
+    ) -> None:
+        self.weight, self.bias, self.eps, self.backend = weight, bias, eps, backend
 
     def __call__(self, x: NDArray[Any]) -> NDArray[Any]:
         """``(..., d)`` to ``(..., d)``."""
-        y = x - np.mean(x, axis=-1, keepdims=True)
-        variance = np.einsum("...d,...d->...", y, y)[..., None] / x.shape[-1]
-        y /= np.sqrt(variance + self.eps)
-        y = y * self.weight
-        return y if self.bias is None else y + self.bias
+        return check.backend_module("rowwise", self.backend).layer_norm(x, self.weight, self.bias, self.eps)
 
 
 class RMSNorm:
@@ -49,6 +55,8 @@ class RMSNorm:
     ----------
     weight : ndarray, shape (d,)
     eps : float
+    backend : {None, "cpu", "reference"}
+        As in `LayerNorm`.
 
     References
     ----------
@@ -62,10 +70,9 @@ class RMSNorm:
     array([0.2, 1.4])
     """
 
-    def __init__(self, weight: NDArray[Any], eps: float) -> None:
-        self.weight, self.eps = weight, eps
+    def __init__(self, weight: NDArray[Any], eps: float, *, backend: str | None = None) -> None:
+        self.weight, self.eps, self.backend = weight, eps, backend
 
     def __call__(self, x: NDArray[Any]) -> NDArray[Any]:
         """``(..., d)`` to ``(..., d)``."""
-        mean_square = np.mean(x * x, axis=-1, keepdims=True)
-        return x / np.sqrt(mean_square + self.eps) * self.weight
+        return check.backend_module("rowwise", self.backend).rms_norm(x, self.weight, self.eps)

@@ -99,9 +99,9 @@ class Block:
 
     def __init__(self, weights: Weights, prefix: str, config: Config, backend: str | None) -> None:
         d, hidden = config.d_model, int(8 * config.d_model / 3)
-        self.norm1 = RMSNorm(weights.tensor(prefix + "norm1.gamma", (d,)), config.eps)
+        self.norm1 = RMSNorm(weights.tensor(prefix + "norm1.gamma", (d,)), config.eps, backend=backend)
         self.attention = Attention(weights, prefix + "attn.", config, backend)
-        self.norm2 = RMSNorm(weights.tensor(prefix + "norm2.gamma", (d,)), config.eps)
+        self.norm2 = RMSNorm(weights.tensor(prefix + "norm2.gamma", (d,)), config.eps, backend=backend)
         self.feed_forward = SwiGLU(
             gate=Linear(weights.tensor(prefix + "ffn.W1", (d, hidden)).T, backend=backend),
             up=Linear(weights.tensor(prefix + "ffn.W3", (d, hidden)).T, backend=backend),
@@ -138,7 +138,7 @@ class GlassLM:
         self.backend, self.cache_dtype = backend, cache_dtype
         self.embedding = weights.tensor("E", (config.vocab_size, config.d_model))
         self.blocks = [Block(weights, f"blocks.{i}.", config, backend) for i in range(config.n_layers)]
-        self.norm = RMSNorm(weights.tensor("norm_f.gamma", (config.d_model,)), config.eps)
+        self.norm = RMSNorm(weights.tensor("norm_f.gamma", (config.d_model,)), config.eps, backend=backend)
         self.head = Linear(self.embedding, backend=backend)
 
     def new_cache(self, batch: int = 1) -> list[KVCache]:

@@ -63,7 +63,7 @@ class Block:
             return weights.tensor(f"{path}/weight", (d_out, d_in)), weights.tensor(f"{path}/bias", (d_out,))
 
         def norm(name: str) -> LayerNorm:
-            return _norm(weights, f"{prefix}/{name}/layer_norm", d)
+            return _norm(weights, f"{prefix}/{name}/layer_norm", d, backend)
 
         def attention(*parts: tuple[NDArray[Any], NDArray[Any]]) -> MultiHeadAttention:
             weight, bias = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
@@ -166,7 +166,9 @@ class Whisper:
             ]
             for side in ("encoder", "decoder")
         }
-        self.norms = {side: _norm(weights, f"{side}/layer_norm", d) for side in ("encoder", "decoder")}
+        self.norms = {
+            side: _norm(weights, f"{side}/layer_norm", d, backend) for side in ("encoder", "decoder")
+        }
         self.languages, self.suppressed, self.suppressed_first = (
             _ids(config, name, size) for name in ("lang_ids", "suppress_ids", "suppress_ids_begin")
         )
@@ -185,7 +187,7 @@ class Whisper:
         """The encoder alone, of ``(80, 3000)``."""
         x = np.ascontiguousarray(mel.T)
         for stride, layer in enumerate(self.convolutions, 1):
-            x = gelu(layer(_triples(x, stride)))
+            x = gelu(layer(_triples(x, stride)), backend=self.backend)
         x = (x + self.positions["encoder"])[None]
         for block in self.blocks["encoder"]:
             x, _ = block(x)
@@ -315,8 +317,9 @@ def _byte_symbols() -> dict[str, int]:
 BYTES = _byte_symbols()
 
 
-def _norm(weights: Weights, name: str, d: int) -> LayerNorm:
-    return LayerNorm(weights.tensor(f"{name}/gamma", (d,)), weights.tensor(f"{name}/beta", (d,)))
+def _norm(weights: Weights, name: str, d: int, backend: str | None) -> LayerNorm:
+    weight, bias = (weights.tensor(f"{name}/{part}", (d,)) for part in ("gamma", "beta"))
+    return LayerNorm(weight, bias, backend=backend)
 
 
 def _convolution(weights: Weights, name: str, shape: tuple[int, ...], backend: str | None) -> Linear:
