@@ -1,4 +1,4 @@
-"""The command line: ``nbattn generate``, ``align``, ``embed``, ``transcribe``, ``info`` and ``warmup``."""
+"""The command line: ``nbattn`` and the name of a command, each of which is a function here."""
 
 from __future__ import annotations
 
@@ -120,6 +120,16 @@ def _parser() -> _Parser:
     transcribe.add_argument("--plot", metavar="FILE", help=looked)
     transcribe.add_argument("--backend", choices=("cpu", "reference"), help="default: cpu")
     transcribe.add_argument("--weights", metavar="DIR", help="where model.bin is; default: in its packages")
+
+    recommend = commands.add_parser("recommend", help="films for a user of MovieLens 100k")
+    recommend.set_defaults(run=_recommend)
+    recommend.add_argument("user", help="a user's number")
+    recommend.add_argument("--json", action="store_true", help="all of it, as JSON")
+    attended = "write a picture too, of how much each head looks at each of the last films"
+    recommend.add_argument("--plot", metavar="FILE", help=attended)
+    recommend.add_argument("--backend", choices=("cpu", "reference"), help="default: cpu")
+    trained = "where the trained file is; default: in the user's cache"
+    recommend.add_argument("--weights", metavar="DIR", help=trained)
 
     info = commands.add_parser("info", help="versions, processor, chosen kernels, threads, cache folder, GPU")
     info.set_defaults(run=_info)
@@ -251,6 +261,25 @@ def _lines(path: str) -> list[str]:
         msg = f"{path} is not UTF-8: line {number} has the byte {content[error.start]:#04x}"
         raise ValueError(msg) from None
     return text.removesuffix("\n").split("\n") if text else []
+
+
+def _recommend(args: argparse.Namespace) -> None:
+    from .models import sasrec
+
+    films = sasrec.read_films()
+    history = films.history(args.user)
+    model = sasrec.load(films, args.weights, args.backend)
+    answer = model.recommend(history)
+    if args.plot:
+        from .plot import attention_map
+
+        weights, titles, heads = sasrec.last_heads(films, answer)
+        picture = attention_map(weights, titles, heads, title="layer.head", most=weights.max())
+        picture.savefig(args.plot)
+    if args.json:
+        print(json.dumps(sasrec.fields(films, answer) | {"held out": model.metrics}))
+    else:
+        _write(f"{sasrec.table(films, answer)}\n\n{sasrec.measured(model.metrics)}\n")
 
 
 def _transcribe(args: argparse.Namespace) -> None:

@@ -15,16 +15,19 @@ FONTS = ("Noto Sans CJK JP", "IPAexGothic", "IPAGothic", "TakaoGothic", "VL Goth
 """Where characters that matplotlib's own font lacks may be."""
 
 
-def attention_map(weights: ArrayLike, rows: Sequence[str], columns: Sequence[str], *, title: str = "") -> Any:
+def attention_map(
+    weights: ArrayLike, rows: Sequence[str], columns: Sequence[str], *, title: str = "", most: float = 1.0
+) -> Any:
     """Attention weights as a heat map with a label for each query and key.
 
     Parameters
     ----------
     weights : array_like, shape (queries, keys)
-        From 0, white, to 1, dark.
+        From 0, white, to `most`, dark.
     rows, columns : sequence of str
         The queries' and the keys' labels. Where no font has a character, its name stands for it.
     title : str
+    most : float
 
     Returns
     -------
@@ -48,9 +51,10 @@ def attention_map(weights: ArrayLike, rows: Sequence[str], columns: Sequence[str
     if array.shape != (len(rows), len(columns)):
         msg = f"weights has shape {array.shape}; expected ({len(rows)}, {len(columns)}), one for each label"
         raise ValueError(msg)
-    figure = _figure((1.5 + 0.35 * len(columns), 1.2 + 0.35 * len(rows)))
+    widest = max(map(len, rows), default=0)
+    figure = _figure((1.5 + 0.35 * len(columns) + 0.09 * widest, 1.2 + 0.35 * len(rows)))
     axes = figure.add_subplot()
-    image = axes.imshow(array, vmin=0, vmax=1, cmap="Blues", aspect="equal", interpolation="nearest")
+    image = axes.imshow(array, vmin=0, vmax=most, cmap="Blues", aspect="equal", interpolation="nearest")
     families = ["DejaVu Sans", *_installed()]
     texts = [[_printable(label) for label in labels] for labels in (rows, columns)]
     axes.set_yticks(range(len(rows)), texts[0], family=families)

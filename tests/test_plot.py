@@ -53,6 +53,19 @@ class TestAttentionMap:
         faint = pixels(attention_map(self.WEIGHTS / 10, ["a", "b"], ["x", "y", "z"]))[1]
         assert faint(0, 0).min() > 200
 
+    def test_unless_it_is_given(self, attention_map):
+        arguments = ["a", "b"], ["x", "y", "z"]
+        whole = pixels(attention_map(self.WEIGHTS, *arguments))[1]
+        tenth = pixels(attention_map(self.WEIGHTS / 10, *arguments, most=0.1))[1]
+        for row, column in np.ndindex(2, 3):
+            np.testing.assert_array_equal(tenth(column, row), whole(column, row))
+
+    def test_long_labels_leave_room(self, attention_map):
+        image, place = pixels(attention_map([[1.0]], [7 * "Star Wars "], ["x"]))
+        red, _, blue = place(0, 0)
+        assert red < 60 < blue
+        assert (image[:, 0] == 255).all()
+
     def test_labels_change_the_picture(self, attention_map):
         one, other = (pixels(attention_map([[0.0]], [label], ["x"]))[0] for label in ("i", "W"))
         assert one.shape == other.shape

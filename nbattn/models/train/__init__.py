@@ -1,0 +1,1 @@
+"""Scripts that train models with PyTorch; nothing else of this package imports them."""
