@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from nbattn import plot
+from nbattn import BlockMask, masks, plot
 
 MATPLOTLIB = 'needs matplotlib: pip install "nbattn[plot]"'
 
@@ -17,8 +17,8 @@ def attention_map():
     return plot.attention_map
 
 
-def pixels(figure):
-    """The picture (rows, columns, 3) and where a point of the axes lies in it."""
+def pixels(figure, panel=0):
+    """The picture (rows, columns, 3), and the colour at a point of one of its axes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(figure)
@@ -26,7 +26,7 @@ def pixels(figure):
     image = np.asarray(canvas.buffer_rgba())[..., :3].astype(int)
 
     def place(column, row):
-        x, y = figure.axes[0].transData.transform((column, row))
+        x, y = figure.axes[panel].transData.transform((column, row))
         return image[len(image) - 1 - int(y), int(x)]
 
     return image, place
@@ -92,6 +92,144 @@ class TestAttentionMap:
             "assert 'matplotlib.pyplot' not in sys.modules"
         )
         subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.usefixtures("attention_map")
+class TestHeadGrid:
+    WEIGHTS = np.array([[[0.0, 0.4], [0.2, 0.2]], [[0.4, 0.0], [0.1, 0.3]], [[0.0, 0.0], [0.0, 0.1]]])
+
+    def test_cells(self):
+        """Dark means much, on one scale, whose end is the largest of all."""
+        figure = plot.head_grid(self.WEIGHTS)
+        assert len(figure.axes) == 5  # 2 x 2, one of them empty, and the scale
+        colours = np.array(
+            [[[pixels(figure, head)[1](c, r) for c in range(2)] for r in range(2)] for head in range(3)]
+        )
+        order = np.argsort(self.WEIGHTS, axis=None, kind="stable")
+        dark = colours.sum(axis=-1).ravel()[order]
+        values = self.WEIGHTS.ravel()[order]
+        assert ((np.diff(dark) < 0) == (np.diff(values) > 0)).all()
+        assert ((np.diff(dark) == 0) == (np.diff(values) == 0)).all()
+        red, _, blue = colours[0, 0, 1]
+        assert red < 60 < blue
+        image = pixels(figure)[0]
+        assert (image[-60:-20, image.shape[1] // 2 : image.shape[1] // 2 + 60] == 255).all()  # no fourth
+
+    def test_labels(self):
+        figure = plot.head_grid(self.WEIGHTS, ["a", "b"], ["x", "y"], title="three")
+        rows = [[text.get_text() for text in axes.get_yticklabels()] for axes in figure.axes[:3]]
+        columns = [[text.get_text() for text in axes.get_xticklabels()] for axes in figure.axes[:3]]
+        assert rows == [["a", "b"], [], ["a", "b"]]
+        assert columns == [["x", "y"], ["x", "y"], []]
+        assert [axes.get_xlabel() for axes in figure.axes[:3]] == ["head 0", "head 1", "head 2"]
+        pixels(figure)
+
+    def test_nothing_but_zeros(self):
+        assert pixels(plot.head_grid(np.zeros((1, 2, 2))))[1](0, 0).min() > 240
+
+    def test_shapes(self):
+        for weights in (np.zeros((2, 2)), np.zeros((0, 2, 2))):
+            with pytest.raises(ValueError, match=r"weights has shape .* expected \(heads, queries, keys\)"):
+                plot.head_grid(weights)
+        with pytest.raises(ValueError, match="columns has 1 labels; expected 2"):
+            plot.head_grid(self.WEIGHTS, columns=["a"])
+
+
+@pytest.mark.usefixtures("attention_map")
+class TestOverlay:
+    PICTURE = np.full((20, 40, 3), [200, 50, 50], np.uint8)
+
+    def test_panels(self):
+        weights = np.array([[0.0, 0.0, 0.0, 5.0], [0.0, 2.0, 0.0, 0.0]])
+        figure = plot.overlay(self.PICTURE, {"one": weights, "other": weights[::-1]})
+        plain, one, other = (pixels(figure, panel)[1] for panel in range(3))
+        grey = round(0.299 * 200 + 0.701 * 50)
+        for column, row in ((2, 4), (38, 4), (15, 15)):
+            np.testing.assert_array_equal(plain(column, row), (200, 50, 50))
+        # The least leaves the picture as it is, in grey; the largest is yellow; what lies between is neither.
+        np.testing.assert_allclose(one(5, 5), grey, atol=2)
+        red, green, blue = one(35, 5)
+        assert min(red, green) > 200 > blue
+        assert len({tuple(one(*place)) for place in ((5, 5), (15, 15), (35, 5))}) == 3
+        # Each quarter of the width, and half of the height, is one cell.
+        np.testing.assert_array_equal(one(30.5, 0.5), one(38.5, 8.5))
+        np.testing.assert_allclose(one(28.5, 5), grey, atol=2)
+        np.testing.assert_array_equal(one(35, 5), other(35, 15))
+        assert [axes.get_title() for axes in figure.axes[:3]] == ["", "one", "other"]
+
+    def test_grey_picture_and_flat_map(self):
+        figure = plot.overlay(np.full((9, 5), 77, np.uint8), {"flat": np.ones((3, 3))})
+        for panel in (0, 1):
+            np.testing.assert_allclose(pixels(figure, panel)[1](2, 4), 77, atol=1)
+
+    def test_arguments(self):
+        with pytest.raises(TypeError, match="image has dtype float64; expected uint8"):
+            plot.overlay(np.ones((2, 2)), {})
+        with pytest.raises(ValueError, match=r"image has shape \(2, 2, 4\); expected"):
+            plot.overlay(np.ones((2, 2, 4), np.uint8), {})
+        for array in (np.ones(3), np.full((2, 2), np.nan), np.ones((0, 2))):
+            with pytest.raises(ValueError, match=r"the map 'a' has shape .* finite numbers"):
+                plot.overlay(self.PICTURE, {"a": array})
+
+
+@pytest.mark.usefixtures("attention_map")
+class TestMaskMap:
+    COLOURS = {name: list(colour) for name, colour in plot.COLOURS.items()}  # noqa: RUF012
+
+    def drawn(self, mask, places, **options):
+        colour = pixels(plot.mask_map(mask, **options))[1]
+        names = {tuple(value): name for name, value in self.COLOURS.items()}
+        return [names.get(tuple(colour(*place))) for place in places]
+
+    def test_dense(self):
+        mask = np.tri(4, 7, 2, dtype=bool)
+        places = [(k, q) for q in range(4) for k in range(7)]
+        expected = ["seen" if seen else "hidden" for seen in mask.ravel()]
+        assert self.drawn(mask, places) == expected
+        assert self.drawn(mask.astype(int), places) == expected
+
+    def test_blocks(self):
+        """What attention skips, what it takes as a whole, and the elements of the rest."""
+        mask = masks.sliding_window(300, left=150, right=0)
+        places = [(40, 10), (10, 40), (10, 80), (290, 10), (10, 290), (65, 130), (285, 290), (105, 250)]
+        drawn = ["hidden", "seen", "whole block", *["skipped block"] * 2, "whole block", "seen", "seen"]
+        assert self.drawn(mask, places) == drawn
+        assert self.drawn(mask.to_dense(), places) == [
+            ("hidden", "seen")[name in ("seen", "whole block")] for name in drawn
+        ]
+
+    def test_long(self):
+        mask = masks.causal(64 * 40 + 5)
+        drawn = ["partial block", "whole block", "skipped block", "partial block"]
+        places = [(30, 30), (1000, 1500), (1500, 1000), (2520, 2520)]
+        assert self.drawn(mask, places) == drawn
+
+    def test_which(self):
+        mask = np.zeros((2, 3, 4, 4), bool)
+        mask[1, 2] = True
+        assert self.drawn(mask, [(1, 1)], batch=1, head=2) == ["seen"]
+        assert self.drawn(mask, [(1, 1)], head=2) == ["hidden"]
+        # One for all.
+        assert self.drawn(BlockMask.from_dense(mask[1:, 2:]), [(1, 1)], batch=7, head=5) == ["whole block"]
+
+    def test_legend(self):
+        figure = plot.mask_map(masks.causal(128), title="causal")
+        names = [text.get_text() for text in figure.legends[0].get_texts()]
+        assert names == ["skipped block", "hidden", "seen", "whole block"]
+        assert figure.axes[0].get_title() == "causal"
+
+    def test_arguments(self):
+        with pytest.raises(TypeError, match="mask has dtype float64"):
+            plot.mask_map(np.ones((2, 2)))
+        with pytest.raises(ValueError, match=r"mask has shape \(2,\); expected \(queries, keys\)"):
+            plot.mask_map(np.ones(2, bool))
+        with pytest.raises(ValueError, match="expected at least one query and key"):
+            plot.mask_map(np.ones((2, 0), bool))
+        for options in ({"head": 3}, {"batch": -1}):
+            with pytest.raises(ValueError, match=r"is -?[13]; expected 0 to 1, as the mask has 2"):
+                plot.mask_map(np.ones((2, 2, 3, 3), bool), **options)
+        with pytest.raises(TypeError, match="head"):
+            plot.mask_map(np.ones((2, 2), bool), head=0.5)
 
 
 def test_missing_package(monkeypatch):
