@@ -349,7 +349,7 @@ class TestTrained:
 
 class TestTraining:
     def test_saves_whole_or_not_at_all(self, tmp_path):
-        path = tmp_path / "new" / sasrec.FILE
+        path = tmp_path / sasrec.FILE
         training.save(path, {}, {"a": np.ones(2)})
         before = path.read_bytes()
 
@@ -372,6 +372,34 @@ class TestTraining:
             ends.add(int(part[-1]))
         assert len(ends) > 50
         np.testing.assert_array_equal(training.stretch(history[:18], rng), history[:18])
+
+    def test_folder_that_cannot_be_written(self, films, monkeypatch, capsys, tmp_path):
+        monkeypatch.setattr(training, "read_films", lambda: films)
+        monkeypatch.setattr(training, "train", None)
+        (tmp_path / "file").touch()
+        monkeypatch.setattr(sys, "argv", ["train", "--weights", str(tmp_path / "file")])
+        assert training.main() == 2
+        assert re.fullmatch(r"nbattn: error: [^\n]*file[^\n]*\n", capsys.readouterr().err)
+
+    @pytest.mark.models
+    def test_trains(self, films, monkeypatch, capsys, tmp_path):
+        """Films that come in a circle are soon known; the same seed gives the same weights."""
+        pytest.importorskip("torch")
+        pytest.importorskip("tqdm")
+        circle = sasrec.Films(["A"] * 30, ["x"] * 30, [(np.arange(9) + i) % 30 for i in range(150)])
+        monkeypatch.setattr(training, "read_films", lambda: circle)
+        monkeypatch.setattr(training, "EPOCHS", 15)
+        monkeypatch.setattr(sasrec, "BEST", 1)
+        contents = []
+        for name in ("a", "b"):
+            monkeypatch.setattr(sys, "argv", ["train", "--weights", str(tmp_path / name)])
+            assert training.main() == 0
+            assert capsys.readouterr().out.startswith(f"{tmp_path / name / sasrec.FILE}\nlast films held out")
+            model = sasrec.load(circle, tmp_path / name, "reference")
+            contents.append({x: model.config[x] for x in ("metrics", "chosen")})
+        assert model.metrics["SASRec"]["hit rate at 10"] > 0.9
+        assert model.metrics["popularity"]["hit rate at 10"] < 0.5
+        assert contents[0] == contents[1]
 
     @pytest.mark.parametrize("package", ["torch", "recbole"])
     def test_missing_package(self, package, films, monkeypatch, capsys, tmp_path):

@@ -30,7 +30,7 @@ from ..sasrec import (
 )
 
 D, HEADS, LAYERS, HIDDEN, LENGTH = 64, 2, 2, 64, 100
-DROPOUT, RATE, DECAY, BATCH, EPOCHS = 0.3, 2e-3, 0.0, 32, 50
+DROPOUT, RATE, BATCH, EPOCHS = 0.3, 2e-3, 32, 50
 EVERY, PATIENCE = 5, 15
 """How often, and for how many epochs without a better one, the last films but one are looked at."""
 
@@ -57,7 +57,7 @@ def network(films: int, d: int = D, heads: int = HEADS, length: int = LENGTH) ->
     return Network()
 
 
-def train(films: Films, seed: int, epochs: int = EPOCHS) -> tuple[dict[str, Any], dict[str, Any]]:
+def train(films: Films, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """The weights that were best on each user's last film but one, and what led to them."""
     import torch
     from torch.nn.functional import cross_entropy
@@ -66,7 +66,7 @@ def train(films: Films, seed: int, epochs: int = EPOCHS) -> tuple[dict[str, Any]
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     model = network(len(films.titles))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=DECAY)
+    optimizer = torch.optim.Adam(model.parameters(), lr=RATE)
 
     def states(histories: Any) -> tuple[Any, Any]:
         read, places, last = padded(histories, LENGTH)
@@ -78,7 +78,7 @@ def train(films: Films, seed: int, epochs: int = EPOCHS) -> tuple[dict[str, Any]
             return (x[range(len(x)), last] @ model.films.weight.T).numpy()
 
     best, kept = {"epoch": 0, MEASURES[1]: 0.0}, {}
-    with trange(1, epochs + 1, unit="epoch") as bar:
+    with trange(1, EPOCHS + 1, unit="epoch") as bar:
         for epoch in bar:
             model.train()
             stretches = [stretch(history[:-2], rng) for history in films.histories]
@@ -92,14 +92,14 @@ def train(films: Films, seed: int, epochs: int = EPOCHS) -> tuple[dict[str, Any]
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-            if epoch % EVERY and epoch < epochs:
+            if epoch % EVERY and epoch < EPOCHS:
                 continue
             model.eval()
             found = held_out(score, films, last=2)
             if found[MEASURES[1]] > best[MEASURES[1]]:
                 best = {"epoch": epoch, **found}
                 kept = {name: tensor.numpy().copy() for name, tensor in model.state_dict().items()}
-            bar.set_postfix({name: f"{value:.3f}" for name, value in best.items()})
+            bar.set_postfix({name: f"{value:.3g}" for name, value in best.items()})
             if epoch - best["epoch"] >= PATIENCE:
                 break
     model.load_state_dict({name: torch.from_numpy(array) for name, array in kept.items()})
@@ -123,7 +123,6 @@ def stretch(history: Any, rng: np.random.Generator) -> Any:
 
 def save(path: Path, config: dict[str, Any], arrays: dict[str, Any]) -> None:
     """Write the file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=path.suffix)
     try:
         with os.fdopen(handle, "wb") as file:
@@ -142,6 +141,9 @@ def main() -> int:
     args = parser.parse_args()
     try:
         path, films = weight_file(args.weights), read_films()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):  # complains now rather than after minutes
+            pass
         arrays, config = train(films, args.seed)
         save(path, config, arrays)
     except (ImportError, OSError, ValueError) as error:
