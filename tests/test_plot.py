@@ -187,6 +187,7 @@ class TestMaskMap:
         expected = ["seen" if seen else "hidden" for seen in mask.ravel()]
         assert self.drawn(mask, places) == expected
         assert self.drawn(mask.astype(int), places) == expected
+        assert plot.mask_map(mask).axes[0].yaxis_inverted()  # query 0 is above
 
     def test_blocks(self):
         """What attention skips, what it takes as a whole, and the elements of the rest."""

@@ -167,9 +167,10 @@ def test_arguments(capsys):
 
 class TestLook:
     def look(self, frame=(37, 0, 149, 224), size=(300, 451)):
-        saliency = np.zeros((224, 224), np.float32)
-        saliency[100:120, 50:90] = 0.5
-        saliency[100:120, 95:99] = 0.5  # of another piece
+        saliency = np.full((224, 224), 0.3, np.float32)
+        saliency[100:120, 50:90] = 0.55
+        saliency[100:120, 90:93] = 0.5  # less than 4 fifths of the way
+        saliency[100:120, 95:99] = 0.55  # of another piece
         saliency[105, 70] = 0.6
         saliency[:20] = 1  # beside the picture
         return vit.Look(size, Frame(*frame), np.zeros((6, 16, 16), np.float32), saliency)
@@ -205,16 +206,14 @@ class Arrays:
     def __init__(self, **arrays):
         self.arrays = arrays
 
-    def shape(self, name):
-        return self.arrays[name].shape
-
     def tensor(self, name, shape):
         assert self.arrays[name].shape == shape
         return self.arrays[name]
 
 
-def test_upsample():
+def test_upsample(monkeypatch):
     """By the definition of a transposed convolution, element by element."""
+    monkeypatch.setattr(vit, "CHANNELS", (3, 2))
     rng = np.random.default_rng(0)
     kernel, bias = rng.standard_normal((3, 2, 4, 4), np.float32), rng.standard_normal(2, np.float32)
     gamma, beta, mean, variance = rng.random((4, 2), np.float32)
@@ -322,6 +321,22 @@ class TestModel:
         assert 0 <= top <= y < bottom <= height
         assert np.shape(fields["attention"]) == (6, len(rows), 16)
         assert 0.5 < np.sum(fields["attention"]) / 6 < 1
+
+    def test_a_file_that_does_not_fit(self, model, tmp_path):
+        """Other names, other numbers of layers, other shapes."""
+        onnx = pytest.importorskip("onnx", reason="needs onnx")
+        for change, complaint in (
+            (lambda tensors: tensors.pop(), r"is no such ViT: .* it has \(71, 1, 1\); expected \(72, 1, 1\)"),
+            (lambda tensors: tensors[2].ClearField("dims"), "is not a whole onnx file"),
+            (lambda tensors: setattr(tensors[-1], "name", "other"), "is no such ViT"),
+            (lambda tensors: setattr(tensors[2], "name", "other"), "lacks .*projection.bias"),
+            (lambda tensors: tensors[-1].dims.reverse(), r"has shape \(384, 1536\) .* expected floating"),
+        ):
+            graph = onnx.load(str(model.path))
+            change(graph.graph.initializer)
+            (tmp_path / "vit_s_focus.onnx").write_bytes(graph.SerializeToString())
+            with pytest.raises(ValueError, match=rf"vit_s_focus\.onnx.*{complaint}"):
+                vit.load(tmp_path)
 
     def test_the_face(self, model):
         data = pytest.importorskip("skimage.data", reason="needs its pictures: pip install scikit-image")

@@ -49,7 +49,8 @@ def read(path: str | PathLike[str]) -> NDArray[np.uint8]:
     try:
         with open(path, "rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata, and of sizes that are still read
-            image = ImageOps.exif_transpose(Image.open(file))
+            image = Image.open(file)
+            ImageOps.exif_transpose(image, in_place=True)
             mode, array = image.mode, _rgb(image)
     except MemoryError:
         raise
@@ -76,7 +77,7 @@ def _rgb(image: Any) -> NDArray[np.uint8]:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.asarray(image.convert("RGB"))
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def framed(picture: NDArray[np.uint8], side: int) -> tuple[NDArray[np.uint8], Frame]:

@@ -26,7 +26,11 @@ from ..layers import FeedForward, LayerNorm, Linear, MultiHeadAttention
 from .pictures import Frame, framed
 from .weights import Weights, package_folder
 
-SIDE, PATCH, HEADS, EPS = 224, 14, 6, 1e-6
+SIDE, PATCH, EPS = 224, 14, 1e-6
+LAYERS, WIDTH, HEADS, TABLE = 12, 384, 6, 37
+"""The model's sizes; its places are a table of 37 x 37."""
+CHANNELS = (WIDTH, 256, 128, 64)
+"""Of the saliency head."""
 ACROSS = SIDE // PATCH
 MEAN, STD = np.array([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], np.float32)
 """Of the colours of ImageNet."""
@@ -112,19 +116,18 @@ class Block:
 
     def __init__(self, weights: Weights, layer: int, names: dict[str, str], backend: str | None) -> None:
         prefix = f"backbone.encoder.layer.{layer}"
-        d = weights.shape(f"{prefix}.norm1.weight")[0]
+        shapes = {"up": (WIDTH, 4 * WIDTH), "down": (4 * WIDTH, WIDTH)}
 
         def linear(product: str, bias: str, scale: str = "") -> Linear:
-            d_out = weights.shape(f"{prefix}.{bias}.bias")[0]
-            d_in = 4 * d if product == "down" else d
-            weight = weights.tensor(names[product], (d_in, d_out)).T
-            added = weights.tensor(f"{prefix}.{bias}.bias", (d_out,))
+            shape = shapes.get(product, (WIDTH, WIDTH))
+            weight = weights.tensor(names[product], shape).T
+            added = weights.tensor(f"{prefix}.{bias}.bias", shape[1:])
             if scale:
-                factor = weights.tensor(f"{prefix}.{scale}.lambda1", (d_out,))
+                factor = weights.tensor(f"{prefix}.{scale}.lambda1", shape[1:])
                 weight, added = weight * factor[:, None], added * factor
             return Linear(weight, added, backend=backend)
 
-        self.norm1, self.norm2 = (_norm(weights, f"{prefix}.{name}", d) for name in ("norm1", "norm2"))
+        self.norm1, self.norm2 = (_norm(weights, f"{prefix}.{name}") for name in ("norm1", "norm2"))
         query, key, value = (
             linear(name, f"attention.attention.{name}") for name in ("query", "key", "value")
         )
@@ -149,8 +152,8 @@ class Upsample:
     """
 
     def __init__(self, weights: Weights, number: int, backend: str | None) -> None:
-        c_in, c_out, *_ = shape = weights.shape(f"decoder.upconv{number}.weight")
-        kernel = weights.tensor(f"decoder.upconv{number}.weight", shape)
+        c_in, c_out = CHANNELS[number - 1 : number + 1]
+        kernel = weights.tensor(f"decoder.upconv{number}.weight", (c_in, c_out, 4, 4))
         bias = weights.tensor(f"decoder.upconv{number}.bias", (c_out,))
         gamma, beta, mean, variance = (
             weights.tensor(f"decoder.bn{number}.{name}", (c_out,))
@@ -165,10 +168,10 @@ class Upsample:
         """``(H, W, C)`` to ``(2 H, 2 W, C')``."""
         height, width, _ = x.shape
         spread = self.product(x).reshape(height, width, 4, 4, -1)
-        y = np.zeros((2 * height + 2, 2 * width + 2, spread.shape[-1]), np.float32)
+        y = np.tile(self.bias, (2 * height + 2, 2 * width + 2, 1))
         for i, j in np.ndindex(4, 4):
             y[i : i + 2 * height : 2, j : j + 2 * width : 2] += spread[:, :, i, j]
-        return np.maximum(y[1:-1, 1:-1] + self.bias, 0)
+        return np.maximum(y[1:-1, 1:-1], 0)
 
 
 class ViT:
@@ -196,36 +199,30 @@ class ViT:
 
     def __init__(self, weights: Weights, backend: str | None = None) -> None:
         self.path = weights.path
-        d = weights.shape("backbone.layernorm.weight")[0]
-        products = [name for name in weights.names if name.startswith("onnx::MatMul_")]
-        count, rest = divmod(len(products), len(PRODUCTS))
-        places, first = (
+        products, places, first = (
             [name for name in weights.names if name.startswith(f"onnx::{operator}_")]
-            for operator in ("Reshape", "Concat")
+            for operator in ("MatMul", "Reshape", "Concat")
         )
-        if d % HEADS or rest or not count or len(places) != 1 or len(first) != 1:
-            msg = (
-                f"{weights.path} is no such ViT: {len(products)} products and {len(places)} tables of places"
-            )
+        found, expected = (len(products), len(places), len(first)), (LAYERS * len(PRODUCTS), 1, 1)
+        if found != expected:
+            msg = f"{weights.path} is no such ViT: of products and places it has {found}; expected {expected}"
             raise ValueError(msg)
         patch = "backbone.embeddings.patch_embeddings.projection"
-        kernel = weights.tensor(f"{patch}.weight", (d, 3, PATCH, PATCH))
-        bias = weights.tensor(f"{patch}.bias", (d,))
-        self.patches = Linear(kernel.transpose(0, 2, 3, 1).reshape(d, -1), bias, backend=backend)
-        side = round(weights.shape(places[0])[1] ** 0.5)
-        table = weights.tensor(places[0], (1, side * side, d)).reshape(side, side, d)
-        across = _between(side, ACROSS, _cubic)
-        self.places = np.einsum("ij,kl,jld->ikd", across, across, table, optimize=True).reshape(-1, d)
-        token = weights.tensor("backbone.embeddings.cls_token", (1, 1, d))
-        self.first = (token + weights.tensor(first[0], (1, 1, d)))[0]
+        kernel = weights.tensor(f"{patch}.weight", (WIDTH, 3, PATCH, PATCH))
+        bias = weights.tensor(f"{patch}.bias", (WIDTH,))
+        self.patches = Linear(kernel.transpose(0, 2, 3, 1).reshape(WIDTH, -1), bias, backend=backend)
+        table = weights.tensor(places[0], (1, TABLE * TABLE, WIDTH)).reshape(TABLE, TABLE, WIDTH)
+        across = _between(TABLE, ACROSS, _cubic)
+        self.places = np.einsum("ij,kl,jld->ikd", across, across, table, optimize=True).reshape(-1, WIDTH)
+        token = weights.tensor("backbone.embeddings.cls_token", (1, 1, WIDTH))
+        self.first = (token + weights.tensor(first[0], (1, 1, WIDTH)))[0]
         self.blocks = [
-            Block(weights, i, dict(zip(PRODUCTS, products[i * 6 : i * 6 + 6], strict=True)), backend)
-            for i in range(count)
+            Block(weights, i, dict(zip(PRODUCTS, products[6 * i : 6 * i + 6], strict=True)), backend)
+            for i in range(LAYERS)
         ]
-        self.norm = _norm(weights, "backbone.layernorm", d)
+        self.norm = _norm(weights, "backbone.layernorm")
         self.upsamples = [Upsample(weights, number, backend) for number in (1, 2, 3)]
-        channels = len(self.upsamples[-1].bias)
-        final = weights.tensor("decoder.final_conv.weight", (1, channels, 1, 1)).reshape(1, channels)
+        final = weights.tensor("decoder.final_conv.weight", (1, CHANNELS[-1], 1, 1)).reshape(1, -1)
         self.final = Linear(final, weights.tensor("decoder.final_conv.bias", (1,)), backend=backend)
         self.widen = _between(8 * ACROSS, SIDE, _linear)
 
@@ -339,8 +336,9 @@ def table(look: Look) -> str:
     return "\n".join("".join(2 * SHADES[level] for level in row) for row in levels)
 
 
-def _norm(weights: Weights, name: str, d: int) -> LayerNorm:
-    return LayerNorm(weights.tensor(f"{name}.weight", (d,)), weights.tensor(f"{name}.bias", (d,)), EPS)
+def _norm(weights: Weights, name: str) -> LayerNorm:
+    weight, bias = (weights.tensor(f"{name}.{part}", (WIDTH,)) for part in ("weight", "bias"))
+    return LayerNorm(weight, bias, EPS)
 
 
 def _between(before: int, after: int, kernel: Callable[[NDArray[Any]], NDArray[Any]]) -> NDArray[np.float32]:
