@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from .suite import Suite
+
 with suppress(ImportError):  # commits before these names have no results
     import ml_dtypes
 
@@ -26,7 +28,7 @@ def case_of(shape: str, dtype: str = "float32", **options: Any) -> cases.Attenti
     return cases.Attention(heads, length, head_dim, dtype, bool(causal), **options)
 
 
-class Prefill:
+class Prefill(Suite):
     params = (["cpu"], DTYPES, SHAPES)
     param_names = ("backend", "dtype", "shape")
 
@@ -45,7 +47,7 @@ class Reference(Prefill):
     params = (["reference"], ["float32", "float64"], SHAPES[:1])
 
 
-class Limits:
+class Limits(Suite):
     """How near to the exact result and to the processor's limit."""
 
     params = ("float32", "float64", "float16", "bfloat16", "bfloat16 products")
@@ -70,15 +72,15 @@ class Limits:
     track_share_of_peak.unit = "1"  # type: ignore[attr-defined]
 
 
-class Features:
+class Features(Suite):
     """What masks, biases and the rest add to the plain call."""
 
-    params = ("", "mask", "bias", "window", "softcap", "alibi", "sinks", "return_lse")
+    params = ("", "mask", "bias", "window", "softcap", "alibi", "sinks")
     param_names = ("feature",)
 
     def setup(self, feature: str) -> None:
         slopes = np.linspace(0.1, 1, 8, dtype=np.float32)
-        extra = {"alibi": {"alibi_slopes": slopes}, "sinks": {"sinks": slopes}, "return_lse": {feature: True}}
+        extra = {"alibi": {"alibi_slopes": slopes}, "sinks": {"sinks": slopes}}
         case = case_of("8x512x64", feature="" if feature in extra else feature)
         self.run = case.ours(case.inputs(), **extra.get(feature, {})).run
         self.run()
@@ -87,7 +89,21 @@ class Features:
         self.run()
 
 
-class SmallCall:
+class Returned(Suite):
+    """What is asked for beside the output."""
+
+    def setup(self) -> None:
+        self.inputs = case_of("8x512x64").inputs()[:3]
+        self.time_lse()
+
+    def time_lse(self) -> None:
+        nbattn.scaled_dot_product_attention(*self.inputs, return_lse=True)
+
+    def time_weights(self) -> None:
+        nbattn.scaled_dot_product_attention(*self.inputs, return_weights=True)
+
+
+class SmallCall(Suite):
     """Where the door takes longer than the work."""
 
     params = ("4x1x32", "4x32x32", "16x128x64")
@@ -102,7 +118,7 @@ class SmallCall:
         self.run()
 
 
-class Varlen:
+class Varlen(Suite):
     def setup(self) -> None:
         case = case_of("8x1000x64")
         self.packed = [x[0].transpose(1, 0, 2) for x in case.inputs()[:3]]
@@ -113,7 +129,20 @@ class Varlen:
         nbattn.varlen_attention(*self.packed, self.starts, self.starts, is_causal=True)
 
 
-class Memory:
+class Merge(Suite):
+    """Of what four processes found over keys of their own."""
+
+    def setup(self) -> None:
+        rng = np.random.default_rng(0)
+        self.outputs = rng.standard_normal((4, 1, 8, 1024, 64), np.float32)
+        self.lses = rng.standard_normal((4, 1, 8, 1024), np.float32)
+        self.time_merge_states()
+
+    def time_merge_states(self) -> None:
+        nbattn.merge_states(self.outputs, self.lses)
+
+
+class Memory(Suite):
     """Of the process: a call's own is the difference to the baseline."""
 
     params = ("float32", "bfloat16")

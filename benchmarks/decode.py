@@ -6,6 +6,8 @@ from contextlib import suppress
 
 import numpy as np
 
+from .suite import Suite
+
 with suppress(ImportError):  # commits before these names have no results
     import ml_dtypes
 
@@ -13,14 +15,14 @@ with suppress(ImportError):  # commits before these names have no results
     from nbattn.cpu import runtime
 
     from . import cases
-    from .decode_cases import ARRAYS, CACHE, PAGES, Append, Decode
+    from .decode_cases import ARRAYS, CACHE, Append, Decode
 
 DTYPES = ["float32", "float64", "float16", "bfloat16"]
 QUANTISED = ["int8", "int4"]
 LONG, SHORT = 4096, 128
 
 
-class Keys:
+class Keys(Suite):
     """Few queries over arrays."""
 
     params = (["cpu"], DTYPES, ["8/8", "64/8"])
@@ -35,13 +37,32 @@ class Keys:
         self.run()
 
 
+class Errors(Suite):
+    """How far few queries are from exact."""
+
+    params = DTYPES
+    param_names = ("dtype",)
+
+    def setup(self, dtype: str) -> None:
+        self.case = Decode(32, 8, LONG, dtype)
+        self.inputs = self.case.inputs()
+        self.result = self.case.ours(self.inputs).run()
+
+    def track_error(self, dtype: str) -> float:
+        """In units of the last place of the largest result."""
+        _, relative = cases.largest_error(self.result, self.case.exact(self.inputs))
+        return relative / float(ml_dtypes.finfo(dtype).eps)
+
+    track_error.unit = "ulp"  # type: ignore[attr-defined]
+
+
 class Reference(Keys):
     """The NumPy twin, which nobody waits for."""
 
     params = (["reference"], ["float32"], ["32/8"])
 
 
-class Cached:
+class Cached(Suite):
     params = (["float32", "bfloat16", *QUANTISED], [LONG, SHORT])
     param_names = ("dtype", "keys")
 
@@ -63,7 +84,7 @@ class Cached:
     track_error.unit = "ulp"  # type: ignore[attr-defined]
 
 
-class Limits:
+class Limits(Suite):
     """How near to the memory's rate, over 256 MB of keys and values, and to the exact result."""
 
     params = ("float32", "bfloat16", *QUANTISED)
@@ -82,7 +103,7 @@ class Limits:
     track_share_of_read_rate.unit = "1"  # type: ignore[attr-defined]
 
 
-class Queries:
+class Queries(Suite):
     """Where decode goes over into prefill."""
 
     params = (["float32", "bfloat16"], [1, 4, 16, 64])
@@ -97,14 +118,14 @@ class Queries:
         self.run()
 
 
-class Paged:
+class Paged(Suite):
     """Pages of 16 in no order, beside the same numbers in a row."""
 
-    params = (["float32", "bfloat16"], [ARRAYS, PAGES])
+    params = (["float32", "bfloat16"], ["pages of 16", "arrays"])
     param_names = ("dtype", "kept")
 
     def setup(self, dtype: str, kept: str) -> None:
-        case = Decode(32, 8, LONG, dtype, kept=kept)
+        case = Decode(32, 8, LONG, dtype, kept="" if kept == "arrays" else kept)
         self.run = case.ours(case.inputs()).run
         self.run()
 
@@ -112,7 +133,7 @@ class Paged:
         self.run()
 
 
-class Growth:
+class Growth(Suite):
     """What a cache takes for new tokens."""
 
     params = (["float32", "bfloat16", *QUANTISED], [1, 512])
@@ -127,7 +148,43 @@ class Growth:
         self.run()
 
 
-class Sequences:
+class Rewound(Suite):
+    """A step that is taken back, as when a guess was wrong, and a cache for the next text."""
+
+    def setup(self) -> None:
+        prompt = np.random.default_rng(0).standard_normal((1, 8, 1000, 128), np.float32)
+        self.token = prompt[:, :, :1].copy()
+        self.cache = nbattn.KVCache(1, 8, LONG, 128)
+        self.cache.append(prompt, prompt)
+        self.time_append_truncate()
+
+    def time_append_truncate(self) -> None:
+        self.cache.append(self.token, self.token)
+        self.cache.truncate(self.cache.lengths - 1)
+
+    def time_append_reset(self) -> None:
+        self.cache.append(self.token, self.token)
+        self.cache.reset()
+
+
+class Cascade(Suite):
+    """A prefix that the batch shares, read once."""
+
+    params = ("float32", "bfloat16")
+    param_names = ("dtype",)
+
+    def setup(self, dtype: str) -> None:
+        rng, kind = np.random.default_rng(0), cases.numpy_dtype(dtype)
+        self.query = rng.standard_normal((8, 32, 1, 64), np.float32).astype(kind)
+        self.prefix = rng.standard_normal((2, 8, 2048, 64), np.float32).astype(kind)
+        self.own = rng.standard_normal((2, 8, 8, 128, 64), np.float32).astype(kind)
+        self.time_cascade(dtype)
+
+    def time_cascade(self, dtype: str) -> None:
+        nbattn.cascade_attention(self.query, *self.prefix, *self.own)
+
+
+class Sequences(Suite):
     """A pool of pages: forks that share a prompt."""
 
     def setup(self) -> None:
@@ -146,8 +203,18 @@ class Sequences:
         for fork in forks:
             self.cache.free(fork)
 
+    def time_append_truncate(self) -> None:
+        token = self.token[:1]
+        self.cache.append(self.first, token, token)
+        self.cache.truncate(self.first, 500)
 
-class Memory:
+    def time_add_reset(self) -> None:
+        cache = nbattn.PagedKVCache(pages=100, page_size=16, kv_heads=8, head_dim=64)
+        cache.append(cache.add(), self.token[:1], self.token[:1])
+        cache.reset()
+
+
+class Memory(Suite):
     """Of the process: a call's own is the difference to the baseline."""
 
     params = ("float32", *QUANTISED)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from contextlib import suppress
 
+from .suite import Suite
+
 with suppress(ImportError):  # commits before these names have no results
     import ml_dtypes
 
@@ -15,19 +17,27 @@ with suppress(ImportError):  # commits before these names have no results
 LENGTH = 1024
 
 
-class Functions:
-    params = (["softmax", "log_softmax", "logsumexp"], [-1, 0])
-    param_names = ("function", "axis")
+class Functions(Suite):
+    params = (-1, 0)
+    param_names = ("axis",)
 
-    def setup(self, function: str, axis: int) -> None:
-        self.function, self.x = getattr(nbattn, function), cases.Softmax(LENGTH).inputs()
-        self.function(self.x, axis)
+    def setup(self, axis: int) -> None:
+        self.x = cases.Softmax(LENGTH).inputs()
+        self.time_softmax(axis)
+        self.time_log_softmax(axis)
+        self.time_logsumexp(axis)
 
-    def time_function(self, function: str, axis: int) -> None:
-        self.function(self.x, axis)
+    def time_softmax(self, axis: int) -> None:
+        nbattn.softmax(self.x, axis)
+
+    def time_log_softmax(self, axis: int) -> None:
+        nbattn.log_softmax(self.x, axis)
+
+    def time_logsumexp(self, axis: int) -> None:
+        nbattn.logsumexp(self.x, axis)
 
 
-class Dtypes:
+class Dtypes(Suite):
     params = ("float32", "float64", "float16", "bfloat16")
     param_names = ("dtype",)
 
@@ -46,7 +56,7 @@ class Dtypes:
     track_error.unit = "ulp"  # type: ignore[attr-defined]
 
 
-class Out:
+class Out(Suite):
     """Into memory that is in use already."""
 
     params = (-1, 0)
@@ -67,7 +77,7 @@ class Out:
     track_share_of_copy.unit = "1"  # type: ignore[attr-defined]
 
 
-class Memory:
+class Memory(Suite):
     """Of the process: a call's own is the difference to the baseline."""
 
     def setup(self) -> None:

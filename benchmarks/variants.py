@@ -7,20 +7,23 @@ from typing import Any
 
 import numpy as np
 
+from .suite import Suite
+
 with suppress(ImportError):  # commits before these names have no results
     import nbattn
+    from nbattn import scores
     from nbattn.cpu import runtime
 
     from . import cases
-    from .variants_cases import FEATURES, Hard, Linear, Modified, Scored, Sparse
+    from .variants_cases import Hard, Linear, Modified, Scored, Sparse
 
 RULES = ("linear", "gated", "delta", "gated delta")
 
 
-class Functions:
-    """A score_mod, or a BlockMask."""
+class Functions(Suite):
+    """A score_mod that changes nothing, or a BlockMask."""
 
-    params = FEATURES
+    params = ("plain", "causal", "document", "window")
     param_names = ("feature",)
 
     def setup(self: Any, feature: str) -> None:
@@ -33,7 +36,7 @@ class Functions:
         self.run()
 
 
-class Errors:
+class Errors(Suite):
     """How far they are from exact."""
 
     params = ("window", "softcap", "relative")
@@ -48,7 +51,7 @@ class Errors:
     track_error.unit = "ulp"  # type: ignore[attr-defined]
 
 
-class Blocks:
+class Blocks(Suite):
     """A tenth of the blocks, and a window in a long sequence."""
 
     params = ("blocks", "window")
@@ -66,14 +69,50 @@ class Blocks:
         _ = self.case.mask
 
 
-class Scores:
-    """Other scores than the dot product, and one key for each query."""
+class Scores(Suite):
+    """The score_mods that `nbattn.scores` makes, each made anew: its kernel is found again."""
 
-    params = ("additive", "general", "concat", "hard")
+    def setup(self) -> None:
+        rng = np.random.default_rng(1)
+        self.x = rng.standard_normal((3, 1, 8, 1024, 64), np.float32)
+        self.slopes = 2.0 ** -np.arange(1, 9, dtype=np.float32)
+        self.distances = rng.standard_normal((8, 257), np.float32)
+        self.buckets = rng.standard_normal((32, 8), np.float32)
+
+    def attend(self, score_mod: Any) -> None:
+        nbattn.scaled_dot_product_attention(*self.x, score_mod=score_mod)
+
+    def time_alibi(self) -> None:
+        self.attend(scores.alibi(self.slopes))
+
+    def time_relative_position(self) -> None:
+        self.attend(scores.relative_position(self.distances))
+
+    def time_t5_bias(self) -> None:
+        self.attend(scores.t5_bias(self.buckets))
+
+    def time_softcap(self) -> None:
+        self.attend(scores.softcap(20.0))
+
+
+class Additive(Suite):
+    """Bahdanau's score."""
+
+    def setup(self) -> None:
+        case = Scored(8, 512)
+        self.run = case.ours(case.inputs()).run
+        self.run()
+
+    def time_attention(self) -> None:
+        self.run()
+
+
+class Luong(Suite):
+    params = ("general", "concat")
     param_names = ("score",)
 
     def setup(self, score: str) -> None:
-        case = Hard(8, 1024) if score == "hard" else Scored(8, 512, score=score)
+        case = Scored(8, 512, score=score)
         self.run = case.ours(case.inputs()).run
         self.run()
 
@@ -81,7 +120,19 @@ class Scores:
         self.run()
 
 
-class LinearAttention:
+class OneKey(Suite):
+    """Hard attention: the value of the best key."""
+
+    def setup(self) -> None:
+        case = Hard(8, 1024)
+        self.run = case.ours(case.inputs()).run
+        self.run()
+
+    def time_attention(self) -> None:
+        self.run()
+
+
+class LinearAttention(Suite):
     """A long prompt, one token after it, and the share of the multiply-adds' rate."""
 
     params = RULES
@@ -111,7 +162,7 @@ class LinearAttention:
     track_share_of_peak.unit = "1"  # type: ignore[attr-defined]
 
 
-class Memory:
+class Memory(Suite):
     """Of the process: a call's own is the difference to the baseline. NumPy's additive formula takes 1 GB."""
 
     params = ("additive", "linear")

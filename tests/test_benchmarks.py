@@ -1,30 +1,27 @@
 """The benchmarks: that comparisons are fair and say what they left out, and that every suite runs."""
 
 import dataclasses
+import importlib
 import inspect
 import itertools
 import json
 import math
+import pkgutil
 import re
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import benchmarks
 import nbattn
-from benchmarks import (
-    attention,
-    cases,
-    decode,
-    decode_cases,
-    peers,
-    rivals,
-    softmax,
-    variants,
-    variants_cases,
-)
+import nbattn.layers
+import nbattn.models
+from benchmarks import cases, decode_cases, peers, rivals, variants_cases
+from benchmarks.suite import Suite
 
 SMALL = cases.Attention(2, 300, 16)
 VARIANTS = [
@@ -263,25 +260,156 @@ class TestCases:
             assert set(row.peers) <= set(rivals.COLUMNS)
 
 
+def rows_of(suite):
+    return [name for name in dir(suite) if name.startswith(("time_", "track_", "peakmem_"))]
+
+
 SUITES = [
     suite
-    for module in (attention, decode, softmax, variants)
-    for _, suite in inspect.getmembers(module, inspect.isclass)
-    if suite.__module__ == module.__name__
+    for file in pkgutil.iter_modules(benchmarks.__path__)
+    if file.name != "startup"  # whose rows are processes of their own
+    for _, suite in inspect.getmembers(importlib.import_module(f"benchmarks.{file.name}"), inspect.isclass)
+    if suite.__module__ == f"benchmarks.{file.name}" and suite.__name__[0] != "_" and rows_of(suite)
 ]
 
 
+class TestSetup:
+    def test_once_for_each_parameters(self):
+        class Counted(Suite):
+            def setup(self, number):
+                self.numbers = [*getattr(self, "numbers", []), number]
+
+        counted = Counted()
+        for number in (1, 1, 2, 2):
+            counted.setup(number)
+        assert counted.numbers == [1, 2]
+
+    @pytest.mark.parametrize(
+        ("lack", "left_out"),
+        [
+            (lambda: nbattn.no_such_attention, True),
+            (lambda: no_such_name, True),  # noqa: F821
+            (lambda: importlib.import_module("no_such_module"), True),
+            (lambda: nbattn.softmax([1.0], no_such_option=1), True),
+            (lambda: nbattn.softmax(), False),
+            (lambda: [].no_such_method, False),
+            (lambda: nbattn.softmax([1.0], axis=7), False),
+        ],
+    )
+    def test_what_a_version_lacks_is_left_out(self, lack, left_out):
+        class Lacking(Suite):
+            def setup(self):
+                lack()
+
+        with pytest.raises(Exception) as info:  # noqa: PT011
+            Lacking().setup()
+        assert (info.type is NotImplementedError) == left_out
+
+
+class Calls:
+    """The code that benchmarks called, setups called, and those setups that leave their benchmarks out."""
+
+    def __init__(self):
+        self.timed, self.prepared, self.left_out = set(), set(), set()
+
+    def record(self, into, function, *args):
+        def profile(frame, event, argument):
+            if event == "call":
+                into.add(frame.f_code)
+
+        sys.setprofile(profile)
+        try:
+            return function(*args)
+        finally:
+            sys.setprofile(None)
+
+
+@pytest.fixture(scope="module")
+def calls():
+    return Calls()
+
+
 @pytest.mark.parametrize("suite", SUITES, ids=lambda suite: f"{suite.__module__}.{suite.__name__}")
-def test_suite_runs(suite):
-    names = [name for name in dir(suite) if name.startswith(("time_", "track_", "peakmem_"))]
-    assert names
-    params = getattr(suite, "params", ())
-    lists = params if params and isinstance(params[0], (list, tuple)) else [params] if params else []
-    smallest = next(itertools.product(*lists))
-    instance = suite()
-    instance.setup(*smallest)
-    for name in names:
-        value = getattr(instance, name)(*smallest)
+def test_suite_runs(suite, calls):
+    lists = getattr(suite, "params", ())
+    lists = lists if lists and isinstance(lists[0], (list, tuple)) else [lists] if lists else []
+    instance, smallest = suite(), next(itertools.product(*lists))
+    if hasattr(suite, "setup"):
+        prepared = set()
+        try:
+            calls.record(prepared, instance.setup, *smallest)
+        except NotImplementedError as error:
+            if not isinstance(error.__cause__, ModuleNotFoundError):
+                raise
+            calls.left_out |= prepared
+            pytest.skip(str(error))
+        finally:
+            calls.prepared |= prepared
+    for name in rows_of(suite):
+        value = calls.record(calls.timed, getattr(instance, name), *smallest)
         if name.startswith("track_"):
             assert getattr(instance, name).unit
+            assert type(value) is float  # asv writes no NumPy numbers
             assert 0 <= value < math.inf
+
+
+class TestEveryPublicNameHasABenchmark:
+    """From what the suites called, each with its smallest parameters, in the tests above."""
+
+    @pytest.fixture(autouse=True)
+    def all_ran(self, calls, request):
+        ran = sum("test_suite_runs[" in item.nodeid for item in request.session.items)
+        if ran < len(SUITES):
+            pytest.skip("judges a run in which every suite ran")
+
+    @pytest.mark.parametrize(
+        "module", [nbattn, nbattn.masks, nbattn.scores, nbattn.layers], ids=lambda m: m.__name__
+    )
+    def test_functions_and_methods(self, calls, module):
+        missing = [name for name, codes in public(module) if not codes & calls.timed]
+        assert not missing, f"no benchmark calls {', '.join(missing)}"
+
+    def test_models(self, calls):
+        """Each `load` is called by a setup, what it returns by a benchmark where its package is here."""
+        found = [load_of(file.name) for file in pkgutil.iter_modules(nbattn.models.__path__)]
+        loads = [load for load in found if load]
+        assert len(loads) >= 7
+        missing = [load.__module__ for load in loads if load.__code__ not in calls.prepared]
+        assert not missing, f"no suite loads {', '.join(missing)}"
+        for load in loads:
+            returned = typing.get_type_hints(load)["return"]
+            for model in typing.get_args(returned) or [returned]:
+                codes = set().union(*(codes for _, codes in methods(model)))
+                assert codes & calls.timed or load.__code__ in calls.left_out, f"no benchmark calls {model}"
+
+
+def load_of(name):
+    return getattr(importlib.import_module(f"nbattn.models.{name}"), "load", None)
+
+
+def public(module):
+    """Names of a module's public functions and methods, each with the code that it may be called by."""
+    for name in getattr(module, "__all__", vars(module)):
+        thing = getattr(module, name)
+        if inspect.isclass(thing) and (hasattr(module, "__all__") or thing.__module__ == module.__name__):
+            yield from methods(thing)
+        # A module without a list of names has helpers beside them, which no example shows.
+        elif inspect.isfunction(thing) and (
+            hasattr(module, "__all__")
+            or (thing.__module__ == module.__name__ and ">>>" in (thing.__doc__ or ""))
+        ):
+            yield f"{module.__name__}.{name}", {inspect.unwrap(thing).__code__}
+
+
+def methods(cls):
+    """A class's public methods, or what makes its objects where there are none."""
+    found = {
+        name: getattr(thing, "__func__", thing).__code__
+        for name, thing in vars(cls).items()
+        if (name == "__call__" or not name.startswith("_"))
+        and inspect.isfunction(getattr(thing, "__func__", thing))
+    }
+    if issubclass(cls, tuple) or not found:
+        yield cls.__name__, {f.__code__ for f in (cls.__new__, cls.__init__) if inspect.isfunction(f)}
+    else:
+        yield from ((f"{cls.__name__}.{name}", {code}) for name, code in found.items())
