@@ -317,10 +317,12 @@ def _transcribe(args: argparse.Namespace) -> None:
 
     pieces = list(audio.windows(audio.read_wav(args.file)))
     model = whisper.load(args.weights, args.backend)
-    language, texts = args.language, []
-    for i, (_, sound) in enumerate(_bar(pieces, "window")):
-        plot = bool(args.plot) and i == 0
+    language, texts = args.language, list[str]()
+    for _, sound in _bar(pieces, "window"):
+        plot = bool(args.plot) and not texts
         heard = model(sound, language=language, translate=args.translate, return_weights=plot)
+        if not heard.tokens:
+            continue
         language = heard.language
         texts.append(heard.text)
         if plot:
@@ -328,6 +330,9 @@ def _transcribe(args: argparse.Namespace) -> None:
 
             weights, seconds = whisper.binned(heard, len(sound) / audio.RATE)
             attention_map(weights, heard.pieces, seconds, title=heard.language).savefig(args.plot)
+    if not texts:
+        msg = f"nobody speaks in {args.file}, as far as Whisper base hears"
+        raise ValueError(msg)
     _write("".join(texts).strip() + "\n")
 
 

@@ -1,6 +1,8 @@
 """Sound files, log-mel, CTranslate2's files, Whisper against transformers, and `nbattn transcribe`."""
 
 import importlib.util
+import json
+import math
 import re
 import struct
 import sys
@@ -187,6 +189,294 @@ class TestCTranslate2:
             ctranslate2.read(np.frombuffer(content, np.uint8))
 
 
+D, HEADS, LAYERS, HIDDEN, LENGTH = 12, 3, 2, 48, 11
+SPECIALS = "endoftext startoftranscript en de translate transcribe nospeech notimestamps".split()  # noqa: SIM905
+VOCABULARY = [*"abcdefghij", "\u0120ab", "\u0120", *(f"<|{name}|>" for name in SPECIALS)]
+END, START, EN, DE, TRANSLATE, TRANSCRIBE, NO_SPEECH, NO_TIMESTAMPS = range(12, 20)
+CONFIG = {
+    "suppress_ids": [3, NO_SPEECH, START], "suppress_ids_begin": [10, END], "lang_ids": [EN, DE],
+    "alignment_heads": [[0, 2], [1, 0]],
+}  # fmt: skip
+
+
+def state(rng):
+    """Random weights under CTranslate2's names."""
+    shapes = {"decoder/embeddings/weight": (len(VOCABULARY), D), "encoder/conv1/weight": (D, 80, 3),
+              "encoder/conv2/weight": (D, D, 3)}  # fmt: skip
+    products = {"self_attention/linear_0": (3 * D, D), "self_attention/linear_1": (D, D),
+                "ffn/linear_0": (HIDDEN, D), "ffn/linear_1": (D, HIDDEN)}  # fmt: skip
+    cross = {f"attention/linear_{i}": (n * D, D) for i, n in enumerate((1, 2, 1))}
+    for side, places in (("encoder", 1500), ("decoder", LENGTH)):
+        shapes[f"{side}/position_encodings/encodings"] = places, D
+        norms = ["layer_norm"]
+        for i in range(LAYERS):
+            parts = products | (cross if side == "decoder" else {})
+            shapes |= {f"{side}/layer_{i}/{name}/weight": shape for name, shape in parts.items()}
+            norms += [f"layer_{i}/{name}/layer_norm" for name in {name.split("/")[0] for name in parts}]
+        shapes |= {f"{side}/{name}/{part}": (D,) for name in norms for part in ("gamma", "beta")}
+    shapes |= {name[:-6] + "bias": shape[:1] for name, shape in shapes.items() if name.endswith("r_0/weight")}
+    shapes |= {
+        name.removesuffix("weight") + "bias": shape[:1]
+        for name, shape in shapes.items()
+        if "linear" in name or "conv" in name
+    }
+    drawn = {name: rng.standard_normal(shape, np.float32) / 2 for name, shape in sorted(shapes.items())}
+    # So that what a decoder writes changes from token to token.
+    drawn["decoder/position_encodings/encodings"] *= 5
+    for name, x in drawn.items():
+        if name.startswith("decoder/layer_"):
+            x *= 0.1 if x.ndim == 1 and "gamma" not in name else 2
+    return drawn
+
+
+def saved(folder, arrays, config=CONFIG, vocabulary=VOCABULARY):
+    parts = [array(name.encode(), 0, x.shape, x.tobytes()) for name, x in arrays.items()]
+    numbers = {"encoder/num_heads": HEADS, "decoder/num_heads": HEADS, "decoder/activation": 3}
+    parts += [array(name.encode(), 1, (), bytes([n])) for name, n in numbers.items()]
+    content = model(parts, struct.pack("<I", 0)).replace(text(b"Spec"), text(b"WhisperSpec"), 1)
+    (folder / "model.bin").write_bytes(content)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "vocabulary.json").write_text(json.dumps(vocabulary))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    return state(np.random.default_rng(2))
+
+
+@pytest.fixture(scope="module")
+def folder(arrays, tmp_path_factory):
+    """A tiny model with random weights."""
+    return saved(tmp_path_factory.mktemp("whisper"), arrays)
+
+
+class Formula:
+    """Whisper by the papers' formulas, in float64, all positions anew for each token."""
+
+    def __init__(self, arrays):
+        self.arrays = {name: x.astype(float) for name, x in arrays.items()}
+
+    def product(self, x, name):
+        return x @ self.arrays[f"{name}/weight"].T + self.arrays[f"{name}/bias"]
+
+    def norm(self, x, name):
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+        return x * self.arrays[f"{name}/layer_norm/gamma"] + self.arrays[f"{name}/layer_norm/beta"]
+
+    def convolved(self, x, name, stride):
+        kernel, bias = self.arrays[f"{name}/weight"], self.arrays[f"{name}/bias"]
+        x = np.vstack([0 * x[:1], x, 0 * x[:1]])
+        return gelu(
+            np.array([np.einsum("oik,ki->o", kernel, x[t : t + 3]) for t in range(0, len(x) - 2, stride)])
+            + bias
+        )
+
+    def attention(self, query, key, value, causal=False):
+        query, key, value = (x.reshape(len(x), HEADS, -1).swapaxes(0, 1) for x in (query, key, value))
+        scores = query @ key.swapaxes(1, 2) / np.sqrt(D // HEADS)
+        if causal:
+            scores = np.where(np.tri(*scores.shape[1:], dtype=bool), scores, -np.inf)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        return (weights @ value).swapaxes(0, 1).reshape(-1, D), weights
+
+    def side(self, x, side, read=None):
+        seen = []
+        for i in range(LAYERS):
+            name = f"{side}/layer_{i}"
+            parts = np.split(
+                self.product(self.norm(x, f"{name}/self_attention"), f"{name}/self_attention/linear_0"), 3, -1
+            )
+            mixed, _ = self.attention(*parts, causal=read is not None)
+            x = x + self.product(mixed, f"{name}/self_attention/linear_1")
+            if read is not None:
+                query = self.product(self.norm(x, f"{name}/attention"), f"{name}/attention/linear_0")
+                parts = np.split(self.product(read, f"{name}/attention/linear_1"), 2, -1)
+                mixed, weights = self.attention(query, *parts)
+                x = x + self.product(mixed, f"{name}/attention/linear_2")
+                seen.append(weights)
+            hidden = gelu(self.product(self.norm(x, f"{name}/ffn"), f"{name}/ffn/linear_0"))
+            x = x + self.product(hidden, f"{name}/ffn/linear_1")
+        return self.norm(x, side), seen
+
+    def encoder(self, mel):
+        x = self.convolved(self.convolved(mel.T.astype(float), "encoder/conv1", 1), "encoder/conv2", 2)
+        return self.side(x + self.arrays["encoder/position_encodings/encodings"], "encoder")[0]
+
+    def decoder(self, tokens, read):
+        """The last token's logits, and where it looks."""
+        table = self.arrays["decoder/embeddings/weight"]
+        x = table[tokens] + self.arrays["decoder/position_encodings/encodings"][: len(tokens)]
+        x, seen = self.side(x, "decoder", read)
+        return table @ x[-1], np.mean([seen[i][head, -1] for i, head in CONFIG["alignment_heads"]], axis=0)
+
+
+def gelu(x):
+    return x / 2 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+
+
+class TestTiny:
+    @pytest.mark.parametrize("backend", ["cpu", "reference"])
+    def test_formula(self, arrays, folder, backend, monkeypatch):
+        monkeypatch.setattr(whisper, "NO_SPEECH", 1.0)
+        sound = tone(16_000, 3, 500).astype(np.float32)
+        formula, ours = Formula(arrays), whisper.load(folder, backend)
+        read = formula.encoder(audio.log_mel(sound))
+        np.testing.assert_allclose(ours.encode(sound)[0], read, atol=1e-4)
+        memory, cache, tokens = (
+            ours.memory(read[None].astype(np.float32)),
+            ours.new_cache(),
+            [START, DE, 5, 0, 9],
+        )
+        for end in (2, 3, 4, 5):
+            logits, seen = ours.decode(tokens[cache[0].lengths[0] : end], memory, cache, return_weights=True)
+            expected = formula.decoder(tokens[:end], read)
+            np.testing.assert_allclose(logits, expected[0], atol=1e-4)
+            np.testing.assert_allclose(seen, expected[1], atol=1e-5)
+        first, _ = formula.decoder([START], read)
+        spoken = max((EN, DE), key=lambda i: first[i])
+        for translate in (False, True):
+            tokens = [START, spoken, TRANSLATE if translate else TRANSCRIBE, NO_TIMESTAMPS]
+            looked = []
+            while len(tokens) < LENGTH:
+                logits, seen = formula.decoder(tokens, read)
+                logits[CONFIG["suppress_ids"] + CONFIG["suppress_ids_begin"] * (len(tokens) == 4)] = -np.inf
+                if logits.argmax() == END:
+                    break
+                tokens.append(int(logits.argmax()))
+                looked.append(seen)
+            heard = ours(sound, translate=translate, return_weights=True)
+            assert heard.tokens == tokens[4:]
+            assert len(set(heard.tokens)) > 1
+            assert heard.language == ("en" if spoken == EN else "de")
+            assert heard.text == "".join(heard.pieces)
+            np.testing.assert_allclose(heard.weights, looked, atol=1e-5)
+            np.testing.assert_allclose(
+                heard.no_speech, np.exp(first)[NO_SPEECH] / np.exp(first).sum(), rtol=1e-3
+            )
+
+    def test_no_speech(self, folder, monkeypatch):
+        ours, sound = whisper.load(folder, "reference"), tone(16_000).astype(np.float32)
+        monkeypatch.setattr(whisper, "NO_SPEECH", 1.0)
+        heard = ours(sound, language="de")
+        assert heard.tokens
+        for limit in (heard.no_speech + 1e-3, heard.no_speech - 1e-3):
+            monkeypatch.setattr(whisper, "NO_SPEECH", limit)
+            again = ours(sound, language="de", return_weights=True)
+            assert again.tokens == (heard.tokens if limit > heard.no_speech else [])
+            assert again.weights.shape == (len(again.tokens), 1500)
+
+    def test_heads_that_align(self, arrays, tmp_path):
+        """Those of the upper half where none is named, as in Whisper's own code."""
+        upper = [(1, head) for head in range(HEADS)]
+        for config in ({**CONFIG, "alignment_heads": []}, {n: x for n, x in CONFIG.items() if n[0] != "a"}):
+            assert whisper.load(saved(tmp_path, arrays, config), "reference").aligning == upper
+
+    @pytest.mark.parametrize(
+        ("name", "value", "complaint"),
+        [
+            ("alignment_heads", [[2, 0]], r"alignment_heads \[\[2, 0\]\]; expected pairs of a layer below 2"),
+            ("alignment_heads", [[0, 3]], "and a head below 3"),
+            ("alignment_heads", [[0, -1]], "alignment_heads"),
+            ("alignment_heads", [[0]], "alignment_heads"),
+            ("alignment_heads", [0], "alignment_heads"),
+            ("alignment_heads", {"a": 1}, "alignment_heads"),
+            ("alignment_heads", [["0", "1"]], "alignment_heads"),
+            ("alignment_heads", [[True, False]], "alignment_heads"),
+            ("lang_ids", [], "lang_ids"),
+            ("lang_ids", None, "lang_ids None; expected token ids below 20"),
+            ("lang_ids", [20], "lang_ids"),
+            ("lang_ids", [0], "no such languages"),
+            ("suppress_ids", [-1], "suppress_ids"),
+            ("suppress_ids", [1.0], "suppress_ids"),
+        ],
+    )
+    def test_configs_that_do_not_fit(self, arrays, tmp_path, name, value, complaint):
+        with pytest.raises(ValueError, match=rf"model\.bin: .*{complaint}"):
+            whisper.load(saved(tmp_path, arrays, CONFIG | {name: value}), "reference")
+
+    @pytest.mark.parametrize(
+        ("vocabulary", "complaint"),
+        [
+            (["\n", *VOCABULARY[1:]], r"its vocabulary has the character '\\n'"),
+            ([name.replace("nospeech", "x") for name in VOCABULARY], r"lacks <\|nospeech\|>"),
+            (VOCABULARY[:-1], "decoder/embeddings/weight has shape"),
+            ([*VOCABULARY[:-1], 1], "no list of texts"),
+        ],
+    )
+    def test_vocabularies_that_do_not_fit(self, arrays, tmp_path, vocabulary, complaint):
+        with pytest.raises(ValueError, match=complaint):
+            whisper.load(saved(tmp_path, arrays, vocabulary=vocabulary), "reference")
+
+    @pytest.mark.parametrize(
+        ("name", "shape", "complaint"),
+        [
+            ("encoder/conv1/bias", (), r"encoder/conv1/bias has shape \(\); expected 1 dim"),
+            ("encoder/conv1/bias", (D + 1,), "num_heads is 3; expected a divisor of 13"),
+            ("encoder/position_encodings/encodings", (1499, D), r"expected floating \(1500, 12\)"),
+            ("decoder/position_encodings/encodings", (D,), "expected 2 dimensions"),
+            ("decoder/layer_1/ffn/linear_1/weight", (D, D), "has shape"),
+        ],
+    )
+    def test_arrays_that_do_not_fit(self, arrays, tmp_path, name, shape, complaint):
+        with pytest.raises(ValueError, match=rf"model\.bin: .*{complaint}"):
+            whisper.load(saved(tmp_path, arrays | {name: np.zeros(shape, np.float32)}), "reference")
+
+    def test_decoder_without_layers(self, arrays, tmp_path):
+        encoder = {name: x for name, x in arrays.items() if not name.startswith("decoder/layer_")}
+        encoder |= {name: arrays[name] for name in arrays if name.startswith("decoder/layer_norm")}
+        with pytest.raises(ValueError, match=r"model\.bin lacks decoder/layer_0"):
+            whisper.load(saved(tmp_path, encoder), "reference")
+
+    def test_other_name_of_no_speech(self, arrays, tmp_path):
+        other = [name.replace("nospeech", "nocaptions") for name in VOCABULARY]
+        assert whisper.load(saved(tmp_path, arrays, vocabulary=other), "reference").no_speech == NO_SPEECH
+
+
+class TestCommand:
+    @pytest.fixture
+    def says(self, monkeypatch):
+        """Stands in for the model: what it hears in each window, in which language it was told."""
+        told = []
+
+        def load(spoken):
+            def listen(sound, *, language, translate, return_weights):
+                told.append(language)
+                (own, words), tokens = spoken[len(told) - 1], []
+                if words:
+                    tokens = list(range(len(words.split())))
+                weights = np.full((len(tokens), 1500), 1 / 1500, np.float32) if return_weights else None
+                return whisper.Transcript(language or own, 0.5, tokens, words, words.split(), weights)
+
+            monkeypatch.setattr(whisper, "load", lambda *_: listen)
+            return told
+
+        return load
+
+    def test_language_is_that_of_the_first_who_speaks(self, says, tmp_path, capsys):
+        told = says([("nn", ""), ("de", " Guten Tag."), ("en", " Yes."), ("en", "")])
+        path = save(tmp_path / "a.wav", 1_000, np.zeros(100 * 1_000), "u1")
+        assert main(["transcribe", str(path)]) == 0
+        assert capsys.readouterr().out == "Guten Tag. Yes.\n"
+        assert told == [None, None, "de", "de"]
+
+    def test_nobody_speaks(self, says, tmp_path, capsys):
+        says([("nn", ""), ("nn", "")])
+        path = save(tmp_path / "a.wav", 1_000, np.zeros(40 * 1_000), "u1")
+        picture = tmp_path / "a.png"
+        refused(capsys, [str(path), "--plot", str(picture)], "nobody speaks in .*a.wav")
+        assert not picture.exists()
+
+    def test_picture_is_of_the_first_words(self, says, tmp_path, capsys):
+        pytest.importorskip("matplotlib", reason='needs matplotlib: pip install "nbattn[plot]"')
+        says([("nn", ""), ("de", " Guten Tag."), ("en", " Yes.")])
+        path = save(tmp_path / "a.wav", 1_000, np.zeros(70 * 1_000), "u1")
+        picture = tmp_path / "a.png"
+        assert main(["transcribe", str(path), "--plot", str(picture)]) == 0
+        assert picture.read_bytes().startswith(b"\x89PNG")
+
+
 SOUNDS = ("beckett.wav", "two_cities.wav")
 
 
@@ -294,6 +584,7 @@ class TestModel:
                 assert error < 1e-4
                 assert got.tokens == expected
                 assert got.language == "en"
+                assert got.no_speech < 0.2
 
     def test_where_tokens_look(self, ours, sounds):
         heard = ours(audio.read_wav(sounds["beckett.wav"]), return_weights=True)
@@ -315,6 +606,12 @@ class TestModel:
         refused(
             capsys, [str(sounds["beckett.wav"]), "--language", "xx"], "the language is 'xx'; expected one"
         )
+
+    def test_silence_and_tones_say_nothing(self, ours):
+        for sound in (np.zeros(16_000), np.zeros(1), tone(16_000, 5), np.zeros(audio.WINDOW)):
+            heard = ours(sound.astype(np.float32))
+            assert (heard.text, heard.tokens) == ("", [])
+            assert heard.no_speech > 0.7
 
     def test_converted_sound_says_the_same(self, ours, sounds, tmp_path):
         sound = audio.read_wav(sounds["beckett.wav"])[::2]

@@ -77,7 +77,7 @@ class E2K:
         self._symbols, self.outputs = (self._table(weights, name) for name in ("in_table", "out_table"))
         self._sos, self._eos = (self._number(weights, name) for name in ("sos_idx", "eos_idx"))
         self.letters = {letter: i for i, letter in enumerate(self._symbols) if i > max(self._sos, self._eos)}
-        d = weights.shape("e_emb.weight")[-1]
+        _, d = weights.shape("e_emb.weight", 2)
 
         def linear(name: str, d_out: int, d_in: int) -> Linear:
             weight, bias = (

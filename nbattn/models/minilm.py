@@ -47,7 +47,7 @@ class Block:
         self.projection = Linear(weight, bias, backend=backend)
         self.output = Linear(*arrays("attention.output.dense", d), backend=backend)
         self.norm1 = _norm(weights, f"{prefix}.attention.output.LayerNorm", d, eps)
-        hidden = weights.shape(f"{prefix}.intermediate.dense.bias")[0]
+        (hidden,) = weights.shape(f"{prefix}.intermediate.dense.bias", 1)
         up, down = arrays("intermediate.dense", hidden), arrays("output.dense", d, hidden)
         self.feed_forward = FeedForward(Linear(*up, backend=backend), Linear(*down, backend=backend))
         self.norm2 = _norm(weights, f"{prefix}.output.LayerNorm", d, eps)
@@ -99,8 +99,8 @@ class MiniLM:
     def __init__(
         self, weights: Weights, config: dict[str, Any], tokenizer: Any, backend: str | None = None
     ) -> None:
-        count, d = weights.shape("embeddings.word_embeddings.weight")
-        self.length = weights.shape("embeddings.position_embeddings.weight")[0]
+        count, d = weights.shape("embeddings.word_embeddings.weight", 2)
+        self.length, _ = weights.shape("embeddings.position_embeddings.weight", 2)
         heads, layers, eps = (
             config.get(f) for f in ("num_attention_heads", "num_hidden_layers", "layer_norm_eps")
         )

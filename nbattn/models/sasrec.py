@@ -161,7 +161,7 @@ class SASRec:
             name: {measure: float(values[measure]) for measure in MEASURES}
             for name, values in self.config["metrics"].items()
         }
-        self.length, d = weights.shape("places.weight")
+        self.length, d = weights.shape("places.weight", 2)
         table = weights.tensor("films.weight", (films, d))
         self.films, self.head = Embedding(table), Linear(table, backend=backend)
         self.places = weights.tensor("places.weight", (self.length, d))
@@ -182,7 +182,7 @@ class SASRec:
             parts = {"in_proj_weight": (3 * d, d), "in_proj_bias": (3 * d,), "out_proj.weight": (d, d),
                      "out_proj.bias": (d,)}  # fmt: skip
             state = {part: weights.tensor(f"{name}.self_attn.{part}", size) for part, size in parts.items()}
-            hidden = weights.shape(f"{name}.linear1.bias")[0]
+            (hidden,) = weights.shape(f"{name}.linear1.bias", 1)
             up, down = linear(f"{name}.linear1", hidden, d), linear(f"{name}.linear2", d, hidden)
             attention = MultiHeadAttention.from_torch(state, self.config["heads"], backend=backend)
             feed_forward = FeedForward(up, down, "relu")

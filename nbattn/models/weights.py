@@ -131,10 +131,14 @@ class Weights:
         """The names of the arrays, as the file orders them."""
         return [*self._arrays, *self._tensors]
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of the array of this name."""
+    def shape(self, name: str, dimensions: int | None = None) -> tuple[int, ...]:
+        """The shape of the array of this name; ValueError unless it has so many dimensions, where given."""
         tensor = self._tensors.get(name)
-        return self._array(name).shape if tensor is None else tensor.shape
+        shape = self._array(name).shape if tensor is None else tensor.shape
+        if dimensions not in (None, len(shape)):
+            msg = f"{self.path}: {name} has shape {shape}; expected {dimensions} dimensions"
+            raise ValueError(msg)
+        return shape
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
         """The array of this name as float32; ValueError unless floating, finite and of this shape."""

