@@ -329,7 +329,9 @@ def _transcribe(args: argparse.Namespace) -> None:
             from .plot import attention_map
 
             weights, seconds = whisper.binned(heard, len(sound) / audio.RATE)
-            attention_map(weights, heard.pieces, seconds, title=heard.language).savefig(args.plot)
+            title = f"{Path(args.file).name} ({heard.language}): the seconds that each token looks at"
+            picture = attention_map(weights, heard.pieces, seconds, title=title, most=weights.max())
+            picture.savefig(args.plot)
     if not texts:
         msg = f"nobody speaks in {args.file}, as far as Whisper base hears"
         raise ValueError(msg)

@@ -29,6 +29,10 @@ COLOURS = {
 SKIPPED, HIDDEN, SEEN, WHOLE, SOME = range(len(COLOURS))
 MOST_ELEMENTS = 2048
 """The longest mask that is drawn element by element."""
+CELL, LETTER = 0.35, 0.09
+"""In inches, the side of a cell with a label, and the width of a letter."""
+MOST_LETTERS = 3
+"""Of labels beside one another."""
 
 
 def attention_map(
@@ -67,13 +71,16 @@ def attention_map(
     if array.shape != (len(rows), len(columns)):
         msg = f"weights has shape {array.shape}; expected ({len(rows)}, {len(columns)}), one for each label"
         raise ValueError(msg)
-    widest = max(map(len, rows), default=0)
-    figure = _figure((1.5 + 0.35 * len(columns) + 0.09 * widest, 1.2 + 0.35 * len(rows)))
+    width, height = (max(CELL * len(labels), 0.7) for labels in (columns, rows))
+    left, above = LETTER * _longest(rows), _above(columns, title)
+    figure = _figure((max(1.2 + left + width, 0.12 * len(_printable(title))), 0.3 + above + height))
     axes = figure.add_subplot()
-    image = axes.imshow(array, vmin=0, vmax=most, cmap="Blues", aspect="equal", interpolation="nearest")
+    # As large as there is room for: "equal" would leave some, and cut off labels that it has not seen.
+    image = axes.imshow(array, vmin=0, vmax=most, cmap="Blues", aspect="auto", interpolation="nearest")
     _label(axes, rows, columns)
-    _entitle(axes, title)
-    figure.colorbar(image, ax=axes, label="attention")
+    if title:
+        figure.suptitle(_printable(title), family=_families())
+    _scale(figure, image, axes, height)
     return figure
 
 
@@ -126,7 +133,8 @@ def head_grid(
         min(max(1.6, 0.3 * n), 8.0) if labels else min(max(1.6, 0.03 * n), 3.0)
         for labels, n in ((rows, array.shape[1]), (columns, array.shape[2]))
     )
-    figure = _figure((1.5 + wide * (width + 0.3), 0.8 + high * (height + 0.5)))
+    left, above = LETTER * _longest(rows or ()), _above(columns or (), title)
+    figure = _figure((1.2 + left + wide * (width + 0.3), 0.2 + above + high * (height + 0.5)))
     grid = figure.subplots(high, wide, squeeze=False)
     top = float(array.max()) or 1.0
     for head, axes in enumerate(grid.flat):
@@ -140,7 +148,7 @@ def head_grid(
         axes.set_xlabel(f"head {head}")
     if title:
         figure.suptitle(_printable(title), family=_families())
-    figure.colorbar(image, ax=grid, label="attention")
+    _scale(figure, image, grid, high * (height + 0.5))
     return figure
 
 
@@ -284,10 +292,35 @@ def _explain(figure: Any, kinds: Sequence[str]) -> None:
     figure.legend(handles=patches, loc="outside lower center", ncols=len(kinds), frameon=False)
 
 
+def _scale(figure: Any, image: Any, axes: Any, height: float) -> None:
+    """The colours' meaning, a slim bar as high as some axes of so many inches, but no higher than four."""
+    length = min(height, 4.0)
+    bar = {"shrink": length / height, "aspect": length / 0.15, "anchor": (0.0, 1.0)}
+    figure.colorbar(image, ax=axes, label="attention", **bar)
+
+
+def _longest(labels: Sequence[str]) -> int:
+    return max((len(_printable(label)) for label in labels), default=0)
+
+
+def _above(columns: Sequence[str], title: str) -> float:
+    """The inches that the columns' labels and the title take."""
+    labels = LETTER * _longest(columns) if _upright(columns) else 0.2
+    return (labels if columns else 0) + (0.3 if title else 0)
+
+
+def _upright(columns: Sequence[str]) -> bool:
+    """Whether the labels are too long to stand side by side, and are written from below to above."""
+    return _longest(columns) > MOST_LETTERS
+
+
 def _label(axes: Any, rows: Sequence[str], columns: Sequence[str]) -> None:
     """A label for each query at the left and for each key at the top."""
-    for put, labels in ((axes.set_yticks, rows), (axes.set_xticks, columns)):
-        put(range(len(labels)), [_printable(label) for label in labels], family=_families())
+    for put, labels, angle in (
+        (axes.set_yticks, rows, 0),
+        (axes.set_xticks, columns, 90 if _upright(columns) else 0),
+    ):
+        put(range(len(labels)), [_printable(label) for label in labels], family=_families(), rotation=angle)
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
 

@@ -1,5 +1,6 @@
 """Pictures, looked at pixel by pixel."""
 
+import itertools
 import subprocess
 import sys
 
@@ -66,6 +67,45 @@ class TestAttentionMap:
         assert red < 60 < blue
         assert (image[:, 0] == 255).all()
 
+    @pytest.mark.parametrize(
+        ("rows", "columns", "title"),
+        [
+            (["a"], ["Internationalisation"], ""),
+            (
+                ["Internationalisation"] * 3,
+                ["x", "yyyyyyyyyyyyyyyyyyyy"],
+                "a title that is longer than the map",
+            ),
+            (list("abcdefghijklmnopqrst"), ["WWWWWWWW"] * 2, "tall"),
+            (["ab"], ["12345678"] * 40, "wide"),
+        ],
+    )
+    def test_nothing_is_cut_off_or_overlaps(self, attention_map, rows, columns, title):
+        figure = attention_map(np.full((len(rows), len(columns)), 0.5), rows, columns, title=title)
+        image, _ = pixels(figure)
+        for edge in (image[0], image[-1], image[:, 0], image[:, -1]):
+            assert (edge == 255).all()
+        axes = figure.axes[0]
+        for labels in (axes.get_yticklabels(), axes.get_xticklabels()):
+            boxes = [label.get_window_extent() for label in labels]
+            assert not any(one.overlaps(other) for one, other in itertools.pairwise(boxes))
+
+    def test_short_labels_are_level(self, attention_map):
+        for label, angle in (("abc", 0), ("abcd", 90)):
+            figure = attention_map([[0.5, 0.5]], ["a long one"], ["x", label])
+            assert [text.get_rotation() for text in figure.axes[0].get_xticklabels()] == [angle] * 2
+            assert [text.get_rotation() for text in figure.axes[0].get_yticklabels()] == [0]
+
+    @pytest.mark.parametrize("shape", [(104, 58), (3, 40), (1, 1), (12, 12)])
+    def test_cells_are_about_square_and_the_scale_is_slim(self, attention_map, shape):
+        figure = attention_map(np.zeros(shape), ["word"] * shape[0], ["x"] * shape[1], title="a")
+        pixels(figure)
+        plain, scale = (axes.get_window_extent() for axes in figure.axes)
+        if min(shape) > 1:
+            assert 0.7 < plain.width / shape[1] / (plain.height / shape[0]) < 1.4
+        assert scale.width < 0.3 * figure.dpi
+        assert scale.height <= min(plain.height, 4.5 * figure.dpi) + 1
+
     def test_labels_change_the_picture(self, attention_map):
         one, other = (pixels(attention_map([[0.0]], [label], ["x"]))[0] for label in ("i", "W"))
         assert one.shape == other.shape
@@ -75,7 +115,7 @@ class TestAttentionMap:
         monkeypatch.setattr(plot, "_has", lambda character: character.isascii())
         figure = attention_map([[0.5]], ["スィー"], ["a"], title="ア a")
         assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["SUi-"]
-        assert figure.axes[0].get_title() == "A a"
+        assert figure.get_suptitle() == "A a"
         pixels(figure)
 
     def test_any_characters_are_drawn(self, attention_map):
@@ -123,6 +163,15 @@ class TestHeadGrid:
         assert columns == [["x", "y"], ["x", "y"], []]
         assert [axes.get_xlabel() for axes in figure.axes[:3]] == ["head 0", "head 1", "head 2"]
         pixels(figure)
+
+    def test_long_labels(self):
+        weights = np.zeros((4, 5, 9))
+        figure = plot.head_grid(weights, ["Internationalisation"] * 5, ["brown fox"] * 9, title="a")
+        image = pixels(figure)[0]
+        assert all((edge == 255).all() for edge in (image[0], image[-1], image[:, 0], image[:, -1]))
+        for axes in figure.axes[:2]:
+            boxes = [label.get_window_extent() for label in axes.get_xticklabels()]
+            assert not any(one.overlaps(other) for one, other in itertools.pairwise(boxes))
 
     def test_nothing_but_zeros(self):
         assert pixels(plot.head_grid(np.zeros((1, 2, 2))))[1](0, 0).min() > 240

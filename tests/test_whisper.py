@@ -434,6 +434,30 @@ class TestTiny:
         assert whisper.load(saved(tmp_path, arrays, vocabulary=other), "reference").no_speech == NO_SPEECH
 
 
+class TestBinned:
+    @pytest.mark.parametrize(
+        ("seconds", "columns", "labels"),
+        [
+            (2.5, 25, {0: "0", 10: "1", 20: "2", 25: ">2"}),
+            (10.04, 51, {**{5 * second: str(second) for second in range(11)}, 51: ">10"}),
+            (29.0, 58, {**{2 * second: str(second) for second in range(29)}, 58: ">29"}),
+            (30.0, 60, {2 * second: str(second) for second in range(30)}),
+            (0.0, 1, {0: "0", 1: ">0"}),
+        ],
+    )
+    def test_columns(self, rng, seconds, columns, labels):
+        weights = rng.random((3, 1500), np.float32)
+        got, names = whisper.binned(whisper.Transcript("en", 0.0, [1] * 3, "", [""] * 3, weights), seconds)
+        assert len(names) == got.shape[1] == columns + (seconds < 30)
+        assert {i: name for i, name in enumerate(names) if name} == labels
+        np.testing.assert_allclose(got.sum(axis=1), weights.sum(axis=1), rtol=1e-5)
+        width = 1500 // columns if seconds == 30 else {25: 5, 51: 10, 58: 25, 1: 1}[columns]
+        np.testing.assert_allclose(got[:, 0], weights[:, :width].sum(axis=1), rtol=1e-5)
+        if seconds < 30:
+            behind = weights[:, max(round(50 * seconds), 1) :]
+            np.testing.assert_allclose(got[:, -1], behind.sum(axis=1), rtol=1e-5)
+
+
 class TestCommand:
     @pytest.fixture
     def says(self, monkeypatch):
@@ -596,6 +620,8 @@ class TestModel:
         binned, seconds = whisper.binned(heard, 9.96)
         assert binned.shape == (len(heard.tokens), len(seconds))
         np.testing.assert_allclose(binned.sum(axis=1), 1, atol=1e-5)
+        # Some of it goes to where the sound has ended.
+        assert 0.05 < binned[:, -1].mean() < 0.3
 
     def test_command(self, sounds, capsys, tmp_path):
         picture = tmp_path / "a.png"

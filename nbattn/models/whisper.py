@@ -412,9 +412,16 @@ def load(folder: str | PathLike[str] | None = None, backend: str | None = None) 
 
 
 def binned(transcript: Transcript, seconds: float, most: int = 60) -> tuple[NDArray[np.float32], list[str]]:
-    """A transcript's weights in at most so many columns of whole tenths of a second, and their labels."""
+    """A transcript's weights in at most so many columns of whole tenths of a second, and their labels.
+
+    A label is the second that begins there, or empty. What lies behind the sound is one column more.
+    """
     weights = cast(NDArray[np.float32], transcript.weights)
-    per_second = weights.shape[1] * RATE // WINDOW
+    per_second = PLACES * RATE // WINDOW
     width = max(1, -(-int(seconds * 10) // most)) * per_second // 10
-    edges = np.arange(0, max(1, min(round(seconds * per_second), weights.shape[1])), width)
-    return np.add.reduceat(weights, edges, axis=1), [f"{edge / per_second:.1f}" for edge in edges]
+    end = max(1, min(round(seconds * per_second), PLACES))
+    edges = [*range(0, end, width), *([end] if end < PLACES else [])]
+    labels = [str(edge // per_second) if edge % per_second == 0 else "" for edge in edges]
+    if end < PLACES:
+        labels[-1] = f">{seconds:.0f}"
+    return np.add.reduceat(weights, edges, axis=1), labels
