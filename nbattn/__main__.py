@@ -25,6 +25,8 @@ CACHES = ("float32", "bfloat16", "int8", "int4")
 """What a model whose numbers are float32 may keep its keys and values in."""
 WEIGHTS = ("float32", "bfloat16", "int8")
 """And its weights."""
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
+"""What the name of a picture may end in."""
 # What a shell reports for a program that a signal ended: 128 + SIGINT, 128 + SIGPIPE.
 INTERRUPTED, PIPE_CLOSED = 130, 141
 
@@ -60,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _discard_unwritten()
         return PIPE_CLOSED
     except (ImportError, MemoryError, OSError, ValueError) as error:
-        print(f"nbattn: error: {error}", file=sys.stderr)
+        print(f"nbattn: error: {_line(str(error))}", file=sys.stderr)
         _discard_unwritten()
         return 2
     return 0
@@ -104,7 +106,7 @@ def _parser() -> _Parser:
     align.set_defaults(run=_align)
     align.add_argument("word", help="an English word")
     align.add_argument("--json", action="store_true", help="every head's weights, as JSON")
-    align.add_argument("--plot", metavar="FILE", help="write a picture too, such as align.png")
+    align.add_argument("--plot", type=_picture, metavar="FILE", help="write a picture too, such as align.png")
     align.add_argument("--backend", choices=("cpu", "reference"), help="default: cpu")
     align.add_argument("--weights", metavar="DIR", help="where the weight file is; default: in its package")
 
@@ -123,7 +125,7 @@ def _parser() -> _Parser:
     heard = "of the speech, as en; default: the likeliest of the first 30 s"
     transcribe.add_argument("--language", metavar="CODE", help=heard)
     looked = "write a picture of where in the first 30 s each token looks"
-    transcribe.add_argument("--plot", metavar="FILE", help=looked)
+    transcribe.add_argument("--plot", type=_picture, metavar="FILE", help=looked)
     transcribe.add_argument("--backend", choices=("cpu", "reference"), help="default: cpu")
     transcribe.add_argument("--weights", metavar="DIR", help="where model.bin is; default: in its packages")
 
@@ -133,7 +135,9 @@ def _parser() -> _Parser:
     look.add_argument(
         "--json", action="store_true", help="the most salient part and every head's attention, as JSON"
     )
-    look.add_argument("--plot", metavar="FILE", help="write a picture of both over it, such as look.png")
+    look.add_argument(
+        "--plot", type=_picture, metavar="FILE", help="write a picture of both over it, such as look.png"
+    )
     look.add_argument("--backend", choices=("cpu", "reference"), help="default: cpu")
     look.add_argument("--weights", metavar="DIR", help="where the weight file is; default: in its package")
 
@@ -142,7 +146,7 @@ def _parser() -> _Parser:
     recommend.add_argument("user", help="a user's number")
     recommend.add_argument("--json", action="store_true", help="all of it, as JSON")
     attended = "write a picture too, of how much each head looks at each of the last films"
-    recommend.add_argument("--plot", metavar="FILE", help=attended)
+    recommend.add_argument("--plot", type=_picture, metavar="FILE", help=attended)
     recommend.add_argument("--backend", choices=("cpu", "reference"), help="default: cpu")
     trained = "where the trained file is; default: in the user's cache"
     recommend.add_argument("--weights", metavar="DIR", help=trained)
@@ -166,6 +170,17 @@ def _prompt(text: str) -> str:
     except UnicodeEncodeError as error:
         msg = f"it has {text[error.start]!a}, which is no character; expected UTF-8"
         raise argparse.ArgumentTypeError(msg) from None
+    return text
+
+
+def _picture(text: str) -> str:
+    path = Path(text)
+    if path.suffix.lower() not in PICTURES or path.is_dir():
+        msg = f"got {text!a}; expected a name that ends in {', '.join(PICTURES)}"
+        raise argparse.ArgumentTypeError(msg)
+    if not path.parent.is_dir():
+        msg = f"there is no folder {str(path.parent)!a}"
+        raise argparse.ArgumentTypeError(msg)
     return text
 
 
@@ -233,6 +248,12 @@ def _timed(tokens: Iterator[int], times: list[float]) -> Iterator[int]:
 
 def _speed(tokens: int, seconds: float) -> str:
     return f"{tokens} tokens in {seconds:.3f} s ({tokens / max(seconds, 1e-9):.0f} tokens/s)"
+
+
+def _line(text: str) -> str:
+    """A complaint as one line, whatever the argument or the file name in it holds, and no endless one."""
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return line if len(line) <= 1000 else f"{line[:600]} ... {line[-300:]}"
 
 
 def _write(text: str) -> None:

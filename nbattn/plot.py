@@ -29,6 +29,8 @@ COLOURS = {
 SKIPPED, HIDDEN, SEEN, WHOLE, SOME = range(len(COLOURS))
 MOST_ELEMENTS = 2048
 """The longest mask that is drawn element by element."""
+MOST_PIXELS = 2000
+"""The longest side of a picture that is drawn pixel by pixel."""
 CELL, LETTER = 0.35, 0.09
 """In inches, the side of a cell with a label, and the width of a letter."""
 MOST_LETTERS = 3
@@ -194,19 +196,22 @@ def overlay(image: ArrayLike, maps: Mapping[str, ArrayLike]) -> Any:
             msg = f"the map {title!r} has shape {array.shape}; expected (rows, columns) of finite numbers"
             raise ValueError(msg)
     height, width = picture.shape[:2]
+    # Of a large picture every nth pixel: more are not seen, but take gigabytes and a minute.
+    step = -(-max(height, width) // MOST_PIXELS)
+    picture, extent = picture[::step, ::step], (-0.5, width - 0.5, height - 0.5, -0.5)
     side = 4.0 / max(height, width)
     panels = 1 + len(arrays)
     figure = _figure((panels * (max(width * side, 1.0) + 0.9), max(height * side, 1.0) + 0.7))
     first, *others = figure.subplots(1, panels, squeeze=False)[0]
-    first.imshow(picture, cmap="gray", vmin=0, vmax=255)
+    first.imshow(picture, cmap="gray", vmin=0, vmax=255, extent=extent)
     grey = picture if picture.ndim == 2 else picture @ np.array([0.299, 0.587, 0.114])
     for axes, (title, array) in zip(others, arrays.items(), strict=True):
-        axes.imshow(grey, cmap="gray", vmin=0, vmax=255)
+        axes.imshow(grey, cmap="gray", vmin=0, vmax=255, extent=extent)
         least, span = array.min(), np.ptp(array) or 1.0
         share = (array - least) / span
         drawn = axes.imshow(
             array, vmin=least, vmax=least + span, cmap="inferno", alpha=0.85 * share**0.5,
-            extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation="nearest",
+            extent=extent, interpolation="nearest",
         )  # fmt: skip
         _entitle(axes, title)
         figure.colorbar(drawn, ax=axes, shrink=0.8).solids.set_alpha(1)

@@ -166,6 +166,32 @@ class TestBadInput:
         np.savez(tmp_path / "en.npz", E=np.array([{}], object))
         assert "Object arrays" in complaint(capsys, "generate", "x", "--weights", str(tmp_path))
 
+    @pytest.mark.parametrize("text", ["a\nb", "\r\x1b[31mred", "\u2028"])
+    @pytest.mark.parametrize("command", ["transcribe", "look", "recommend"])
+    def test_control_characters(self, capsys, command, text):
+        assert complaint(capsys, command, text).strip().isprintable()
+
+    def test_endless_argument(self, capsys):
+        assert len(complaint(capsys, "generate", "x", "y" * 1_000_000)) < 2000
+
+    @pytest.mark.parametrize(
+        ("name", "expected"),
+        [
+            ("", "--plot: got ''; expected a name that ends in .png, .jpg"),
+            ("picture", "--plot: got 'picture'"),
+            (".", "--plot: got '.'"),
+            ("a.nothing", "--plot: got 'a.nothing'"),
+            ("no/such/a.png", "--plot: there is no folder 'no/such'"),
+        ],
+    )
+    @pytest.mark.parametrize("command", ["align", "transcribe", "look", "recommend"])
+    def test_pictures_are_refused_at_once(self, capsys, command, name, expected):
+        assert expected in complaint(capsys, command, "x", "--plot", name)
+
+    def test_picture_that_is_a_folder(self, capsys, tmp_path):
+        (tmp_path / "a.png").mkdir()
+        assert "--plot: got" in complaint(capsys, "align", "x", "--plot", str(tmp_path / "a.png"))
+
     @pytest.mark.parametrize("argv", [["generate", ""], ["generate", "x", "--weights", "no/such/folder"], []])
     def test_process(self, argv):
         result = subprocess.run([*COMMAND, *argv], capture_output=True, text=True)

@@ -206,6 +206,19 @@ class TestOverlay:
         np.testing.assert_array_equal(one(35, 5), other(35, 15))
         assert [axes.get_title() for axes in figure.axes[:3]] == ["", "one", "other"]
 
+    def test_large_picture(self, monkeypatch):
+        """Fewer pixels, at the places where they were."""
+        monkeypatch.setattr(plot, "MOST_PIXELS", 300)
+        picture = np.zeros((400, 1000, 3), np.uint8)
+        picture[100:200, 500:] = 200
+        figure = plot.overlay(picture, {"a": np.eye(2)})
+        assert figure.axes[0].images[0].get_array().shape == (100, 250, 3)
+        for panel in (0, 1):
+            colour = pixels(figure, panel)[1]
+            places = (250, 50), (750, 90), (750, 110), (510, 190)
+            assert [int(colour(*place)[0] > 100) for place in places] == [panel, 0, 1, 1]
+            assert figure.axes[panel].get_xlim() == (-0.5, 999.5)
+
     def test_grey_picture_and_flat_map(self):
         figure = plot.overlay(np.full((9, 5), 77, np.uint8), {"flat": np.ones((3, 3))})
         for panel in (0, 1):
