@@ -47,9 +47,7 @@ class Reference(Prefill):
     params = (["reference"], ["float32", "float64"], SHAPES[:1])
 
 
-class Limits(Suite):
-    """How near to the exact result and to the processor's limit."""
-
+class _Dtypes(Suite):
     params = ("float32", "float64", "float16", "bfloat16", "bfloat16 products")
     param_names = ("dtype",)
 
@@ -60,15 +58,28 @@ class Limits(Suite):
         self.run = self.case.ours(self.inputs).run
         self.result = self.run()
 
+
+class Errors(_Dtypes):
+    """How near to the exact result."""
+
     def track_error(self, dtype: str) -> float:
         """In units of the last place of the largest result."""
         _, relative = cases.largest_error(self.result, self.case.exact(self.inputs))
         return relative / float(ml_dtypes.finfo(self.case.precision).eps)
 
+    track_error.unit = "ulp"  # type: ignore[attr-defined]
+
+
+class Limits(_Dtypes):
+    """How near to the processor's rate of multiply-adds."""
+
+    def setup(self, dtype: str) -> None:
+        cases.check_limits()
+        super().setup(dtype)
+
     def track_share_of_peak(self, dtype: str) -> float:
         return cases.share_of_limit(self.case, self.inputs, self.run, runtime.threads())
 
-    track_error.unit = "ulp"  # type: ignore[attr-defined]
     track_share_of_peak.unit = "1"  # type: ignore[attr-defined]
 
 

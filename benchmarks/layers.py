@@ -13,7 +13,7 @@ with suppress(ImportError):  # commits before these names have no results
     from nbattn import layers
     from nbattn.cpu import runtime
 
-    from . import roofline
+    from . import cases
 
 SIZE = 2048
 BYTES = 256 << 20
@@ -21,13 +21,8 @@ BYTES = 256 << 20
 D, HEADS, TOKENS, SHORT = 512, 8, 256, 32
 
 
-class Products(Suite):
-    """A few rows with a matrix."""
-
-    params = (["float32", "bfloat16", "int8"], [1, 8])
-    param_names = ("dtype", "rows")
-
-    def setup(self, dtype: str, rows: int) -> None:
+class _Products(Suite):
+    def setup(self, dtype: str, rows: int = 1) -> None:
         rng = np.random.default_rng(0)
         first = layers.Linear(rng.standard_normal((SIZE, SIZE), np.float32)).astype(dtype)
         self.layers = [
@@ -41,15 +36,35 @@ class Products(Suite):
         for layer in self.layers:
             layer(self.x)
 
+
+class Products(_Products):
+    """A few rows with a matrix."""
+
+    params = (["float32", "bfloat16", "int8"], [1, 8])
+    param_names = ("dtype", "rows")
+
     def time_sweep(self, dtype: str, rows: int) -> None:
         self.sweep()
 
-    def track_share_of_read_rate(self, dtype: str, rows: int) -> float:
+
+class Limits(_Products):
+    """How near to the memory's rate."""
+
+    params = ("float32", "bfloat16", "int8")
+    param_names = ("dtype",)
+
+    def setup(self, dtype: str) -> None:
+        cases.check_limits()
+        super().setup(dtype)
+
+    def track_share_of_read_rate(self, dtype: str) -> float:
         seconds = []
         for _ in range(3):
             start = time.perf_counter()
             self.sweep()
             seconds.append(time.perf_counter() - start)
+        from . import roofline
+
         rate = len(self.layers) * self.layers[0].weight.nbytes / min(seconds)
         return rate / roofline.read_rate(runtime.threads(), megabytes=256, repeats=3)
 
@@ -62,6 +77,7 @@ class Converted(Suite):
 
     def setup(self, dtype: str) -> None:
         self.layer = layers.Linear(np.random.default_rng(0).standard_normal((SIZE, SIZE), np.float32))
+        self.time_astype(dtype)
 
     def time_astype(self, dtype: str) -> None:
         self.layer.astype(dtype)

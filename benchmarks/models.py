@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import weakref
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,8 @@ class _Writer(Suite):
     name: str
 
     def setup(self) -> None:
+        if self.name not in models.MODELS:
+            raise NotImplementedError
         self.decoder, self.tokenizer = models.load(self.name)
         self.prompt = self.tokenizer.encode(TEXT)
         self.time_generate()
@@ -214,6 +217,8 @@ class Files(Suite):
     param_names = ("kind",)
 
     def setup(self, kind: str) -> None:
+        if kind == "safetensors":
+            import_module("nbattn.models.safetensors")
         self.path = folder_of(self) / f"weights.{kind}"
         x = np.random.default_rng(0).standard_normal((1024, 1024), np.float32)
         if kind == "npz":

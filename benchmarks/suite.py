@@ -46,5 +46,6 @@ def _once(setup: Callable[..., None]) -> Callable[..., None]:
 def _is_lacking(error: Exception) -> bool:
     """Whether the error tells that a name, a module or an option is not there."""
     if isinstance(error, AttributeError):
-        return isinstance(error.obj, ModuleType)
+        owner = error.obj if isinstance(error.obj, type | ModuleType) else type(error.obj)
+        return getattr(owner, "__module__", owner.__name__).partition(".")[0] == "nbattn"
     return not isinstance(error, TypeError) or "unexpected keyword argument" in str(error)

@@ -78,6 +78,8 @@ class Scores(Suite):
         self.slopes = 2.0 ** -np.arange(1, 9, dtype=np.float32)
         self.distances = rng.standard_normal((8, 257), np.float32)
         self.buckets = rng.standard_normal((32, 8), np.float32)
+        for warm in (self.time_alibi, self.time_relative_position, self.time_t5_bias, self.time_softcap):
+            warm()
 
     def attend(self, score_mod: Any) -> None:
         nbattn.scaled_dot_product_attention(*self.x, score_mod=score_mod)
@@ -132,9 +134,7 @@ class OneKey(Suite):
         self.run()
 
 
-class LinearAttention(Suite):
-    """A long prompt, one token after it, and the share of the multiply-adds' rate."""
-
+class _Rules(Suite):
     params = RULES
     param_names = ("rule",)
 
@@ -143,6 +143,26 @@ class LinearAttention(Suite):
         self.inputs = self.case.inputs()
         self.run = self.case.ours(self.inputs).run
         self.run()
+
+
+class Limits(_Rules):
+    """How near linear attention is to the processor's rate of multiply-adds."""
+
+    def setup(self, rule: str) -> None:
+        cases.check_limits()
+        super().setup(rule)
+
+    def track_share_of_peak(self, rule: str) -> float:
+        return cases.share_of_limit(self.case, self.inputs, self.run, runtime.threads())
+
+    track_share_of_peak.unit = "1"  # type: ignore[attr-defined]
+
+
+class LinearAttention(_Rules):
+    """A long prompt, and one token after it."""
+
+    def setup(self, rule: str) -> None:
+        super().setup(rule)
         *_, decay, beta = token = [None if x is None else x[:, :, :1].copy() for x in self.inputs]
         self.token, self.gates = token[:3], {"decay": decay, "beta": beta}
         _, self.state = nbattn.linear_attention(*self.token, **self.gates, return_state=True)
@@ -155,11 +175,6 @@ class LinearAttention(Suite):
         nbattn.linear_attention(
             *self.token, **self.gates, state=self.state, return_state=True, out=(self.out, self.state)
         )
-
-    def track_share_of_peak(self, rule: str) -> float:
-        return cases.share_of_limit(self.case, self.inputs, self.run, runtime.threads())
-
-    track_share_of_peak.unit = "1"  # type: ignore[attr-defined]
 
 
 class Memory(Suite):

@@ -291,6 +291,8 @@ class TestSetup:
             (lambda: no_such_name, True),  # noqa: F821
             (lambda: importlib.import_module("no_such_module"), True),
             (lambda: nbattn.softmax([1.0], no_such_option=1), True),
+            (lambda: nbattn.KVCache.no_such_method, True),
+            (lambda: nbattn.masks.causal(3).no_such_method, True),
             (lambda: nbattn.softmax(), False),
             (lambda: [].no_such_method, False),
             (lambda: nbattn.softmax([1.0], axis=7), False),
