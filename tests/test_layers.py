@@ -511,7 +511,7 @@ class TestMultiHeadAttention:
         key = rng.standard_normal((2, 7, kdim), np.float32)
         value = key if kdim == vdim else rng.standard_normal((2, 7, vdim), np.float32)
         seen = np.tril(np.ones((5, 7), bool), 2)
-        memory = tuple(y.reshape(2, 7, 3, 8).swapaxes(1, 2) for y in (ours.key(key), ours.value(value)))
+        memory = ours.project(key, value)
         for mask in (None, seen):
             with torch.no_grad():
                 expected = theirs(
@@ -559,6 +559,8 @@ class TestMultiHeadAttention:
         layer, x = MultiHeadAttention(wide, wide, wide, wide, 3), np.ones((1, 2, 24))
         with pytest.raises(ValueError, match="exclude each other"):
             layer(x, x, cache=KVCache(1, 3, 2, 8))
+        with pytest.raises(ValueError, match=r"value \(1, 3, 24\); all but the last size must match"):
+            layer.project(x, np.ones((1, 3, 24)))
         with pytest.raises(ValueError, match="no return_weights"):
             layer(x, cache=KVCache(1, 3, 2, 8), return_weights=True)
 

@@ -169,10 +169,19 @@ class MultiHeadAttention:
             extra = k, v
         return cls(query, key, value, output, heads, extra=extra, backend=backend)
 
-    def project(self, context: ArrayLike) -> tuple[NDArray[Any], NDArray[Any]]:
-        """The keys ``(..., kv_heads, S, D)`` and values of ``(..., S, d)``, for `memory`."""
-        context = check.floating(context, "context")
-        return _split(self.key(context), self.kv_heads), _split(self.value(context), self.kv_heads)
+    def project(
+        self, context: ArrayLike, value: ArrayLike | None = None
+    ) -> tuple[NDArray[Any], NDArray[Any]]:
+        """The keys ``(..., kv_heads, S, D)`` and values of ``(..., S, d)``, for `memory`.
+
+        `value` is what the values are made of, where that is another array, as PyTorch's layer takes it.
+        """
+        keys = check.floating(context, "context")
+        values = keys if value is None else check.floating(value, "value")
+        if values.shape[:-1] != keys.shape[:-1]:
+            msg = f"context has shape {keys.shape} and value {values.shape}; all but the last size must match"
+            raise ValueError(msg)
+        return _split(self.key(keys), self.kv_heads), _split(self.value(values), self.kv_heads)
 
     def __call__(
         self,
