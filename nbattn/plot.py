@@ -73,6 +73,7 @@ def attention_map(
     if array.shape != (len(rows), len(columns)):
         msg = f"weights has shape {array.shape}; expected ({len(rows)}, {len(columns)}), one for each label"
         raise ValueError(msg)
+    _need()
     width, height = (max(CELL * len(labels), 0.7) for labels in (columns, rows))
     left, above = LETTER * _longest(rows), _above(columns, title)
     figure = _figure((max(1.2 + left + width, 0.12 * len(_printable(title))), 0.3 + above + height))
@@ -128,6 +129,7 @@ def head_grid(
         if labels is not None and len(labels) != count:
             msg = f"{name} has {len(labels)} labels; expected {count}, as weights has shape {array.shape}"
             raise ValueError(msg)
+    _need()
     wide = math.ceil(math.sqrt(len(array)))
     high = -(-len(array) // wide)
     # A map's sides in inches: room for labels where there are any.
@@ -340,12 +342,19 @@ def _families() -> list[str]:
 
 
 def _figure(size: tuple[float, float]) -> Any:
+    _need()
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=size, layout="constrained")
+
+
+def _need() -> None:
+    """ModuleNotFoundError without matplotlib."""
     try:
-        from matplotlib.figure import Figure
+        import matplotlib.figure  # noqa: F401
     except ImportError as error:
         msg = 'pictures need matplotlib, which is not installed; pip install "nbattn[plot]"'
         raise ModuleNotFoundError(msg, name="matplotlib") from error
-    return Figure(figsize=size, layout="constrained")
 
 
 @cache

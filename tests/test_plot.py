@@ -295,7 +295,19 @@ class TestMaskMap:
             plot.mask_map(np.ones((2, 2), bool), head=0.5)
 
 
-def test_missing_package(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: plot.attention_map([[1.0]], ["a"], ["b"]),
+        lambda: plot.head_grid([[[1.0]]], ["a"], ["b"]),
+        lambda: plot.overlay(np.zeros((2, 2), np.uint8), {"a": [[1.0]]}),
+        lambda: plot.mask_map(np.ones((2, 2), bool)),
+    ],
+)
+def test_missing_package(monkeypatch, draw):
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"] or ["matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    for kept in (plot._has, plot._installed):
+        kept.cache_clear()
     with pytest.raises(ModuleNotFoundError, match=r'need matplotlib, .*; pip install "nbattn\[plot\]"'):
-        plot.attention_map([[1.0]], ["a"], ["b"])
+        draw()
