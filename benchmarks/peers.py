@@ -14,21 +14,21 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import importlib.metadata
 import json
 import math
 import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 if not __package__:  # run as a file: Python has looked beside it, not above it
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks.machine import commit, describe, processors, today
 
 if TYPE_CHECKING:
     from benchmarks.cases import Attention, Call, Softmax
@@ -63,7 +63,11 @@ class Ratio(NamedTuple):
 
 def ratio(rounds: Iterable[dict[str, float]], label: str) -> Ratio | None:
     """The ratio over the rounds that `label` took part in; None where it took part in none."""
-    ratios = [seconds[label] / seconds[OURS] for seconds in rounds if label in seconds]
+    return spread_of([seconds[label] / seconds[OURS] for seconds in rounds if label in seconds])
+
+
+def spread_of(ratios: Sequence[float]) -> Ratio | None:
+    """The median of some and its spread; None of none."""
     if not ratios:
         return None
     if len(ratios) == 1:
@@ -293,28 +297,48 @@ def report(rows: Sequence[Row], missing: dict[str, str], machine: dict[str, str]
 
 
 def as_json(
-    rows: Sequence[Row], missing: dict[str, str], machine: dict[str, str], threads: int
-) -> dict[str, Any]:
-    """Everything that was measured: seconds of each round, and what the tables say."""
-    return {
+    rows: Sequence[Row], missing: dict[str, str], machine: dict[str, str], threads: int, quick: bool
+) -> str:
+    """Everything that was measured: seconds of each round, and what the tables say; a line for each row."""
+    figures = [
+        {
+            "name": row.case.name,
+            "suite": row.case.suite,
+            "group": row.case.group,
+            "case": {"operation": row.case.operation} | asdict(row.case),
+            "limit": row.case.limit,
+            "unit": row.case.unit,
+            "work": row.case.work,
+            "rounds": [{label: _short(x) for label, x in seconds.items()} for seconds in row.rounds],
+            "seconds": {label: _short(row.seconds(label)) for label in row.labels},
+            "ratios": {label: _pair(row.ratio(label)) for label in row.labels if label != OURS},
+            "rate": _short(row.rate() * 1e9) if row.rounds else None,
+            "errors": {label: _short(x) for label, x in row.errors.items()},
+            "troubles": row.troubles,
+        }
+        for row in rows
+    ]
+    head = {
+        "date": today(),
+        "commit": commit(),
+        "quick": quick,
         "machine": machine,
         "threads": threads,
         "missing": missing,
-        "rows": [
-            {
-                "name": row.case.name,
-                "group": row.case.group,
-                "rounds": row.rounds,
-                "seconds": {label: row.seconds(label) for label in row.labels},
-                "ratios": {label: row.ratio(label) for label in row.labels if label != OURS},
-                "rate": row.rate() * 1e9 if row.rounds else None,
-                "errors": row.errors,
-                "troubles": row.troubles,
-            }
-            for row in rows
-        ],
         "geometric_means": means(rows),
     }
+    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
+    lines.append('"rows": [\n' + ",\n".join(json.dumps(row) for row in figures) + "\n]")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def _short(x: float) -> float | None:
+    """Five digits; None in place of NaN, which JSON lacks."""
+    return float(f"{x:.5g}") if math.isfinite(x) else None
+
+
+def _pair(ratio: Ratio | None) -> list[float | None] | None:
+    return [_short(x) for x in ratio] if ratio else None
 
 
 # --- the command --------------------------------------------------------------------------------------------
@@ -325,11 +349,6 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}; see --help\n")
-
-
-def processors() -> int:
-    """How many this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _threads(text: str) -> int:
@@ -414,31 +433,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         best = row.best()
         outcome = f"{best.median:.2f} x the best peer" if best else "no peer"
         print(f"[{i + 1}/{len(picked)}] {case.name}: {outcome}", file=sys.stderr, flush=True)
-    machine = _machine(libraries, options.threads)
+    machine = describe(options.threads) | {library.name: library.version for library in libraries}
     print(report(rows, missing, machine))
     if options.json:
-        options.json.write_text(json.dumps(as_json(rows, missing, machine, options.threads), indent=1) + "\n")
+        options.json.write_text(as_json(rows, missing, machine, options.threads, options.quick))
     return int(any(OURS in row.troubles for row in rows))
-
-
-def _machine(libraries: Iterable[Any], threads: int) -> dict[str, str]:
-    import nbattn
-    from nbattn.cpu import emitters, runtime
-
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    kernels = f"{runtime.cpu_name()}, {emitters.DESCRIPTION}"
-    machine = {
-        "CPU": f"{names[0] if names else platform.processor()} ({kernels})",
-        "threads": str(threads),
-        "Python": platform.python_version(),
-        "nbattn": nbattn.__version__,
-        "Numba": importlib.metadata.version("numba"),
-        "NumPy": importlib.metadata.version("numpy"),
-        "SciPy": importlib.metadata.version("scipy"),
-    }
-    return machine | {library.name: library.version for library in libraries}
 
 
 if __name__ == "__main__":
