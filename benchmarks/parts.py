@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from . import figures
 from .figures import STYLES, Series, Style
+from .cases import SHORT
 from .measured import GAUGES, Gauge, Measured, Row, mean, unique
 from .peers import LIMIT, OURS, Ratio, spread_of
 
@@ -108,6 +109,7 @@ def share_of_peak(measured: Measured) -> Part:
     rows = [r for r in measured.rows if r.suite == "prefill" and not r.case["feature"] and r.rounds]
     if not rows:
         return absent(title, "python benchmarks/peers.py --suite prefill --json FILE measures it.")
+    rows.sort(key=_by_size)
     panels, drawn = [], set()
     for causal, name in ((False, "float32, all pairs"), (True, "float32, causal")):
         some = [
@@ -136,6 +138,12 @@ def share_of_peak(measured: Measured) -> Part:
     header = ["dtype, heads x positions x head_dim", "nbattn, GFLOP/s", *words_of(labels)]
     table = Table("Share of the processor's peak", header, lines)
     return Part(title, words, [STYLES[x] for x in in_order(drawn)], panels, [table])
+
+
+def _by_size(row: Row) -> tuple[Any, ...]:
+    case = row.case
+    kind = list(SHORT).index(case["dtype"]), case["products"] or ""
+    return *kind, case["head_dim"], case["length"], case["heads"], case["causal"]
 
 
 def ratios(measured: Measured) -> Part:

@@ -52,7 +52,7 @@ th, td {
 }
 td { white-space: nowrap; }
 th:first-child { text-align: left; }
-thead th { border-bottom: 2px solid #888; min-width: 4rem; max-width: 9rem; }
+thead th { border-bottom: 2px solid #888; min-width: 4rem; max-width: 12rem; }
 tbody th { font-weight: 400; }
 th:first-child { position: sticky; left: 0; background: #fff; min-width: 8rem; max-width: 16rem; }
 summary { cursor: pointer; color: #0a3d91; margin: 0.4rem 0; }
