@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from . import figures
-from .figures import STYLES, Series, Style
 from .cases import SHORT
+from .figures import STYLES, Series, Style
 from .measured import GAUGES, Gauge, Measured, Row, mean, unique
 from .peers import LIMIT, OURS, Ratio, spread_of
 
