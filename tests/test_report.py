@@ -2,19 +2,20 @@
 
 import html.parser
 import json
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-from benchmarks import cases, decode_cases, measured, memory, parts, peers, report
+from benchmarks import cases, decode_cases, machine, measured, memory, parts, peers, report
 
 MACHINE = {"CPU": "A <fast> one", "threads": "2", "Python": "3.12.1", "nbattn": "0.1.0", "PyTorch": "2.13"}
 LENGTHS = (128, 1024)
 COMMITS = ("a" * 40, "b" * 40)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def matplotlib():
     return pytest.importorskip("matplotlib", reason='needs matplotlib: pip install "nbattn[plot]"')
 
@@ -113,7 +114,7 @@ def write_asv(folder):
 
 
 @pytest.fixture
-def page(tmp_path, capsys):
+def page(tmp_path, capsys, matplotlib):
     """Run the command on the folder; the page."""
 
     def page():
@@ -333,7 +334,7 @@ class TestPage:
         places = measured.read_peers(report.RESULTS / "peers")
         # The pictures depend on matplotlib's version too.
         now = Page(report.page(places.values(), measured.read_asv(report.RESULTS / "asv")))
-        assert kept.tables == now.tables
+        assert kept.tables == now.tables, "python -m benchmarks.report makes it anew"
         assert kept.words.split("In short")[0] == now.words.split("In short")[0]
 
 
@@ -375,10 +376,31 @@ class TestBadInput:
         path.write_text(path.read_text().replace('"result_columns"', '"columns"'))
         assert f"{path} is not what asv writes: KeyError at 'result_columns'" in complaint()
 
-    def test_folder_that_cannot_be_written(self, tmp_path, capsys):
+    def test_folder_that_cannot_be_written(self, tmp_path, capsys, matplotlib):
         write_memory(tmp_path)
         assert report.main(["--results", str(tmp_path), "--out", str(tmp_path / "no" / "x.html")]) == 2
         assert "x.html" in capsys.readouterr().err
+
+
+class TestCommit:
+    def test_of_the_library_and_what_is_changed_since(self, tmp_path, monkeypatch):
+        def git(*command):
+            who = ["-c", "user.name=A", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false"]
+            subprocess.run(["git", "-C", tmp_path, *who, *command], check=True, capture_output=True)
+
+        monkeypatch.setattr(machine, "ROOT", tmp_path)
+        monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+        assert machine.commit() is None
+        git("init")
+        (tmp_path / "nbattn").mkdir()
+        for folder in ("nbattn", "."):
+            (tmp_path / folder / "file").write_text("1")
+            git("add", "-A")
+            git("commit", "-m", folder)
+        of_library = subprocess.check_output(["git", "-C", tmp_path, "rev-parse", "HEAD~1"], text=True)
+        assert machine.commit() == of_library[:10]
+        (tmp_path / "nbattn" / "file").write_text("2")
+        assert machine.commit() == f"{of_library[:10]}+"
 
 
 class TestMemory:
