@@ -351,7 +351,7 @@ def _transcribe(args: argparse.Namespace) -> None:
 
             weights, seconds = whisper.binned(heard, len(sound) / audio.RATE)
             title = f"{Path(args.file).name} ({heard.language}): the seconds that each token looks at"
-            picture = attention_map(weights, heard.pieces, seconds, title=title, most=weights.max())
+            picture = attention_map(weights, heard.pieces, seconds, title=title, most=weights[:, :-1].max())
             picture.savefig(args.plot)
     if not texts:
         msg = f"nobody speaks in {args.file}, as far as Whisper base hears"

@@ -1,9 +1,11 @@
 """The glassllm decoder against the package that trained it, and the readers against damaged files."""
 
 import importlib.util
+import io
 import json
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -270,6 +272,21 @@ class TestWeights:
                 assert "some.npz" in str(error)  # noqa: PT017
             else:
                 assert gamma.tolist() == [[1, 1]] * 3
+
+    def test_absurd_sizes(self, tmp_path):
+        """Zeros that shrink to a thousandth, and an array of more numbers than there are."""
+        path = tmp_path / "some.npz"
+        np.savez_compressed(path, gamma=np.zeros(1_000_000))
+        with pytest.raises(ValueError, match=r"some\.npz is .*its \d+ bytes would unpack to 8000\d+"):
+            Weights(path)
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(
+            header, {"descr": "<f4", "fortran_order": False, "shape": (1 << 50,)}
+        )
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("gamma.npy", header.getvalue() + bytes(8))
+        with pytest.raises(ValueError, match=r"some\.npz is not a whole npz file"):
+            Weights(path)
 
     def test_object_array(self, tmp_path):
         path = tmp_path / "some.npz"

@@ -301,6 +301,7 @@ class TestCommand:
             lambda arrays: arrays.update(config=np.array("{}")),
             lambda arrays: arrays.update(config=np.array('{"layers": "2"')),
             lambda arrays: arrays.update(config=np.array(json.dumps(CONFIG | {"layers": "2"}))),
+            lambda arrays: arrays.update(config=np.array(json.dumps(CONFIG | {"layers": 0}))),
             lambda arrays: arrays.update(config=np.array(json.dumps(CONFIG | {"heads": 3}))),
             lambda arrays: arrays.update(config=np.array(json.dumps(CONFIG | {"heads": None}))),
             lambda arrays: arrays.update(config=np.array(json.dumps(CONFIG | {"metrics": [1]}))),

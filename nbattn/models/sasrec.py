@@ -161,6 +161,10 @@ class SASRec:
             name: {measure: float(values[measure]) for measure in MEASURES}
             for name, values in self.config["metrics"].items()
         }
+        layers = self.config["layers"]
+        if type(layers) is not int or layers < 1:
+            msg = f"{weights.path} has {layers!a} layers; expected at least one"
+            raise ValueError(msg)
         self.length, d = weights.shape("places.weight", 2)
         table = weights.tensor("films.weight", (films, d))
         self.films, self.head = Embedding(table), Linear(table, backend=backend)
@@ -177,7 +181,7 @@ class SASRec:
             return LayerNorm(vector(f"{name}.weight"), vector(f"{name}.bias"), backend=backend)
 
         self.blocks = []
-        for i in range(self.config["layers"]):
+        for i in range(layers):
             name = f"encoder.layers.{i}"
             parts = {"in_proj_weight": (3 * d, d), "in_proj_bias": (3 * d,), "out_proj.weight": (d, d),
                      "out_proj.bias": (d,)}  # fmt: skip

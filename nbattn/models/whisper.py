@@ -152,7 +152,7 @@ class Whisper:
             msg = f"{weights.path} is no Whisper model with GELU"
             raise ValueError(msg)
         (d,) = weights.shape("encoder/conv1/bias", 1)
-        self.heads = int(weights.metadata.get("encoder/num_heads", 0))
+        self.heads = weights.metadata.get("encoder/num_heads", 0)
         if self.heads < 1 or d % self.heads or weights.metadata.get("decoder/num_heads") != self.heads:
             msg = f"{weights.path}: num_heads is {self.heads}; expected a divisor of {d}, the same in both"
             raise ValueError(msg)
