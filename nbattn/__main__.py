@@ -290,9 +290,14 @@ def _embed(args: argparse.Namespace) -> None:
     batches = list(minilm.batches(model.tokens(sentences)))
     vectors = np.concatenate([model.encode(batch) for batch in _bar(batches, "batch")])
     if args.json:
-        numbers = {"embeddings": vectors, "similarities": vectors @ vectors.T}
-        rounded = {name: x.astype(float).round(8).tolist() for name, x in numbers.items()}
-        print(json.dumps({"sentences": sentences, **rounded}))
+        # Row by row: of ten thousand sentences all similarities at once would be gigabytes.
+        print(json.dumps({"sentences": sentences})[:-1], end="")
+        for name, rows in (("embeddings", iter(vectors)), ("similarities", (vectors @ x for x in vectors))):
+            for i, row in enumerate(rows):
+                print(", " if i else f', "{name}": [', end="")
+                print(json.dumps(row.astype(float).round(8).tolist()), end="")
+            print("]", end="")
+        print("}")
     else:
         for line in minilm.table(sentences, vectors):
             _write(line + "\n")

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -231,6 +232,23 @@ class TestCommand:
         assert len(list(minilm.batches(tokens))) > 1
         data = json.loads(self.run(capsys, folder, "--file", path, "--json"))
         np.testing.assert_allclose(data["embeddings"], model.encode(tokens), atol=2e-6)
+        assert [*data] == ["sentences", "embeddings", "similarities"]
+        assert np.shape(data["similarities"]) == (200, 200)
+
+    def test_json_takes_little_memory(self, folder, tmp_path, monkeypatch):
+        """Numbers of Python, 32 bytes each, for a row at a time: all similarities would take 16 MB."""
+        (tmp_path / "a.txt").write_text("\n".join(700 * ["the cat"]))
+        argv = ["--file", tmp_path / "a.txt", "--json", "--weights", folder, "--backend", "reference"]
+        with open(os.devnull, "w") as nowhere:
+            monkeypatch.setattr(sys, "stdout", nowhere)
+            main(["embed", "a cat", *map(str, argv[2:])])
+            tracemalloc.start()
+            try:
+                assert main(["embed", *map(str, argv)]) == 0
+                _, peak = tracemalloc.get_traced_memory()
+            finally:
+                tracemalloc.stop()
+        assert peak < 6e6
 
     def test_complaints(self, capsys, folder, tmp_path):
         path = tmp_path / "a.txt"
