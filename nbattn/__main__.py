@@ -176,10 +176,10 @@ def _prompt(text: str) -> str:
 def _picture(text: str) -> str:
     path = Path(text)
     if path.suffix.lower() not in PICTURES or path.is_dir():
-        msg = f"got {text!a}; expected a name that ends in {', '.join(PICTURES)}"
+        msg = f"got {text!r}; expected a name that ends in {', '.join(PICTURES)}"
         raise argparse.ArgumentTypeError(msg)
     if not path.parent.is_dir():
-        msg = f"there is no folder {str(path.parent)!a}"
+        msg = f"there is no folder {str(path.parent)!r}"
         raise argparse.ArgumentTypeError(msg)
     return text
 

@@ -100,7 +100,7 @@ class TestModel:
         [
             ("", "the word is empty"),
             (" ", "the word is empty"),
-            ("naïve", r"the word has '\\xef'; expected English letters"),
+            ("naïve", r"the word has 'ï'; expected English letters"),
             ("a1", "the word has '1'"),
             ("\udcff", r"the word has '\\udcff'"),
             ("<eos>", "the word has '<'"),
@@ -197,7 +197,7 @@ class TestCommand:
         [
             ([], "the following arguments are required: word"),
             ([""], "the word is empty"),
-            (["日本"], r"the word has '\\u65e5'"),
+            (["日本"], r"the word has '日'"),
             (["x", "y"], "unrecognized arguments: y"),
             (["x" * 1000], "the word has 1000 letters"),
             (["x", "--weights", "no/such"], "cannot read the weight file no.such.model-c2k.safetensors"),

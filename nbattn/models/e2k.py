@@ -146,7 +146,7 @@ class E2K:
             raise ValueError(msg)
         for letter in text:
             if letter not in self.letters:
-                msg = f"the word has {letter!a}; expected English letters, apostrophes and spaces"
+                msg = f"the word has {letter!r}; expected English letters, apostrophes and spaces"
                 raise ValueError(msg)
         if len(text) > MOST_LETTERS:
             msg = f"the word has {len(text)} letters; expected at most {MOST_LETTERS}"

@@ -56,7 +56,7 @@ class Films:
         """All films of a user, whose number is text; ValueError for an unknown one."""
         known = user.isascii() and user.isdigit() and len(user) < 20
         if not (known and 1 <= int(user) <= len(self.histories)):
-            msg = f"the user is {user[:80]!a}; expected a number from 1 to {len(self.histories)}"
+            msg = f"the user is {user[:80]!r}; expected a number from 1 to {len(self.histories)}"
             raise ValueError(msg)
         return self.histories[int(user) - 1]
 

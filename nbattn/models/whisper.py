@@ -318,7 +318,7 @@ class Whisper:
         """ValueError unless the model knows it."""
         known = [self.vocabulary[i][2:-2] for i in self.languages]
         if language not in known:
-            msg = f"the language is {language!a}; expected one of {', '.join(known)}"
+            msg = f"the language is {language!r}; expected one of {', '.join(known)}"
             raise ValueError(msg)
 
     def _special(self, *names: str) -> int:
