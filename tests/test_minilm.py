@@ -130,6 +130,13 @@ class TestTiny:
         for text, vector in zip(sentences, expected, strict=True):
             np.testing.assert_allclose(model([text]), vector[None], atol=2e-6)
 
+    def test_reference_takes_no_kernel(self, folder):
+        code = (
+            "import sys; from nbattn.models import minilm; minilm.load(sys.argv[1], 'reference')(['cat']);"
+            "assert 'numba' not in sys.modules"
+        )
+        subprocess.run([sys.executable, "-c", code, str(folder)], check=True)
+
     def test_none(self, folder):
         assert minilm.load(folder, "reference")([]).shape == (0, D)
 

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import subprocess
 import sys
 
 import numpy as np
@@ -287,6 +288,13 @@ class TestModel:
         look = model(picture)
         np.testing.assert_allclose(look.saliency, saliency[0, 0], atol=1e-4)
         np.testing.assert_allclose(look.attention, attention, atol=1e-5)
+
+    def test_reference_takes_no_kernel(self):
+        code = (
+            "import sys, numpy as np; from nbattn.models import vit; x = np.zeros((20, 30, 3), np.uint8);"
+            "vit.load(backend='reference')(x); assert 'numba' not in sys.modules"
+        )
+        subprocess.run([sys.executable, "-c", code], check=True)
 
     def test_reference_backend(self, model, picture):
         ours, plain = model(picture), vit.load(backend="reference")(picture)

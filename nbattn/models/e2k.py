@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..attention import AttentionOutput
-from ..layers import GRU, Embedding, GRUCell, Linear, MultiHeadAttention
+from ..layers import GRU, Embedding, GRUCell, MultiHeadAttention
+from .parts import linear
 from .weights import Weights, package_folder
 
 HEADS = 4
@@ -79,13 +80,6 @@ class E2K:
         self.letters = {letter: i for i, letter in enumerate(self._symbols) if i > max(self._sos, self._eos)}
         _, d = weights.shape("e_emb.weight", 2)
 
-        def linear(name: str, d_out: int, d_in: int) -> Linear:
-            weight, bias = (
-                weights.tensor(f"{name}.weight", (d_out, d_in)),
-                weights.tensor(f"{name}.bias", (d_out,)),
-            )
-            return Linear(weight, bias, backend=backend)
-
         def gru(name: str, d_in: int, suffix: str = "") -> GRU:
             shapes = {
                 "weight_ih": (3 * d, d_in),
@@ -99,7 +93,7 @@ class E2K:
         self.source = Embedding(weights.tensor("e_emb.weight", (len(self._symbols), d)))
         self.target = Embedding(weights.tensor("k_emb.weight", (len(self.outputs), d)))
         self.encoders = gru("encoder", d), gru("encoder", d, "_reverse")
-        self.join = linear("encoder_fc.0", d, 2 * d)
+        self.join = linear(weights, "encoder_fc.0", d, 2 * d, backend)
         self.asking, self.answering = gru("pre_decoder", d), gru("post_decoder", 2 * d)
         shapes = {
             "in_proj_weight": (3 * d, d), "in_proj_bias": (3 * d,),
@@ -107,7 +101,7 @@ class E2K:
         }  # fmt: skip
         state = {name: weights.tensor(f"attn.{name}", shape) for name, shape in shapes.items()}
         self.attention = MultiHeadAttention.from_torch(state, HEADS, backend=backend)
-        self.head = linear("fc", len(self.outputs), d)
+        self.head = linear(weights, "fc", len(self.outputs), d, backend)
 
     def __call__(self, word: str) -> Alignment:
         """The likeliest Katakana of a word, letter by letter.

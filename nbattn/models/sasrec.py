@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..attention import AttentionOutput
-from ..layers import Embedding, FeedForward, LayerNorm, Linear, MultiHeadAttention
+from ..layers import Embedding, FeedForward, Linear, MultiHeadAttention
+from .parts import layer_norm, linear
 from .weights import Weights, package_folder
 
 DATASET, FILE = "ml-100k", "sasrec-ml-100k.npz"
@@ -31,6 +32,8 @@ SHOWN, PLOTTED = 10, 30
 """How many of a user's last films are listed, and drawn."""
 
 MEASURES = "hit rate at 10", "NDCG at 10"
+EPS = 1e-5
+"""PyTorch's, in a LayerNorm."""
 BATCH = 128
 """So many histories are scored at once."""
 Histories = Sequence[NDArray[np.int64]]
@@ -170,16 +173,6 @@ class SASRec:
         self.films, self.head = Embedding(table), Linear(table, backend=backend)
         self.places = weights.tensor("places.weight", (self.length, d))
 
-        def vector(name: str, size: int = d) -> NDArray[np.float32]:
-            return weights.tensor(name, (size,))
-
-        def linear(name: str, d_out: int, d_in: int) -> Linear:
-            weight, bias = weights.tensor(f"{name}.weight", (d_out, d_in)), vector(f"{name}.bias", d_out)
-            return Linear(weight, bias, backend=backend)
-
-        def norm(name: str) -> LayerNorm:
-            return LayerNorm(vector(f"{name}.weight"), vector(f"{name}.bias"), backend=backend)
-
         self.blocks = []
         for i in range(layers):
             name = f"encoder.layers.{i}"
@@ -187,11 +180,13 @@ class SASRec:
                      "out_proj.bias": (d,)}  # fmt: skip
             state = {part: weights.tensor(f"{name}.self_attn.{part}", size) for part, size in parts.items()}
             (hidden,) = weights.shape(f"{name}.linear1.bias", 1)
-            up, down = linear(f"{name}.linear1", hidden, d), linear(f"{name}.linear2", d, hidden)
+            up = linear(weights, f"{name}.linear1", hidden, d, backend)
+            down = linear(weights, f"{name}.linear2", d, hidden, backend)
             attention = MultiHeadAttention.from_torch(state, self.config["heads"], backend=backend)
             feed_forward = FeedForward(up, down, "relu")
-            self.blocks.append((norm(f"{name}.norm1"), attention, norm(f"{name}.norm2"), feed_forward))
-        self.norm = norm("encoder.norm")
+            norm1, norm2 = (layer_norm(weights, f"{name}.norm{n}", d, EPS, backend) for n in (1, 2))
+            self.blocks.append((norm1, attention, norm2, feed_forward))
+        self.norm = layer_norm(weights, "encoder.norm", d, EPS, backend)
 
     def __call__(self, histories: Histories) -> NDArray[np.float32]:
         """How fit each film is to follow each history: ``(histories, films)``."""

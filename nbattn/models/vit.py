@@ -22,7 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..attention import AttentionOutput
-from ..layers import FeedForward, LayerNorm, Linear, MultiHeadAttention
+from ..layers import FeedForward, Linear, MultiHeadAttention
+from .parts import layer_norm
 from .pictures import Frame, framed
 from .weights import Weights, package_folder
 
@@ -127,7 +128,9 @@ class Block:
                 weight, added = weight * factor[:, None], added * factor
             return Linear(weight, added, backend=backend)
 
-        self.norm1, self.norm2 = (_norm(weights, f"{prefix}.{name}") for name in ("norm1", "norm2"))
+        self.norm1, self.norm2 = (
+            layer_norm(weights, f"{prefix}.{name}", WIDTH, EPS, backend) for name in ("norm1", "norm2")
+        )
         query, key, value = (
             linear(name, f"attention.attention.{name}") for name in ("query", "key", "value")
         )
@@ -220,7 +223,7 @@ class ViT:
             Block(weights, i, dict(zip(PRODUCTS, products[6 * i : 6 * i + 6], strict=True)), backend)
             for i in range(LAYERS)
         ]
-        self.norm = _norm(weights, "backbone.layernorm")
+        self.norm = layer_norm(weights, "backbone.layernorm", WIDTH, EPS, backend)
         self.upsamples = [Upsample(weights, number, backend) for number in (1, 2, 3)]
         final = weights.tensor("decoder.final_conv.weight", (1, CHANNELS[-1], 1, 1)).reshape(1, -1)
         self.final = Linear(final, weights.tensor("decoder.final_conv.bias", (1,)), backend=backend)
@@ -334,11 +337,6 @@ def table(look: Look) -> str:
     share = look.attention.mean(axis=0)[look.patches] * ACROSS**2
     levels = np.searchsorted(LEVELS, share, side="right")
     return "\n".join("".join(2 * SHADES[level] for level in row) for row in levels)
-
-
-def _norm(weights: Weights, name: str) -> LayerNorm:
-    weight, bias = (weights.tensor(f"{name}.{part}", (WIDTH,)) for part in ("weight", "bias"))
-    return LayerNorm(weight, bias, EPS)
 
 
 def _between(before: int, after: int, kernel: Callable[[NDArray[Any]], NDArray[Any]]) -> NDArray[np.float32]:
