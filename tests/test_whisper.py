@@ -6,6 +6,7 @@ import math
 import re
 import struct
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -55,6 +56,19 @@ class TestSound:
         assert len(got) == 8_000
         # The ends, where silence begins, ring.
         np.testing.assert_allclose(got[800:-800], 0.99 * tone(16_000)[800:-800], atol=5e-3)
+
+    def test_memory(self, tmp_path):
+        """Of several channels none but one is there as floats."""
+        sound = np.tile(tone(16_000, 5)[:, None], (1, 16))
+        path = save(tmp_path / "a.wav", 16_000, sound, "i2")
+        audio.read_wav(path)
+        tracemalloc.start()
+        try:
+            audio.read_wav(path)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert peak < 2 * sound.size + 4 * 4 * len(sound) + 200_000
 
     @pytest.mark.parametrize(
         ("content", "complaint"),

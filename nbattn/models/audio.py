@@ -59,23 +59,27 @@ def read_wav(path: str | PathLike[str]) -> NDArray[np.float32]:
     if not RATES[0] <= rate <= RATES[1]:
         msg = f"{path} has {rate} samples a second; expected {RATES[0]} to {RATES[1]}"
         raise ValueError(msg)
-    sound = _scaled(data)
-    if not np.isfinite(sound).all():
+    mono = _mono(data)
+    if not np.isfinite(mono).all():
         msg = f"{path} holds NaN or inf"
         raise ValueError(msg)
-    mono = sound if sound.ndim == 1 else sound.mean(axis=1)
     shared = math.gcd(RATE, rate)
     if rate != RATE:
         mono = resample_poly(mono, RATE // shared, rate // shared)
-    return mono.astype(np.float32)
+    return mono
 
 
-def _scaled(data: NDArray[Any]) -> NDArray[np.float64]:
-    if data.dtype.kind == "f":
-        return data.astype(np.float64)
+def _mono(data: NDArray[Any]) -> NDArray[np.float32]:
+    """The mean of the channels ``(samples, channels)`` or ``(samples,)``, from -1 to 1."""
+    channels = data.T if data.ndim == 2 else data[None]
     # 24 bits come in the upper ones of 32, and 8 bits are the only ones without a sign.
-    half = 2.0 ** (8 * data.dtype.itemsize - 1)
-    return (data.astype(np.float64) - (half if data.dtype.kind == "u" else 0)) / half
+    half = 1.0 if data.dtype.kind == "f" else 2.0 ** (8 * data.dtype.itemsize - 1)
+    middle = np.float32(half if data.dtype.kind == "u" else 0)
+    mono = np.zeros(len(data), np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for channel in channels:  # one at a time: an hour of sound is hundreds of megabytes
+            mono += (channel.astype(np.float32) - middle) / np.float32(half * len(channels))
+    return mono
 
 
 def windows(sound: NDArray[np.float32]) -> Iterator[tuple[int, NDArray[np.float32]]]:
