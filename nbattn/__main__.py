@@ -330,7 +330,9 @@ def _recommend(args: argparse.Namespace) -> None:
         from .plot import attention_map
 
         weights, titles, heads = sasrec.last_heads(films, answer)
-        picture = attention_map(weights, titles, heads, title="layer.head", most=weights.max())
+        picture = attention_map(
+            weights, titles, heads, title=f"user {args.user}: layer.head", most=weights.max()
+        )
         picture.savefig(args.plot)
     if args.json:
         print(json.dumps(sasrec.fields(films, answer) | {"held out": model.metrics}))
