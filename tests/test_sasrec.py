@@ -382,6 +382,17 @@ class TestTraining:
         assert training.main() == 2
         assert re.fullmatch(r"nbattn: error: [^\n]*file[^\n]*\n", capsys.readouterr().err)
 
+    def test_interrupted(self, films, monkeypatch, capsys, tmp_path):
+        def train(*_):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(training, "read_films", lambda: films)
+        monkeypatch.setattr(training, "train", train)
+        monkeypatch.setattr(sys, "argv", ["train", "--weights", str(tmp_path)])
+        assert training.main() == 130
+        assert capsys.readouterr().err == "\n"
+        assert not [path for path in tmp_path.iterdir() if path.suffix == ".npz"]
+
     @pytest.mark.models
     def test_trains(self, films, monkeypatch, capsys, tmp_path):
         """Films that come in a circle are soon known; the same seed gives the same weights."""
