@@ -134,7 +134,7 @@ def save(path: Path, config: dict[str, Any], arrays: dict[str, Any]) -> None:
 
 
 def main() -> int:
-    """Train, measure on the films held out, save; 0, or 2 after one sentence on stderr, or 130 after Ctrl-C."""
+    """Train, measure on the films held out, save; 0, 2 after one sentence on stderr, or 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(prog=TRAIN, description="Train the recommender of nbattn recommend.")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="default: %(default)s")
     parser.add_argument("--weights", metavar="DIR", help="where the file goes; default: the user's cache")
