@@ -273,6 +273,28 @@ SUITES = [
 ]
 
 
+class TestHistory:
+    """The results of earlier commits, from which `asv publish` makes its pages."""
+
+    FOLDER = Path(benchmarks.__file__).parent / "results" / "asv"
+
+    def test_commits(self):
+        found = [json.loads(file.read_text()) for file in self.FOLDER.glob("*/*-*.json")]
+        assert len({result["commit_hash"] for result in found}) >= 5
+        for result in found:
+            rows = [row[0] for row in result["results"].values() if row[0]]
+            # What a commit lacks is NaN, what failed None.
+            assert sum(any(x is not None and x == x for x in row) for row in rows) >= 20
+
+    def test_small_and_of_no_machine_in_particular(self):
+        for file in self.FOLDER.rglob("*"):
+            if file.is_file():
+                text = file.read_text()
+                assert file.suffix == ".json"
+                assert len(text) < 200_000
+                assert not re.search(r"/(tmp|home|root|usr|Users)/|[A-Z]:\\\\", text), file
+
+
 class TestSetup:
     def test_once_for_each_parameters(self):
         class Counted(Suite):
