@@ -56,7 +56,7 @@ SETTINGS: dict[Any, Any] = {
 def others(names: Sequence[str]) -> list[Style]:
     """For what is no library: a colour and a marker for each name."""
     looks = {style.colour: style.marker for style in reversed(STYLES.values())}
-    known = itertools.cycle(reversed(looks.items()))
+    known = itertools.cycle([*reversed(looks.items()), ("#777777", "v"), ("#e08e0b", "P")])
     return [Style(*next(known), name) for name in names]
 
 
