@@ -1,0 +1,456 @@
+"""Every PTX instruction that kernels use, as a function that Numba's CUDA target compiles to it.
+
+A warp's 32 threads hold a matrix together, each some elements of it in registers: its fragment. Fragments
+are `cuda.local.array`s whose every index is a constant once loops are unrolled: NVVM keeps them in registers
+then. So fragments are passed as an array and the index of their first element. Addresses are integers: of
+shared memory 32 bits, of global memory 64.
+
+`tests/warp.py` has the same names in NumPy, for all threads of a block at once. Kernels take either as
+`isa`: what is tested there is the source that is compiled here.
+"""
+
+# mypy: disable-error-code="empty-body"
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from llvmlite import ir
+from numba import cuda
+from numba.cuda import cgutils, types
+from numba.cuda.extending import intrinsic, register_jitable
+
+__all__ = ["cuda", "float32", "int32", "int64"]
+
+if TYPE_CHECKING:
+    int32: TypeAlias = int
+    int64: TypeAlias = int
+    float32: TypeAlias = float
+    boolean: TypeAlias = bool
+else:
+    int32, int64, float32, boolean = types.int32, types.int64, types.float32, types.boolean
+jit = register_jitable(inline="always")
+
+I1, I8, I32, I64, F32 = ir.IntType(1), ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
+
+
+def _asm(b: Any, results: list[Any], arguments: list[Any], text: str, constraints: str, stays: bool) -> Any:
+    """Inline PTX: its results. `stays` says that it must stay: it has effects, or reads what others write."""
+    result = results[0] if len(results) == 1 else ir.LiteralStructType(results)
+    result = result if results else ir.VoidType()
+    function = ir.FunctionType(result, [x.type for x in arguments])
+    if stays:
+        constraints = ",".join(filter(None, (constraints, "~{memory}")))
+    # What a warp does together must not move to where only some of its threads come.
+    together = ("convergent",) if any(x in text for x in (".sync", "bar.")) else ()
+    value = b.call(ir.InlineAsm(function, text, constraints, side_effect=stays), arguments, attrs=together)
+    if len(results) > 1:
+        return [b.extract_value(value, i) for i in range(len(results))]
+    return [value] if results else []
+
+
+def _intrinsic(name: str, about: str | None, result: Any, arguments: dict[str, Any], emit: Any) -> Any:
+    """The function of this name that becomes what ``emit(context, builder, types, values)`` emits.
+
+    An argument's type None takes what it is given.
+    """
+
+    def define(typingctx: Any, *given: Any) -> Any:
+        wanted = zip(arguments.values(), given, strict=True)
+        signature = result(*(have if want is None else want for want, have in wanted))
+
+        def codegen(context: Any, b: Any, signature: Any, values: Any) -> Any:
+            value = emit(context, b, signature.args, list(values))
+            return context.get_dummy_value() if value is None else value
+
+        return signature, codegen
+
+    kind = inspect.Parameter.POSITIONAL_ONLY
+    parameters = [inspect.Parameter(x, kind) for x in ("typingctx", *arguments)]
+    define.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    define.__name__, define.__doc__ = name, about
+    return intrinsic(define)
+
+
+def _line(text: str, constraints: str, stays: bool = False) -> Callable[[Callable[..., Any]], Any]:
+    """The intrinsic of one line of PTX on scalars, of which the function's annotations say the types."""
+
+    def make(function: Callable[..., Any]) -> Any:
+        arguments = dict(function.__annotations__)
+        result = arguments.pop("return")
+
+        def emit(context: Any, b: Any, _: Any, values: list[Any]) -> Any:
+            values = [b.zext(x, I32) if x.type == I1 else x for x in values]
+            if result is None:
+                _asm(b, [], values, text, constraints, stays)
+                return None
+            kind = I32 if result == boolean else context.get_value_type(result)
+            (value,) = _asm(b, [kind], values, text, constraints, stays)
+            return b.icmp_signed("!=", value, ir.Constant(I32, 0)) if result == boolean else value
+
+        kind = types.void if result is None else result
+        return _intrinsic(function.__name__, function.__doc__, kind, arguments, emit)
+
+    return make
+
+
+def _place(context: Any, b: Any, array_type: Any, array: Any, index: Any, step: int) -> Any:
+    data = cgutils.create_struct_proxy(array_type)(context, b, value=array).data
+    return b.gep(data, [b.add(index, ir.Constant(index.type, step))], inbounds=True)
+
+
+# --- the loop, the thread, the block ------------------------------------------------------------------------
+
+
+class _LoopId(ir.values.NamedValue):
+    """``distinct !{self, !{!"llvm.loop.unroll.full"}}``, which llvmlite has no way to say."""
+
+    name_prefix = "!"
+
+    def __init__(self, parent: Any, hint: Any, name: str) -> None:
+        super().__init__(parent, ir.MetaDataType(), name=name)
+        self.hint = hint
+        parent.metadata.append(self)
+
+    def descr(self, buf: Any) -> None:
+        buf += (f"distinct !{{ {self.get_reference()}, {self.hint.get_reference()} }}", "\n")
+
+    def _get_reference(self) -> str:
+        return self.name_prefix + str(self.name)
+
+
+def _unroll(context: Any, b: Any, _: Any, values: Any) -> None:
+    if not hasattr(b, "loops_to_unroll"):
+        b.loops_to_unroll = []
+        branch = b.branch
+
+        def marked(target: Any) -> Any:
+            # The innermost marked loop's way back leads to a block that is done, and lies before the mark.
+            instruction, blocks, pending = branch(target), b.function.blocks, b.loops_to_unroll
+            back = pending and target.is_terminated and blocks.index(target) <= blocks.index(pending[-1])
+            if back:
+                hint = b.module.add_metadata([ir.MetaDataString(b.module, "llvm.loop.unroll.full")])
+                instruction.set_metadata("llvm.loop", _LoopId(b.module, hint, str(len(b.module.metadata))))
+                pending.pop()
+            return instruction
+
+        b.branch = marked
+    b.loops_to_unroll.append(b.block)
+
+
+unroll = _intrinsic(
+    "unroll", "First in a loop's body: it is unrolled in full, ``llvm.loop.unroll.full``.", types.void, {},
+    _unroll,
+)  # fmt: skip
+
+
+@_line("mov.u32 $0, %tid.x;", "=r")
+def thread() -> int32:
+    """The thread's number in its block: ``mov.u32 d, %tid.x;``"""
+
+
+@_line("mov.u32 $0, %tid.x;", "=r", stays=True)
+def reread_thread() -> int32:
+    """`thread`, read where it stands: the compiler keeps no register for it or what follows from it."""
+
+
+@_line("mov.u32 $0, %ctaid.x;", "=r")
+def block() -> int32:
+    """The block's number: ``mov.u32 d, %ctaid.x;``"""
+
+
+@_line("shfl.sync.idx.b32 $0, $1, 0, 0x1f, 0xffffffff;", "=r,r", stays=True)
+def same(x: int32) -> int32:
+    """x, which is the same in all threads, so that the compiler knows: ``shfl.sync.idx.b32 d, x, 0, 31, ~0;``
+
+    Where a branch may part a warp for all that it knows, it makes calls of shuffles and votes.
+    """
+
+
+@_line("div.u32 $0, $1, $2;", "=r,r,r")
+def quotient(x: int32, y: int32) -> int32:
+    """Of numbers that are not negative: ``div.u32 d, x, y;``"""
+
+
+@_line("bar.sync 0;", "", stays=True)
+def barrier() -> None:
+    """All threads of the block meet, and see each other's shared memory: ``bar.sync 0;``"""
+
+
+@_line(
+    "{ .reg .pred p; setp.ne.b32 p, $1, 0; bar.red.or.pred p, 0, p; selp.b32 $0, 1, 0, p; }",
+    "=r,r",
+    stays=True,
+)
+def barrier_any(x: boolean) -> boolean:
+    """`barrier`, and whether x holds in any thread: ``bar.red.or.pred p, 0, q;``"""
+
+
+@_line("bar.warp.sync 0xffffffff;", "", stays=True)
+def warp_barrier() -> None:
+    """All threads of the warp meet: ``bar.warp.sync 0xffffffff;``"""
+
+
+@_line("{ .reg .pred p; setp.ne.b32 p, $1, 0; vote.sync.any.pred p, p, 0xffffffff; selp.b32 $0, 1, 0, p; }",
+       "=r,r", stays=True)  # fmt: skip
+def any_lane(x: boolean) -> boolean:
+    """Whether x holds in any thread of the warp: ``vote.sync.any.pred p, q, ~0;``"""
+
+
+# --- shared memory ------------------------------------------------------------------------------------------
+
+
+def _shared(context: Any, b: Any, _: Any, values: Any) -> Any:
+    name = "nbattn_shared"
+    memory = b.module.globals.get(name)
+    if memory is None:
+        memory = ir.GlobalVariable(b.module, ir.ArrayType(I8, 0), name, addrspace=3)
+        memory.linkage, memory.align = "external", 1024
+    return b.ptrtoint(memory, I32)
+
+
+shared_memory = _intrinsic(
+    "shared_memory",
+    "The address of the block's dynamic shared memory: ``.extern .shared .align 1024 .b8 memory[];``",
+    int32, {}, _shared,
+)  # fmt: skip
+
+
+@_line("cp.async.cg.shared.global.L2::128B [$0], [$1], 16, $2;", "r,l,r", stays=True)
+def copy_async(shared: int32, address: int64, size: int32) -> None:
+    """Start to copy 16 bytes, of which all from `size` (0 to 16) on are zeros and not read.
+
+    ``cp.async.cg.shared.global.L2::128B [shared], [address], 16, size;``
+    """
+
+
+@_line("cp.async.commit_group;", "", stays=True)
+def commit_copies() -> None:
+    """The thread's copies so far are a group: ``cp.async.commit_group;``"""
+
+
+@_line("cp.async.wait_group 0;", "", stays=True)
+def wait_copies() -> None:
+    """Wait for the thread's own copies; others' are there after a `barrier`: ``cp.async.wait_group 0;``"""
+
+
+@_line("ld.shared.b32 $0, [$1];", "=r,r", stays=True)
+def load_shared(address: int32) -> int32:
+    """``ld.shared.b32 d, [address];``"""
+
+
+@_line("{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.shared.b32 [$0], $1; }", "r,r,r", stays=True)
+def store_shared(address: int32, x: int32, wanted: boolean) -> None:
+    """``@p st.shared.b32 [address], x;``"""
+
+
+@_line("red.shared.or.b32 [$0], $1;", "r,r", stays=True)
+def or_shared(address: int32, x: int32) -> None:
+    """Set the bits of x, whatever other threads set: ``red.shared.or.b32 [address], x;``"""
+
+
+def _ldmatrix(name: str, suffix: str, about: str) -> Any:
+    line = f"ldmatrix.sync.aligned.m8n8.x4{suffix}.shared.b16"
+
+    def emit(context: Any, b: Any, kinds: Any, values: list[Any]) -> None:
+        fragment, index, address = values
+        words = _asm(b, [I32] * 4, [address], f"{line} {{$0,$1,$2,$3}}, [$4];", "=r,=r,=r,=r,r", stays=True)
+        for k, word in enumerate(words):
+            b.store(word, _place(context, b, kinds[0], fragment, index, k))
+
+    arguments = {"fragment": None, "index": int64, "address": int32}
+    about = f"{about}\n\n    ``{line} {{d0, d1, d2, d3}}, [address];``\n    "
+    return _intrinsic(name, about, types.void, arguments, emit)
+
+
+load_matrices = _ldmatrix("load_matrices", "", """Four 8 x 8 matrices of 16 bits -> fragment[index:index + 4].
+
+    Lane i gives the address of row i % 8 of matrix i // 8, and gets of each matrix the elements
+    (i // 4, 2 * (i % 4)) and the next.""")  # fmt: skip
+load_matrices_turned = _ldmatrix("load_matrices_turned", ".trans", "`load_matrices`, each transposed.")
+
+
+# --- products -----------------------------------------------------------------------------------------------
+
+
+def _mma(shape: str, kind: str, a_words: int, b_words: int) -> Any:
+    line = f"mma.sync.aligned.{shape}.row.col.f32.{kind}.{kind}.f32"
+
+    def emit(context: Any, b: Any, kinds: Any, values: list[Any]) -> None:
+        c, ci, x, xi, y, yi = values
+        places = [_place(context, b, kinds[0], c, ci, k) for k in range(4)]
+        words = [b.load(_place(context, b, kinds[2], x, xi, k)) for k in range(a_words)]
+        words += [b.load(_place(context, b, kinds[4], y, yi, k)) for k in range(b_words)]
+        numbers = iter(range(8 + len(words)))
+        operands = (",".join(f"${next(numbers)}" for _ in range(n)) for n in (4, a_words, b_words, 4))
+        text = f"{line} {', '.join(f'{{{x}}}' for x in operands)};"
+        constraints = "=f,=f,=f,=f," + "r," * len(words) + "0,1,2,3"
+        results = _asm(b, [F32] * 4, words + [b.load(p) for p in places], text, constraints, stays=False)
+        for value, place in zip(results, places, strict=True):
+            b.store(value, place)
+
+    about = f"""c[ci:ci + 4] += a[ai:ai + {a_words}] @ b[bi:bi + {b_words}], sums in float32.
+
+    ``{line} c, a, b, c;``
+    """
+    arguments = {"c": None, "ci": int64, "a": None, "ai": int64, "b": None, "bi": int64}
+    return _intrinsic(f"multiply_{kind}", about, types.void, arguments, emit)
+
+
+multiply_f16 = _mma("m16n8k16", "f16", 4, 2)
+multiply_bf16 = _mma("m16n8k16", "bf16", 4, 2)
+multiply_tf32 = _mma("m16n8k8", "tf32", 4, 2)
+
+
+# --- numbers ------------------------------------------------------------------------------------------------
+
+
+@_line("ex2.approx.ftz.f32 $0, $1;", "=f,f")
+def exp2(x: float32) -> float32:
+    """2 to the x, to 2**-22 of it: ``ex2.approx.ftz.f32 d, x;``"""
+
+
+@_line("lg2.approx.ftz.f32 $0, $1;", "=f,f")
+def log2(x: float32) -> float32:
+    """``lg2.approx.ftz.f32 d, x;``"""
+
+
+@_line("rcp.approx.ftz.f32 $0, $1;", "=f,f")
+def reciprocal(x: float32) -> float32:
+    """``rcp.approx.ftz.f32 d, x;``"""
+
+
+@_line("fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f")
+def fma(x: float32, y: float32, z: float32) -> float32:
+    """x * y + z, rounded once: ``fma.rn.f32 d, x, y, z;``"""
+
+
+@_line("max.f32 $0, $1, $2;", "=f,f,f")
+def maximum(x: float32, y: float32) -> float32:
+    """The larger; of a NaN and a number the number: ``max.f32 d, x, y;``"""
+
+
+@_line("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f")
+def pack_f16(low: float32, high: float32) -> int32:
+    """Two numbers rounded to float16, `low` in the lower half: ``cvt.rn.f16x2.f32 d, high, low;``"""
+
+
+@_line("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f")
+def pack_bf16(low: float32, high: float32) -> int32:
+    """Two numbers rounded to bfloat16, `low` in the lower half: ``cvt.rn.bf16x2.f32 d, high, low;``"""
+
+
+@_line("{ .reg .b16 l, h; mov.b32 {l, h}, $1; cvt.f32.f16 $0, l; }", "=f,r")
+def low_f16(word: int32) -> float32:
+    """The float16 in the lower half: ``cvt.f32.f16 d, l;``"""
+
+
+@_line("{ .reg .b16 l, h; mov.b32 {l, h}, $1; cvt.f32.f16 $0, h; }", "=f,r")
+def high_f16(word: int32) -> float32:
+    """The float16 in the upper half: ``cvt.f32.f16 d, h;``"""
+
+
+@_line("{ .reg .b32 x; shl.b32 x, $1, 16; mov.b32 $0, x; }", "=f,r")
+def low_bf16(word: int32) -> float32:
+    """The bfloat16 in the lower half: ``shl.b32 d, word, 16;``"""
+
+
+@_line("{ .reg .b32 x; and.b32 x, $1, 0xffff0000; mov.b32 $0, x; }", "=f,r")
+def high_bf16(word: int32) -> float32:
+    """The bfloat16 in the upper half: ``and.b32 d, word, 0xffff0000;``"""
+
+
+@_line("shfl.sync.bfly.b32 $0, $1, $2, 0x1f, 0xffffffff;", "=f,f,r", stays=True)
+def exchange(x: float32, distance: int32) -> float32:
+    """x of the lane whose number differs by these bits: ``shfl.sync.bfly.b32 d, x, distance, 31, ~0;``"""
+
+
+@_line("shfl.sync.bfly.b32 $0, $1, $2, 0x1f, 0xffffffff;", "=r,r,r", stays=True)
+def exchange_word(x: int32, distance: int32) -> int32:
+    """`exchange` of a word."""
+
+
+@jit
+def tanh(x):
+    """libdevice's, to some ulp (``tanh.approx`` has 2**-11)."""
+    return math.tanh(x)
+
+
+def _select(context: Any, b: Any, _: Any, values: list[Any]) -> Any:
+    return b.select(*values)
+
+
+def _choice(name: str, kind: Any) -> Any:
+    about = "x where the condition holds, else y: ``selp.b32 d, x, y, p;``"
+    return _intrinsic(name, about, kind, {"condition": boolean, "x": kind, "y": kind}, _select)
+
+
+select, select_int = _choice("select", float32), _choice("select_int", int32)
+
+
+@_line("xor.b32 $0, $1, $2;", "=r,r,r", stays=True)
+def flip(x: int32, y: int32) -> int32:
+    """``xor.b32 d, x, y;`` where it stands: the compiler keeps no register for it."""
+
+
+@_line("min.s32 $0, $1, $2;", "=r,r,r")
+def smaller(x: int32, y: int32) -> int32:
+    """``min.s32 d, x, y;``"""
+
+
+@_line("max.s32 $0, $1, $2;", "=r,r,r")
+def larger(x: int32, y: int32) -> int32:
+    """``max.s32 d, x, y;``"""
+
+
+# --- global memory ------------------------------------------------------------------------------------------
+
+
+@_line("ld.global.b64 $0, [$1];", "=l,l", stays=True)
+def load_int64(address: int64) -> int64:
+    """``ld.global.b64 d, [address];``"""
+
+
+@_line(
+    "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p ld.global.b32 $0, [$1]; }", "=&f,l,r", stays=True
+)
+def load_float(address: int64, wanted: boolean) -> float32:
+    """The number at the address where `wanted`, else 0: ``@p ld.global.b32 d, [address];``"""
+
+
+@_line(
+    "{ .reg .pred p; .reg .b16 x; setp.ne.b32 p, $2, 0; mov.b16 x, 0; @p ld.global.b16 x, [$1]; "
+    "cvt.u32.u16 $0, x; }", "=r,l,r", stays=True,
+)  # fmt: skip
+def load_half(address: int64, wanted: boolean) -> int32:
+    """16 bits at the address where `wanted`, else 0: ``@p ld.global.b16 d, [address];``"""
+
+
+@_line(
+    "{ .reg .pred p; .reg .b16 x; setp.ne.b32 p, $2, 0; mov.b16 x, 0; @p ld.global.u8 x, [$1]; "
+    "cvt.u32.u16 $0, x; }", "=r,l,r", stays=True,
+)  # fmt: skip
+def load_byte(address: int64, wanted: boolean) -> int32:
+    """The byte at the address where `wanted`, else 0: ``@p ld.global.u8 d, [address];``"""
+
+
+@_line("{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.global.f32 [$0], $1; }", "l,f,r", stays=True)
+def store_float(address: int64, x: float32, wanted: boolean) -> None:
+    """``@p st.global.f32 [address], x;``"""
+
+
+@_line(
+    "{ .reg .pred p; .reg .b16 x; setp.ne.b32 p, $2, 0; cvt.u16.u32 x, $1; @p st.global.b16 [$0], x; }",
+    "l,r,r", stays=True,
+)  # fmt: skip
+def store_half(address: int64, x: int32, wanted: boolean) -> None:
+    """The lower 16 bits: ``@p st.global.b16 [address], x;``"""
+
+
+@_line(
+    "{ .reg .pred p; .reg .b32 a, b, c, d; setp.ne.b32 p, $2, 0; ld.shared.v4.b32 {a, b, c, d}, [$1]; "
+    "@p st.global.v4.b32 [$0], {a, b, c, d}; }", "l,r,r", stays=True,
+)  # fmt: skip
+def copy_out(address: int64, shared: int32, wanted: boolean) -> None:
+    """16 bytes of shared memory to global memory: ``ld.shared.v4.b32``, ``@p st.global.v4.b32``"""
