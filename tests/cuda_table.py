@@ -1,0 +1,101 @@
+"""What the compiler makes of every CUDA kernel: registers, shared memory, spills, and how many blocks fit.
+
+``python tests/cuda_table.py`` compiles all of them and writes the table that the tests compare with. No GPU
+is needed, only the compilers that the extra `cuda` brings. With names of architectures, as ``sm_80 sm_90a``,
+and of kernels it prints their rows as JSON.
+"""
+
+import json
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+TABLE = Path(__file__).with_name("cuda_table.json")
+
+
+class Multiprocessor(NamedTuple):
+    """What the blocks on one share, by the CUDA programming guide's table of compute capabilities."""
+
+    capability: tuple[int, int]
+    shared_bytes: int
+    threads: int
+    blocks: int
+    registers: int = 65536
+
+
+ARCHITECTURES = {
+    "sm_80": Multiprocessor((8, 0), 164 << 10, 2048, 32),
+    "sm_90a": Multiprocessor((9, 0), 228 << 10, 2048, 32),
+}
+RESERVED_SHARED = 1 << 10
+"""Bytes of shared memory that the system takes for each block."""
+
+
+def kernels():
+    """Every kernel that a call may start."""
+    from nbattn.cuda import mma
+
+    return mma.kernels()
+
+
+def resident_blocks(sm, threads, registers, shared):
+    """How many blocks of a kernel are on one multiprocessor at a time."""
+    warps = -(-threads // 32)
+    # Registers are given to warps in units of 256.
+    by_registers = sm.registers // (-(-registers * 32 // 256) * 256) // warps
+    by_shared = sm.shared_bytes // (shared + RESERVED_SHARED)
+    return min(by_registers, by_shared, sm.threads // (32 * warps), sm.blocks)
+
+
+def row(kernel, architecture):
+    """Compile one kernel."""
+    from nbattn.cuda import launch
+
+    sm = ARCHITECTURES[architecture]
+    specific = replace(kernel, feature_specific=architecture.endswith("a"))
+    report = launch.binary(specific, sm.capability).report
+    (registers,) = map(int, re.findall(r"Used (\d+) registers", report))
+    ((stack, stores, loads),) = re.findall(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report
+    )
+    fixed = sum(map(int, re.findall(r"(\d+) bytes smem", report)))
+    shared = fixed + kernel.shared
+    blocks = resident_blocks(sm, kernel.threads, registers, shared)
+    found = {
+        "registers": registers,
+        "shared": shared,
+        "threads": kernel.threads,
+        "blocks": blocks,
+        "occupancy": round(blocks * kernel.threads / sm.threads, 3),
+        "local": int(stack) + int(stores) + int(loads),
+    }
+    if warnings := re.findall(r".*(?:C7\d\d\d|[Ww]arning).*", report):
+        found["warnings"] = warnings
+    return found
+
+
+def main(arguments):
+    chosen = [x for x in arguments if x in ARCHITECTURES] or list(ARCHITECTURES)
+    names = [x for x in arguments if x not in ARCHITECTURES]
+    rows = {}
+    for kernel in kernels():
+        if not names or kernel.name in names:
+            rows[kernel.name] = {name: row(kernel, name) for name in chosen}
+            print(kernel.name, rows[kernel.name], file=sys.stderr, flush=True)
+    if arguments:
+        print(json.dumps(rows))
+        return
+    from importlib.metadata import version
+
+    compilers = {name: version(name) for name in ("numba-cuda", "nvidia-nvvm", "nvidia-nvjitlink")}
+    lines = [f'  "{name}": {json.dumps(found)}' for name, found in rows.items()]
+    TABLE.write_text(
+        f'{{\n"compilers": {json.dumps(compilers)},\n"kernels": {{\n' + ",\n".join(lines) + "\n}}\n"
+    )
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    main(sys.argv[1:])

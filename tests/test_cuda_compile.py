@@ -1,0 +1,91 @@
+"""Every CUDA kernel compiles to machine code, with all that it keeps in registers, as the table says."""
+
+import importlib.metadata
+import importlib.util
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import cuda_table
+import pytest
+
+pytestmark = pytest.mark.cuda_compile
+
+PACKAGES = ("numba-cuda", "nvidia-nvvm", "nvidia-nvjitlink")
+
+
+def installed(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+@pytest.fixture(scope="module")
+def table():
+    return json.loads(cuda_table.TABLE.read_text())
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """The rows of all kernels, compiled now, by architecture, each in a process of its own.
+
+    Other tests of this process may have Numba's CUDA simulator.
+    """
+    missing = [package for package in PACKAGES if installed(package) is None]
+    if missing:
+        pytest.skip(f"{', '.join(missing)} not installed: pip install nbattn[cuda]")
+    pytest.importorskip("nbattn.cuda.launch")
+
+    def run(architecture):
+        command = [sys.executable, "-W", "ignore", cuda_table.__file__, architecture]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return {name: rows[architecture] for name, rows in json.loads(done.stdout).items()}
+
+    with ThreadPoolExecutor() as pool:
+        rows = pool.map(run, cuda_table.ARCHITECTURES)
+        return dict(zip(cuda_table.ARCHITECTURES, rows, strict=True))
+
+
+architectures = pytest.mark.parametrize("architecture", cuda_table.ARCHITECTURES)
+
+
+@architectures
+def test_everything_stays_in_registers(architecture, compiled):
+    assert compiled[architecture]
+    local = {name: row for name, row in compiled[architecture].items() if row["local"] or "warnings" in row}
+    assert not local
+
+
+@architectures
+def test_table(architecture, compiled, table):
+    """With other compilers the numbers may differ by themselves; which kernels there are may not."""
+    listed = {name: rows[architecture] for name, rows in table["kernels"].items()}
+    assert list(compiled[architecture]) == list(listed)
+    versions = {package: installed(package) for package in PACKAGES}
+    if versions != table["compilers"]:
+        pytest.skip(f"the table was made with {table['compilers']}, here are {versions}")
+    assert compiled[architecture] == listed
+
+
+class TestWithoutCompilers:
+    def test_table_has_no_local_memory(self, table):
+        for rows in table["kernels"].values():
+            assert set(rows) == set(cuda_table.ARCHITECTURES)
+            for row in rows.values():
+                assert row["local"] == 0
+                assert row["blocks"] >= 1
+                assert row["registers"] <= 255
+                assert "warnings" not in row
+
+    def test_resident_blocks(self):
+        """As NVIDIA's occupancy calculator counts."""
+        a100, h100 = cuda_table.ARCHITECTURES.values()
+        assert cuda_table.resident_blocks(a100, 128, 255, 65536) == 2
+        assert cuda_table.resident_blocks(h100, 128, 168, 65536) == 3
+        assert cuda_table.resident_blocks(a100, 128, 168, 65536) == 2
+        assert cuda_table.resident_blocks(h100, 1024, 32, 0) == 2
+        assert cuda_table.resident_blocks(h100, 32, 16, 0) == 32
+        assert cuda_table.resident_blocks(h100, 256, 128, 232 << 10) == 0
