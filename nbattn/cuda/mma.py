@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import cache, partial
+from importlib import import_module
 from typing import Any, cast
 
 import numpy as np
@@ -31,8 +32,7 @@ CAPABILITY = (8, 0)
 
 def covers(problem: Problem) -> bool:
     """Whether the kernel computes this problem, which lies on a GPU."""
-    from . import launch
-
+    launch = import_module(".launch", __package__)
     p: Any = problem
     return (
         p.storage in STORAGES
@@ -50,8 +50,7 @@ def covers(problem: Problem) -> bool:
 
 def forward(problem: Problem, out: Any, lse: Any, stream: int) -> None:
     """Start the kernel that writes attention to `out` (B, Hq, Sq, Dv) and maybe `lse` (B, Hq, Sq)."""
-    from . import launch
-
+    launch = import_module(".launch", __package__)
     p: Any = problem
     tile = cast(Tile, tile_of(p))
     place = launch.device(p.query.device)
@@ -86,8 +85,7 @@ def is_full(p: Problem) -> bool:
 @cache
 def kernel(storage: str, tile: Tile, full: bool) -> Any:
     """The kernel as `launch` takes it."""
-    from . import launch
-
+    launch = import_module(".launch", __package__)
     t = tile
     name = f"attention-mma-{storage}-{t.width}-{t.value_width}-{t.rows}-{t.keys}-{t.warps}"
     return launch.Kernel(
