@@ -327,6 +327,15 @@ class TestModel:
         for text, vector in zip(sentences[::3], expected[::3], strict=True):
             np.testing.assert_allclose(ours([text])[0], vector, atol=2e-6)
 
+    def test_beside_others(self, ours):
+        """The same bits, whatever is embedded too."""
+        words = TEXT.read_text(encoding="utf-8").split()
+        sentences = [" ".join(words[i : i + n]) for i, n in enumerate((20, 60, 25, 3, 40))]
+        together = ours(sentences)
+        np.testing.assert_array_equal(ours(sentences[::-1])[::-1], together)
+        for i in (0, 1, 2, 4):
+            np.testing.assert_array_equal(ours(sentences[i : i + 1])[0], together[i])
+
     def test_longest(self, ours, theirs):
         words = 510 * "word "
         np.testing.assert_allclose(ours([words]), theirs(ours.tokens([words])), atol=2e-6)

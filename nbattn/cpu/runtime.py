@@ -505,7 +505,7 @@ def compile_kernel(name: str) -> str:
 
 
 def _stems() -> list[Any]:
-    stems = "additive append attention decode hard linear luong matvec rowwise softmax"
+    stems = "additive append attention decode hard linear luong matvec products rowwise softmax"
     return [importlib.import_module(f"nbattn.cpu.{stem}") for stem in stems.split()]
 
 

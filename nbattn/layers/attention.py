@@ -195,6 +195,7 @@ class MultiHeadAttention:
         is_causal: bool = False,
         key_lengths: ArrayLike | None = None,
         return_weights: bool = False,
+        plus: NDArray[Any] | None = None,
     ) -> NDArray[Any] | AttentionOutput:
         """Attention of x over itself, another sequence, or a cache.
 
@@ -213,6 +214,8 @@ class MultiHeadAttention:
             As in `scaled_dot_product_attention`; with a cache as in `KVCache.attend`.
         return_weights : bool
             Also return the weights, of a head each. Not with a cache.
+        plus : ndarray, shape (B, S, d), optional
+            Added to the output, as a residual connection does.
 
         Returns
         -------
@@ -238,7 +241,7 @@ class MultiHeadAttention:
                 query, keys, values = (a.astype(cache.dtype) for a in (query, keys, values))
             cache.append(keys, values)
             mixed = cast(NDArray[Any], cache.attend(query, mask, bias=bias, scale=self.scale))
-            return self.output(_join(mixed))
+            return self.output(_join(mixed), plus=plus)
         keys, values = memory if memory is not None else self.project(x if context is None else context)
         n = 0
         if self.extra is not None:
@@ -251,10 +254,10 @@ class MultiHeadAttention:
             key_lengths=key_lengths, scale=self.scale, return_weights=return_weights, backend=self.backend,
         )  # fmt: skip
         if not isinstance(result, AttentionOutput):
-            return self.output(_join(result))
+            return self.output(_join(result), plus=plus)
         assert result.weights is not None
         weights = np.roll(result.weights, -n, axis=-1) if n else result.weights
-        return AttentionOutput(self.output(_join(result.output)), weights, None)
+        return AttentionOutput(self.output(_join(result.output), plus=plus), weights, None)
 
     def _check_extra(self, key: ArrayLike, value: ArrayLike) -> tuple[NDArray[Any], NDArray[Any]]:
         keys, values = check.floating(key, "extra"), check.floating(value, "extra")

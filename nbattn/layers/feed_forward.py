@@ -7,9 +7,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from .. import check
-from .linear import Linear
-
-ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
+from .linear import ACTIVATIONS, Linear
 
 
 def gelu(x: NDArray[Any], *, backend: str | None = None) -> NDArray[Any]:
@@ -104,9 +102,9 @@ class FeedForward:
         _check_chain(up, down)
         self.up, self.down, self.activation = up, down, activation
 
-    def __call__(self, x: NDArray[Any]) -> NDArray[Any]:
-        """``(..., d)`` to ``(..., d)``."""
-        return self.down(_activated(self.activation, self.up(x), self.up.backend))
+    def __call__(self, x: NDArray[Any], *, plus: NDArray[Any] | None = None) -> NDArray[Any]:
+        """``(..., d)`` to ``(..., d)``; `plus` is added to it."""
+        return self.down(self.up(x, activation=self.activation), plus=plus)
 
 
 class SwiGLU:
@@ -145,9 +143,9 @@ class SwiGLU:
         _check_chain(up, down)
         self.gate, self.up, self.down, self.activation = gate, up, down, activation
 
-    def __call__(self, x: NDArray[Any]) -> NDArray[Any]:
-        """``(..., d)`` to ``(..., d)``."""
-        return self.down(_activated(self.activation, self.gate(x), self.gate.backend, self.up(x)))
+    def __call__(self, x: NDArray[Any], *, plus: NDArray[Any] | None = None) -> NDArray[Any]:
+        """``(..., d)`` to ``(..., d)``; `plus` is added to it."""
+        return self.down(_activated(self.activation, self.gate(x), self.gate.backend, self.up(x)), plus=plus)
 
 
 def _check_chain(first: Linear, second: Linear) -> None:

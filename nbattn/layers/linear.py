@@ -12,17 +12,20 @@ from .. import check
 from ..reference import matvec
 
 WEIGHTS = ("float32", "float64", "float16", "bfloat16", "int8")
-FEW = {"float32": 24, "float16": 64, "bfloat16": 64, "int8": 64}
-"""The most rows of x that go through the kernel. With 2 rows of float32 it is 3 to 5 times as fast as BLAS,
-with 24 as fast; weights of 16 and 8 bits must be widened for BLAS."""
+FEW = {"float32": 16, "float16": 48, "bfloat16": 48, "int8": 24}
+"""The most rows of x whose products are taken along the rows of the weight, as it lies; for more it pays to
+turn it first."""
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
 
 
 class Linear:
     """``x @ weight.T + bias`` over the last axis.
 
     A few rows of float32 go through a kernel that reads the weight once, nearly at the rate at which memory
-    gives it, so that weights of 16 and 8 bits save time in a decoder; its results have the same bits whatever
-    the number of threads. Many rows go through NumPy's BLAS.
+    gives it, so that weights of 16 and 8 bits save time in a decoder. More than 16 (of weights of 16 bits 48,
+    of 8 bits 24) go through another, which multiplies nearly as fast as the processor can. Either gives the
+    same bits whatever the number of threads and whatever other rows there are. float64, and matrices smaller
+    than a tile, go through NumPy's BLAS.
 
     Parameters
     ----------
@@ -34,7 +37,7 @@ class Linear:
         What int8 numbers are multiplied by: one for each row, or for each run of ``d_in / groups`` numbers,
         which must be a multiple of 32.
     backend : {None, "cpu", "reference"}
-        "reference" never takes the kernel.
+        "reference" never takes the kernels.
 
     Attributes
     ----------
@@ -82,30 +85,76 @@ class Linear:
         added = np.zeros(self.d_out, wide) if self.bias is None else self.bias
         self._plan = matvec.Plan(self.weight, self.dtype, added, self.scales)
         self._few: Any = None
+        self._many: Any = None
 
-    def __call__(self, x: ArrayLike) -> NDArray[Any]:
-        """``(..., d_in)`` to ``(..., d_out)``: float64 where x or the weight is, else float32."""
+    def __call__(
+        self, x: ArrayLike, *, activation: str | None = None, plus: NDArray[Any] | None = None
+    ) -> NDArray[Any]:
+        """``activation(x @ weight.T + bias) + plus``.
+
+        Parameters
+        ----------
+        x : array_like, shape (..., d_in)
+        activation : {"gelu", "gelu_tanh", "relu", "silu"}, optional
+        plus : ndarray, shape (..., d_out), optional
+            As a residual connection adds.
+
+        Returns
+        -------
+        ndarray, shape (..., d_out)
+            float64 where x, the weight or plus is, else float32.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For dtypes and shapes that do not fit.
+        """
         x = check.floating(x, "x")
         if x.ndim == 0 or x.shape[-1] != self.d_in:
             msg = f"x has shape {x.shape}; expected (..., {self.d_in}), as weight is {self.weight.shape}"
             raise ValueError(msg)
         wide = np.float64 if np.float64 in (x.dtype, self.weight.dtype) else np.float32
         rows = np.ascontiguousarray(x, wide).reshape(math.prod(x.shape[:-1]), self.d_in)
+        shape = *x.shape[:-1], self.d_out
+        if activation is not None and activation not in ACTIVATIONS:
+            msg = f"activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}"
+            raise ValueError(msg)
+        if plus is not None:
+            plus = check.floating(plus, "plus")
+            if plus.shape != shape:
+                msg = f"plus has shape {plus.shape}; expected {shape}, as the product"
+                raise ValueError(msg)
         y = np.empty((len(rows), self.d_out), wide)
-        self._product(rows)(rows, y)
-        return y.reshape(*x.shape[:-1], self.d_out)
+        product = self._product(rows)
+        fuses = product is self._many is not self._plan
+        if fuses and (plus is None or plus.dtype == np.float32):
+            product(
+                rows, y, activation, None if plus is None else np.ascontiguousarray(plus).reshape(y.shape)
+            )
+            return y.reshape(shape)
+        product(rows, y)
+        if activation is not None:
+            y = check.backend_module("rowwise", self.backend).activation(activation, y)
+        y = y.reshape(shape)
+        return y if plus is None else y + plus
 
     def _product(self, rows: NDArray[Any]) -> Any:
         """What multiplies these rows."""
-        few = 0 < len(rows) <= FEW.get(self.dtype, 0) and rows.dtype == np.float32
-        if not few or self.backend == "reference":
+        if not len(rows) or rows.dtype != np.float32 or self.dtype not in FEW or self.backend == "reference":
             return self._plan
-        if self._few is None:
-            module = check.backend_module("matvec", self.backend)
-            plan = self._plan
-            large = module.fits(self.d_out, self.d_in)
-            self._few = module.Plan(self.weight, self.dtype, plan.bias, self.scales) if large else plan
-        return self._few
+        if len(rows) <= FEW[self.dtype]:
+            if self._few is None:
+                self._few = self._kernel("matvec")
+            return self._few
+        if self._many is None:
+            self._many = self._kernel("products")
+        return self._many
+
+    def _kernel(self, stem: str) -> Any:
+        module = check.backend_module(stem, self.backend)
+        if not module.fits(self.d_out, self.d_in):
+            return self._plan
+        return module.Plan(self.weight, self.dtype, self._plan.bias, self.scales)
 
     def astype(self, dtype: str, *, group: int | None = None) -> Linear:
         """The same layer with its weight rounded to float32, float16, bfloat16 or int8.

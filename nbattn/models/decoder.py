@@ -88,8 +88,8 @@ class Block:
 
     def __call__(self, x: NDArray[np.float32], cache: KVCache) -> NDArray[np.float32]:
         """``(B, S, d)`` at the positions after those in the cache, to ``(B, S, d)``."""
-        x = x + cast(NDArray[np.float32], self.attention(self.norm1(x), cache=cache))
-        return x + self.feed_forward(self.norm2(x))
+        x = cast(NDArray[np.float32], self.attention(self.norm1(x), cache=cache, plus=x))
+        return self.feed_forward(self.norm2(x), plus=x)
 
 
 class Decoder:

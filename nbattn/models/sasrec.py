@@ -211,7 +211,7 @@ class SASRec:
                 mixed, weights, _ = cast(AttentionOutput, mixed)
                 seen.append(cast(NDArray[np.float32], weights)[0, :, -1])
             x = x + cast(NDArray[np.float32], mixed)
-            x = x + feed_forward(norm2(x))
+            x = feed_forward(norm2(x), plus=x)
         return self.head(self.norm(x[np.arange(len(x)), last]))
 
 

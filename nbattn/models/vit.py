@@ -142,10 +142,9 @@ class Block:
         self, x: NDArray[np.float32], return_weights: bool = False
     ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
         """``(S, d)`` to the same, and the weights ``(heads, S, S)`` where they are asked for."""
-        seen: Any = self.attention(self.norm1(x), return_weights=return_weights)
-        output, weights, _ = seen if isinstance(seen, AttentionOutput) else (seen, None, None)
-        x = x + output
-        return x + self.feed_forward(self.norm2(x)), weights
+        seen: Any = self.attention(self.norm1(x), return_weights=return_weights, plus=x)
+        x, weights, _ = seen if isinstance(seen, AttentionOutput) else (seen, None, None)
+        return self.feed_forward(self.norm2(x), plus=x), weights
 
 
 class Upsample:

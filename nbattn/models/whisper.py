@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from ..attention import AttentionOutput
 from ..cache import KVCache
-from ..layers import Embedding, FeedForward, LayerNorm, Linear, MultiHeadAttention, gelu
+from ..layers import Embedding, FeedForward, LayerNorm, Linear, MultiHeadAttention
 from .audio import HOP, MELS, RATE, WINDOW, log_mel
 from .byte_level import BYTES, unwritten
 from .weights import Weights, package_folder, read_json
@@ -101,14 +101,12 @@ class Block:
         return_weights: bool = False,
     ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
         """``(B, S, d)`` to the same, and the weights of the cross-attention where they are asked for."""
-        x = x + cast(NDArray[np.float32], self.attention(self.norm1(x), cache=cache))
+        x = cast(NDArray[np.float32], self.attention(self.norm1(x), cache=cache, plus=x))
         weights = None
         if self.cross is not None:
-            seen: Any = self.cross(self.norm2(x), memory=memory, return_weights=return_weights)
-            if isinstance(seen, AttentionOutput):
-                seen, weights = seen.output, seen.weights
-            x = x + seen
-        return x + self.feed_forward(self.norm3(x)), weights
+            seen: Any = self.cross(self.norm2(x), memory=memory, return_weights=return_weights, plus=x)
+            x, weights, _ = seen if isinstance(seen, AttentionOutput) else (seen, None, None)
+        return self.feed_forward(self.norm3(x), plus=x), weights
 
 
 class Whisper:
@@ -204,7 +202,7 @@ class Whisper:
         """The encoder alone, of ``(80, 3000)``."""
         x = np.ascontiguousarray(mel.T)
         for stride, layer in enumerate(self.convolutions, 1):
-            x = gelu(layer(_triples(x, stride)), backend=self.backend)
+            x = layer(_triples(x, stride), activation="gelu")
         x = (x + self.positions["encoder"])[None]
         for block in self.blocks["encoder"]:
             x, _ = block(x)
