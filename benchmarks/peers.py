@@ -1,9 +1,9 @@
 """nbattn beside what a user would pick instead, in one process and one run: `python benchmarks/peers.py`.
 
-Every library computes the same rows (`cases.py`, `decode_cases.py`, `variants_cases.py`) on the same inputs
-with the same number of threads. Each result is held to float64 before anything is timed; a wrong one is named
-and not timed. Then the calls take turns, round after round, the machine's own limit (multiply-adds in
-registers, reading memory, or a copy) among them.
+Every library computes the same rows (`cases.py`, `decode_cases.py`, `variants_cases.py`, `models_cases.py`)
+on the same inputs with the same number of threads. Each result is held to float64 before anything is timed; a
+wrong one is named and not timed. Then the calls take turns, round after round, the machine's own limit
+(multiply-adds in registers, reading memory, or a copy) among them.
 Reported are ratios of times within a round: their median and half their interquartile range.
 
 Thread pools spin when a call has ended, PyTorch's for about 6 ms, so each turn ends with a pause. A turn is
@@ -33,12 +33,13 @@ from benchmarks.machine import commit, describe, processors, today
 if TYPE_CHECKING:
     from benchmarks.cases import Attention, Call, Softmax
     from benchmarks.decode_cases import Append, Decode
+    from benchmarks.models_cases import Model
     from benchmarks.variants_cases import Variant
 
-    Case = Attention | Decode | Append | Softmax | Variant
+    Case = Attention | Decode | Append | Softmax | Variant | Model
 
 OURS, LIMIT = "nbattn", "limit"
-SUITES = ("prefill", "decode", "softmax", "variants")
+SUITES = ("prefill", "decode", "softmax", "variants", "models")
 TURN = 0.003
 MOST_ROUNDS = 25
 SLOW = 4
@@ -150,7 +151,7 @@ def measure(case: Case, libraries: Sequence[Any], threads: int, seconds: float, 
             row.troubles[label] = _sentence(failure)
             continue
         row.errors[label], relative = largest_error(result, exact)
-        if not relative <= TOLERANCE[case.precision]:
+        if not relative <= getattr(case, "tolerance", TOLERANCE[case.precision]):
             row.troubles[label] = f"is wrong by {row.errors[label]:.1e}, so not timed"
     if OURS in row.troubles:
         return row
@@ -218,7 +219,7 @@ def columns(rows: Iterable[Row]) -> list[str]:
 
 
 def speeds(rows: Sequence[Row]) -> str:
-    """Ratios, time, rate and share of the limit, for rows of one suite."""
+    """Ratios, time, rate and share of the limit, for rows of one suite and unit."""
     peers, case = columns(rows), rows[0].case
     lines = []
     for row in rows:
@@ -268,9 +269,8 @@ def report(rows: Sequence[Row], missing: dict[str, str], machine: dict[str, str]
         "Each peer's time over nbattn's, so above 1 nbattn is faster: median over rounds ± half the\n"
         "interquartile range. -: the peer lacks it. Errors are against float64.",
     ]
-    suites = dict.fromkeys(row.case.suite for row in rows)
-    for suite in suites:
-        some = [row for row in rows if row.case.suite == suite]
+    for suite, unit in dict.fromkeys((row.case.suite, row.case.unit) for row in rows):
+        some = [row for row in rows if (row.case.suite, row.case.unit) == (suite, unit)]
         parts += [speeds(some), errors(some)]
     notes = [
         f"{row.case.name}: {_cell(row.ratio(label), None)} times as fast as {label}."
@@ -381,7 +381,7 @@ def _parser() -> _Parser:
     parser.add_argument("--threads", type=_threads, default=processors(), metavar="N", help="default: all")
     dtypes = ("float32", "bfloat16", "float16", "float64", "int8", "int4")
     parser.add_argument("--dtype", choices=dtypes, help="only rows of this dtype")
-    told = "default: all, with --quick all but decode and variants, which take a minute of their own each"
+    told = "default: all, with --quick prefill and softmax; the others take a minute of their own each"
     parser.add_argument("--suite", choices=(*SUITES, "all"), help=told)
     pattern = "only rows whose name holds this, with * for anything, as in 'f32 8x1024*causal'"
     parser.add_argument("--rows", default="", metavar="PATTERN", help=pattern)
@@ -394,12 +394,12 @@ def _parser() -> _Parser:
 
 def chosen(options: argparse.Namespace) -> list[Case]:
     """The rows that the options ask for."""
-    from benchmarks import cases, decode_cases, variants_cases
+    from benchmarks import cases, decode_cases, models_cases, variants_cases
 
     suites = {None: ("prefill", "softmax") if options.quick else SUITES, "all": SUITES}
     return [
         case
-        for case in (*cases.rows(), *decode_cases.rows(), *variants_cases.rows())
+        for case in (*cases.rows(), *decode_cases.rows(), *variants_cases.rows(), *models_cases.rows())
         if (case.quick or not options.quick)
         and options.dtype in (None, case.precision)
         and case.suite in suites.get(options.suite, (options.suite,))
@@ -428,11 +428,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         seconds, plan = (
             (left / (len(picked) - i), Rounds(3, 1)) if options.quick else (ROW_SECONDS, Rounds(7, 3))
         )
-        row = measure(case, libraries, options.threads, seconds, plan)
+        try:
+            row = measure(case, libraries, options.threads, seconds, plan)
+        except ModuleNotFoundError as error:  # its weights
+            missing[case.name] = str(error)
+            continue
         rows.append(row)
         best = row.best()
         outcome = f"{best.median:.2f} x the best peer" if best else "no peer"
         print(f"[{i + 1}/{len(picked)}] {case.name}: {outcome}", file=sys.stderr, flush=True)
+    if not rows:
+        parser.error("; ".join(f"{name} is left out: {reason}" for name, reason in missing.items()))
     machine = describe(options.threads) | {library.name: library.version for library in libraries}
     print(report(rows, missing, machine))
     if options.json:

@@ -1,9 +1,10 @@
 """What a user would pick instead, one class per library, for `peers.py`.
 
 A class is made with the number of threads and raises ImportError where the library is missing. Its methods
-`attention`, `decode`, `append`, `softmax` and those in `variants_rivals.py` prepare a row and return the
-calls to time by the name of their column; none where the library lacks it, and no method where it lacks the
-operation. Inputs are bound without a copy and outputs allocated ahead where the library can.
+`attention`, `decode`, `append`, `softmax` and those in `variants_rivals.py` and `models_rivals.py` prepare a
+row and return the calls to time by the name of their column; none where the library lacks it, and no method
+where it lacks the operation. Inputs are bound without a copy and outputs allocated ahead where the library
+can.
 
 All read (batch, heads, positions, head_dim), but JAX and ONNX Runtime's GroupQueryAttention, which get their
 own layouts, made ahead. ONNX Runtime's MultiHeadAttention gets the heads as a batch, the same bytes.
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from . import decode_cases
 from .cases import SOFTCAP, WINDOW, Attention, Call, Inputs, Softmax
 from .decode_cases import ARRAYS, QUANTISED, RING, Append, Decode
+from .models_rivals import OnnxModels, TorchModels
 from .variants_rivals import FlexVariants, NumPyVariants, TorchVariants
 
 
@@ -48,7 +50,7 @@ class Torch:
         return x.numpy()
 
 
-class PyTorch(TorchVariants, Torch):
+class PyTorch(TorchVariants, TorchModels, Torch):
     name = "PyTorch"
 
     def attention(self, case: Attention, inputs: Inputs) -> dict[str, Call]:
@@ -113,7 +115,7 @@ class FlexAttention(FlexVariants, Torch):
         return {self.name: Call(partial(compiled, *map(self.tensor, inputs[:3]), **options), self.array)}
 
 
-class OnnxRuntime:
+class OnnxRuntime(OnnxModels):
     """Models of one node; its threads stop spinning when a call ends, as they would disturb the next one."""
 
     name = "ONNX Runtime"
@@ -391,5 +393,5 @@ def _written(kept: list[Any], new: list[Any], read: Any) -> Call:
 
 
 LIBRARIES = (PyTorch, FlexAttention, OnnxRuntime, OpenVINO, JAX, NumPy)
-COLUMNS = ("PyTorch", "PyTorch flex", "ORT Attention", "ORT MHA", "ORT GQA", "ORT Softmax", "OpenVINO", "JAX",
-           "NumPy", "SciPy")  # fmt: skip
+COLUMNS = ("PyTorch", "PyTorch f32", "PyTorch flex", "ONNX Runtime", "ORT Attention", "ORT MHA", "ORT GQA",
+           "ORT Softmax", "OpenVINO", "JAX", "NumPy", "SciPy")  # fmt: skip

