@@ -23,10 +23,14 @@ AMX = "amx-bf16" in _features and REGISTER_BYTES == 64
 """Whether pairs of bfloat16 are multiplied on tile registers."""
 PAIRS = {"avx512bf16", "sse4a"} <= _features and REGISTER_BYTES == 64
 """Whether `dot_pairs_value` pays: Intel's takes two cycles, half the rate of float32 multiply-adds."""
+TABLES = X86 and REGISTER_BYTES == 64
+"""Whether registers serve as tables of one number for each lane."""
 DESCRIPTION = f"{REGISTER_BYTES * 8}-bit vectors, {REGISTERS} registers" + ", AMX" * AMX
 
 I8, I16, I32, I64 = (ir.IntType(n) for n in (8, 16, 32, 64))
 
+LOWEST = {np.float32: -127.0, np.float64: -1023.0}
+"""The exponent whose field is 0."""
 # 2**x on [-1/2, 1/2], minimax in the relative error: 3.9e-9 and 1.8e-17.
 EXP2 = {
     np.float32: (1.0, 0.6931472253950111, 0.24022651084117294, 0.05550297314199325, 0.009618030782505154,
@@ -39,6 +43,14 @@ EXP2 = {
 # The same to 1.6e-07, for weights that are rounded to bfloat16 but add up in float32.
 EXP2_SHORT = (1.0, 0.6931469440460205, 0.24022120237350464,
               0.05550713092088699, 0.009675540961325169, 0.0013276472454890609)  # fmt: skip
+
+# (2**x - 1) / x on [-1/32, 1/32], and on [-1/16, 1/16]: 2**x to 1.6e-9 and 3e-18; the short one to 4.3e-7.
+EXP2_STEP: dict[Any, tuple[float, ...]] = {
+    np.float32: (0.6931471805599453, 0.24023428, 0.0555041),
+    np.float64: (0.6931471805599453, 0.24022650695911516, 0.05550410866480235, 0.00961812908517851,
+                 0.0013333558238952554, 0.00015404521949619993, 1.525184429016982e-05),
+    "short": (0.6931882800931597, 0.2402478723792032),
+}  # fmt: skip
 
 # ln(2) in two parts: a few times the first is exact.
 LN2 = {np.float32: (0.693138122558594, 9.0580006145e-06),
@@ -193,8 +205,8 @@ def _is_single(t: Any) -> bool:
 
 
 def exp2_floor(dtype: Any) -> float:
-    """The exponent from which down 2**x is 0: its field is 0."""
-    return -127.0 if dtype is np.float32 else -1023.0
+    """The exponent from which down 2**x is 0."""
+    return LOWEST[dtype] + TABLES
 
 
 def _whole(b: ir.IRBuilder, x: Any) -> Any:
@@ -207,7 +219,7 @@ def _whole(b: ir.IRBuilder, x: Any) -> Any:
 
 
 def _times_power(b: ir.IRBuilder, p: Any, n: Any) -> Any:
-    """p * 2**n for a whole number n from `exp2_floor`, which gives 0, to the power that is inf."""
+    """p * 2**n for a whole number n from `LOWEST`, which gives 0, to the power that is inf."""
     t = p.type
     bits, bias = (23, 127) if _is_single(t) else (52, 1023)
     # The sum has the exponent's field in its lowest bits. (AVX2 cannot convert float64 to integers, and
@@ -216,28 +228,56 @@ def _times_power(b: ir.IRBuilder, p: Any, n: Any) -> Any:
     return b.fmul(p, b.bitcast(b.shl(field, const(field.type, bits)), t))
 
 
-def exp2_product_value(b: ir.IRBuilder, x: Any, c: Any, floor: Any, polynomial: Any = None) -> Any:
+def exp2_product_value(b: ir.IRBuilder, x: Any, c: Any, floor: Any, short: bool = False) -> Any:
     """2**(x * c) for c > 0, where x * c <= 127; 0 from `floor` down, NaN stays NaN.
 
-    The product is never rounded as a whole: only its distance from a whole number is, which is small.
+    The product is never rounded as a whole: only its distance from a whole number is, which is small, or from
+    a multiple of 1/16 or 1/8 whose power a register keeps. `short` is for weights that become bfloat16.
     """
     t = x.type
     it = int_type(t)
-    bits, bias = (23, 127) if _is_single(t) else (52, 1023)
-    x = b.select(b.fcmp_ordered("<", x, floor), floor, x)
+    single = _is_single(t)
+    bits, bias = (23, 127) if single else (52, 1023)
+    if TABLES and isinstance(t, ir.VectorType):
+        step = t.count.bit_length() - 1
+        # Added to this, a product is rounded to a multiple and has its number in the lowest bits: those of
+        # the multiple's fraction choose a power, the others are added to the exponent's field.
+        magic = const(t, 1.5 * 2.0 ** (bits - step))
+        shifted = fma_value(b, x, c, magic)
+        f = fma_value(b, x, c, b.fneg(b.fsub(shifted, magic)))
+        number = b.bitcast(shifted, it)
+        powers = 2.0 ** (np.arange(t.count) / t.count)
+        fields = powers.astype(np.float32 if single else np.float64).view(np.int32 if single else np.int64)
+        table = [int(x) - (i << (bits - step)) for i, x in enumerate(fields)]
+        power = b.add(permute_value(b, ir.Constant(it, table), number), b.shl(number, const(it, bits - step)))
+        power = b.bitcast(power, t)
+        rest = b.fmul(f, _horner(b, f, EXP2_STEP["short" if short else np.float32 if single else np.float64]))
+        y = fma_value(b, power, rest, power)
+        return b.select(b.fcmp_unordered(">", x, floor), y, const(t, 0.0))
+    polynomial = EXP2_SHORT if short else EXP2[np.float32 if single else np.float64]
+    above = b.select(b.fcmp_ordered("<", x, floor), floor, x)
     # Added to this, a product is rounded to a whole number and has the exponent's field in its lowest bits.
     magic = const(t, 1.5 * 2.0**bits + bias)
-    shifted = fma_value(b, x, c, magic)
-    f = fma_value(b, x, c, b.fneg(b.fsub(shifted, magic)))
-    power = b.bitcast(b.shl(b.bitcast(shifted, it), const(it, bits)), t)
-    return b.fmul(_horner(b, f, polynomial or EXP2[np.float32 if _is_single(t) else np.float64]), power)
+    shifted = fma_value(b, above, c, magic)
+    f = fma_value(b, above, c, b.fneg(b.fsub(shifted, magic)))
+    y = b.fmul(_horner(b, f, polynomial), b.bitcast(b.shl(b.bitcast(shifted, it), const(it, bits)), t))
+    return b.select(b.fcmp_ordered("<=", x, floor), const(t, 0.0), y) if TABLES else y
+
+
+def permute_value(b: ir.IRBuilder, table: Any, index: Any) -> Any:
+    """The number of the table, a vector of integers, that the lowest bits of each index say (AVX-512)."""
+    kind = "si" if table.type.element == I32 else "di"
+    fn = cgutils.get_or_insert_function(
+        b.module, ir.FunctionType(table.type, [table.type] * 2), f"llvm.x86.avx512.permvar.{kind}.512"
+    )
+    return b.call(fn, [table, index])
 
 
 def exp_value(b: ir.IRBuilder, x: Any) -> Any:
     """e**x for x <= 0 and inf, to one unit in the last place; NaN stays NaN."""
     t = x.type
     dtype, high = (np.float32, 128.25) if _is_single(t) else (np.float64, 1024.25)
-    for sign, limit in (("<", exp2_floor(dtype)), (">", high)):
+    for sign, limit in (("<", LOWEST[dtype]), (">", high)):
         limit = const(t, limit * np.log(2))
         x = b.select(b.fcmp_ordered(sign, x, limit), limit, x)
     n = _whole(b, b.fmul(x, const(t, 1 / np.log(2))))

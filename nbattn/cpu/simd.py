@@ -15,7 +15,6 @@ from numba import types
 from numba.extending import intrinsic, models, register_model
 
 from .emitters import (
-    EXP2_SHORT,
     I8,
     I32,
     I64,
@@ -208,7 +207,7 @@ div = _elementwise(lambda b, x, y: b.fdiv(x, y), 2)
 fma = _elementwise(fma_value, 3)
 greater = _elementwise(greater_value, 2)
 exp2_product = _elementwise(exp2_product_value, 3)
-exp2_product_short = _elementwise(lambda b, x, c, low: exp2_product_value(b, x, c, low, EXP2_SHORT), 3)
+exp2_product_short = _elementwise(lambda b, x, c, low: exp2_product_value(b, x, c, low, short=True), 3)
 smaller = _elementwise(lambda b, x, y: b.select(b.fcmp_ordered("<", x, y), x, y), 2)
 exp = _elementwise(exp_value, 1)
 log = _elementwise(log_value, 1)
