@@ -414,16 +414,15 @@ def _info(args: argparse.Namespace) -> None:
 
 
 def _gpu() -> str:
+    from .cuda import launch
+
     try:
-        from numba import cuda
-    except ImportError:
+        launch.library()
+        place = launch.device(0)
+    except (OSError, RuntimeError):
         return "none"
-    if not cuda.is_available():
-        return "none"
-    device = cuda.get_current_device()
-    name = device.name.decode() if isinstance(device.name, bytes) else device.name
-    major, minor = device.compute_capability
-    return f"{name}, compute capability {major}.{minor}"
+    missing = "" if launch.has_packages() else f'; for backend="cuda": {launch.INSTALL}'
+    return f"{place.name}, compute capability {place.capability[0]}.{place.capability[1]}{missing}"
 
 
 def _warmup(args: argparse.Namespace) -> None:

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import check
+from . import check, device
 from .block_mask import BlockMask
+from .device import DeviceArray
 from .problem import Problem
-from .resolve import Options, arrays_of, check_starts, resolve, resolve_batch, run, zero_weights
+from .resolve import Options, arrays_of, check_starts, placed, resolve, resolve_batch, run, zero_weights
 
 
 class AttentionOutput(NamedTuple):
@@ -110,7 +111,8 @@ def scaled_dot_product_attention(
     out : ndarray, optional
         Where to write the output: right shape and dtype, writable, no memory shared with an input.
     backend : {None, "cpu", "reference", "cuda"}
-        None chooses by where the inputs live.
+        None chooses by where the inputs live. "cuda" with arrays of the host copies them to the current GPU
+        and the results back; see Notes.
 
     Returns
     -------
@@ -124,9 +126,17 @@ def scaled_dot_product_attention(
         For a wrong kind: integer inputs, mixed dtypes, a floating mask.
     ValueError
         For a wrong value: shapes, head counts or lengths that do not fit, a wrong `out`, an unknown backend.
+    ImportError, OSError
+        For ``backend="cuda"`` or arrays on a GPU, without `numba-cuda` (extra ``cuda``), a GPU or its driver.
 
     Notes
     -----
+    Arrays on an NVIDIA GPU, of PyTorch, CuPy, Numba, JAX or anything else with ``__cuda_array_interface__``
+    or DLPack, are read where they lie, on the library's current stream, and the results are arrays of that
+    library. query, key, value, mask, bias and out must lie on one GPU; lengths, offsets and packed sequences'
+    starts stay on the host. Nothing waits for the GPU, but for JAX, which has no current stream. There are no
+    `score_mod` and `mask_mod` there.
+
     On the CPU `score_mod` and `mask_mod` are compiled at first sight (some tenths of a second) and kept, on
     disk too, by what they say: one that is made anew compiles no second time. They may use numbers, arrays by
     index, if and for, functions of `math` and NumPy on numbers, and other such functions. exp, log, tanh, sin
@@ -191,23 +201,30 @@ def scaled_dot_product_attention(
         repeat = _repeats.get(layout)
         if repeat is not None:
             return repeat(query, key, value)
-    module = check.backend_module("attention", backend)
     options = Options(mask, bias, is_causal, window_size, query_offset, key_lengths, scale, softcap,
                       alibi_slopes, sinks, compute_dtype, score_mod, mask_mod, mod_args)  # fmt: skip
+    backend, query, key, value, out, options = placed(backend, query, key, value, out, options)
+    module = check.backend_module("attention", backend)
     problem, dtype, missing = resolve_batch(query, key, value, options)
     shape = (*problem.query.shape[:3], problem.value.shape[3])
-    given = (query, key, value, mask, bias)
-    result = check.check_out(out, shape[missing:], dtype, arrays_of(given, problem))
-    lse = np.empty(shape[:3], problem.compute) if check.check_flag(return_lse, "return_lse") else None
-    weights = zero_weights(problem) if check.check_flag(return_weights, "return_weights") else None
-    run(module, problem, result[(None,) * missing], lse, weights)
+    given = (query, key, value, options.mask, options.bias)
+    result = check.check_out(out, shape[missing:], dtype, arrays_of(given, problem), problem.query)
+    lse = weights = None
+    if check.check_flag(return_lse, "return_lse"):
+        lse = check.new_array(problem.query, shape[:3], problem.compute)
+    if check.check_flag(return_weights, "return_weights"):
+        weights = zero_weights(problem)
+    run(module, problem, check.with_leading(result, missing), lse, weights)
     if layout is not None:
         _remember(layout, module, problem, result, (query, key, value))
+    result = device.given_back(result)
     if lse is None and weights is None:
         return result
     drop = (0,) * missing
     return AttentionOutput(
-        result, None if weights is None else weights[drop], None if lse is None else lse[drop]
+        result,
+        None if weights is None else device.given_back(weights)[drop],
+        None if lse is None else device.given_back(lse)[drop],
     )
 
 
@@ -289,13 +306,16 @@ def varlen_attention(
     >>> varlen_attention(x, x, x, [0, 2, 3], [0, 2, 3]).ravel()
     array([1., 1., 5.], dtype=float32)
     """
+    options = Options(mask, bias, is_causal, window_size, query_offset, key_lengths, scale, softcap,
+                      alibi_slopes, sinks, compute_dtype, score_mod, mask_mod, mod_args)  # fmt: skip
+    backend, query, key, value, out, options = placed(backend, query, key, value, out, options)
     module = check.backend_module("attention", backend)
     q, k, v = check.check_inputs(query, key, value)
     for array, name in ((q, "query"), (k, "key"), (v, "value")):
         if array.ndim != 3:
             msg = f"{name} has shape {array.shape}; expected 3 dimensions (total, heads, head_dim)"
             raise ValueError(msg)
-    packed = tuple(x.transpose(1, 0, 2)[None] for x in (q, k, v))
+    packed = tuple(check.with_leading(x.transpose(1, 0, 2), 1) for x in (q, k, v))
     check.check_heads(*packed)
     q_starts = check_starts(cu_seqlens_q, "cu_seqlens_q", q.shape[0], "query")
     k_starts = check_starts(cu_seqlens_k, "cu_seqlens_k", k.shape[0], "key")
@@ -309,20 +329,21 @@ def varlen_attention(
         key_limits=k_lengths,
         max_queries=int(q_lengths.max(initial=0)),
         max_keys=int(k_lengths.max(initial=0)),
-        options=Options(mask, bias, is_causal, window_size, query_offset, key_lengths, scale, softcap,
-                         alibi_slopes, sinks, compute_dtype, score_mod, mask_mod, mod_args),
+        options=options,
         starts=(q_starts, k_starts),
-    )  # fmt: skip
-    total, heads, _ = q.shape
-    result = check.check_out(
-        out, (total, heads, v.shape[2]), q.dtype, arrays_of((query, key, value, mask, bias), problem)
     )
-    lse = np.empty((total, heads), problem.compute) if check.check_flag(return_lse, "return_lse") else None
-    weights = zero_weights(problem) if check.check_flag(return_weights, "return_weights") else None
-    run(module, problem, result.transpose(1, 0, 2)[None], None if lse is None else lse.T[None], weights)
-    if lse is None and weights is None:
-        return result
-    return AttentionOutput(result, weights, lse)
+    total, heads, _ = q.shape
+    given = arrays_of((query, key, value, options.mask, options.bias), problem)
+    result = check.check_out(out, (total, heads, v.shape[2]), q.dtype, given, problem.query)
+    lse = weights = None
+    if check.check_flag(return_lse, "return_lse"):
+        lse = check.new_array(problem.query, (total, heads), problem.compute)
+    if check.check_flag(return_weights, "return_weights"):
+        weights = zero_weights(problem)
+    by_head = None if lse is None else check.with_leading(lse.transpose(1, 0), 1)
+    run(module, problem, check.with_leading(result.transpose(1, 0, 2), 1), by_head, weights)
+    result, weights, lse = map(device.given_back, (result, weights, lse))
+    return result if lse is None and weights is None else AttentionOutput(result, weights, lse)
 
 
 def merge_states(outputs: ArrayLike, lses: ArrayLike) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -378,8 +399,6 @@ REPEATS = 256
 
 def _layout(query: Any, key: Any, value: Any, numbers: tuple[Any, ...], window_size: Any) -> Any:
     """Everything that decides how a call without other arrays goes, as a key; None where it cannot be one."""
-    if not type(query) is type(key) is type(value) is np.ndarray:
-        return None
     if type(window_size) is tuple:
         numbers += ("window", *window_size)
     elif window_size is not None:
@@ -387,6 +406,9 @@ def _layout(query: Any, key: Any, value: Any, numbers: tuple[Any, ...], window_s
     types = tuple(map(type, numbers))  # True is no 1
     if not _PLAIN.issuperset(types):
         return None
+    if not type(query) is type(key) is type(value) is np.ndarray:
+        places = device.layout(query), device.layout(key), device.layout(value)
+        return None if None in places else (*places, numbers, types)
     return (
         query.shape, query.strides, query.dtype, query.flags.aligned,
         key.shape, key.strides, key.dtype, key.flags.aligned,
@@ -405,6 +427,12 @@ def _remember(
         _repeats.clear()
     if layout not in _repeats:
         _repeats[layout] = None
+        return
+    if type(result) is DeviceArray:
+        # What was placed is not what the caller gave, but lies as that does.
+        whole = check.with_leading(result, 4 - result.ndim)
+        run = module.Repeat(problem, whole).forward
+        _repeats[layout] = device.repeated(run, result, result.shape)
         return
     if any(check.kernel_view(x) is not x for x in inputs):
         return  # each such call copies its inputs

@@ -11,29 +11,45 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from . import device
+from .device import DeviceArray
 from .problem import UNBOUNDED, storage_name
+
+ON_GPU = ("attention", "softmax")
+ON_GPU_DOORS = "scaled_dot_product_attention, varlen_attention, softmax, log_softmax and logsumexp"
 
 
 def backend_module(stem: str, backend: str | None) -> ModuleType:
     """The module that does the work of a door: the one of the same stem in the backend's folder."""
     if backend in (None, "cpu", "reference"):
         return import_module(f".{backend or 'cpu'}.{stem}", __package__)
-    if backend == "cuda":
-        msg = 'backend="cuda" needs an NVIDIA GPU, nbattn[cuda] and CUDA kernels, which this version lacks'
-    else:
+    if backend != "cuda":
         msg = f"backend is {backend!r}; expected None, 'cpu', 'reference' or 'cuda'"
-    raise ValueError(msg)
+        raise ValueError(msg)
+    if stem not in ON_GPU:
+        msg = f'backend="cuda" has {ON_GPU_DOORS}; this runs on the CPU alone: pass backend="cpu" or None'
+        raise ValueError(msg)
+    import_module(".cuda.launch", __package__).require()
+    return import_module(f".cuda.{stem}", __package__)
 
 
-def as_array(x: ArrayLike, name: str) -> NDArray[Any]:
-    """Any array the caller has, as a NumPy view where its protocol allows one."""
-    if type(x) is np.ndarray:
-        return x
-    if hasattr(x, "__cuda_array_interface__"):
+def gpu_backend(backend: str | None, array: DeviceArray) -> str | None:
+    """The backend for arrays on a GPU."""
+    if backend in ("cpu", "reference"):
         msg = (
-            f"{name} lives on a GPU, and this build has no CUDA kernels; copy it to the host first "
-            f"(with the extra nbattn[cuda] and a backend for it, it could stay there)"
+            f"the arrays live on GPU {array.device}, where backend={backend!r} cannot read them; pass copies "
+            f'on the host, or backend="cuda"'
         )
+        raise ValueError(msg)
+    return "cuda" if backend is None else backend
+
+
+def as_array(x: ArrayLike, name: str) -> Any:
+    """Any array the caller has, as a NumPy view where its protocol allows one; a described one as it is."""
+    if type(x) is np.ndarray or type(x) is DeviceArray:
+        return x
+    if device.on_gpu(x):
+        msg = f"{name} lives on a GPU; pass a copy of it on the host (on a GPU there are {ON_GPU_DOORS})"
         raise ValueError(msg)
     try:
         if hasattr(x, "__dlpack__") and not hasattr(x, "__array__"):
@@ -56,8 +72,17 @@ def floating(x: ArrayLike, name: str) -> NDArray[Any]:
     return array
 
 
+def with_leading(array: NDArray[Any], count: int) -> NDArray[Any]:
+    """`array` with so many axes of length 1 before its own."""
+    if type(array) is DeviceArray:
+        return array.with_leading(count)
+    return array.reshape((1,) * count + array.shape)
+
+
 def addressable(array: NDArray[Any]) -> NDArray[Any]:
     """`array` itself if its elements are aligned, native and whole elements apart, else a copy."""
+    if type(array) is DeviceArray:
+        return _on_gpu_as_it_is(array)
     if array.flags.aligned and array.dtype.isnative and not any(s % array.itemsize for s in array.strides):
         return array
     return array.astype(array.dtype.newbyteorder("="), order="C")
@@ -66,10 +91,20 @@ def addressable(array: NDArray[Any]) -> NDArray[Any]:
 def kernel_view(array: NDArray[Any]) -> NDArray[Any]:
     """`array` itself if kernels can read it where it lies, else a contiguous copy.
 
-    Kernels count strides in elements and read the last axis as a run of memory.
+    Kernels count strides in elements; those of the CPU read the last axis as a run of memory.
     """
+    if type(array) is DeviceArray:
+        return _on_gpu_as_it_is(array)
     last = array.shape[-1] <= 1 or array.strides[-1] == array.itemsize
     return addressable(array if last else np.ascontiguousarray(array))
+
+
+def _on_gpu_as_it_is(array: DeviceArray) -> Any:
+    """`array` itself: nothing is copied on a GPU."""
+    if array.address % array.itemsize or any(stride % array.itemsize for stride in array.strides):
+        msg = f"an array of {array.dtype} on a GPU is not aligned; pass a contiguous copy of it"
+        raise ValueError(msg)
+    return array
 
 
 def check_inputs(
@@ -202,9 +237,19 @@ def check_rng(rng: Any) -> np.random.Generator:
         raise type(error)(msg) from error
 
 
+def on_host(x: ArrayLike, name: str) -> NDArray[Any]:
+    """An array whose elements are looked at here."""
+    array = as_array(x, name)
+    if type(array) is DeviceArray:
+        reason = "its numbers are checked, and reading them there would wait for the GPU"
+        msg = f"{name} lives on a GPU; pass a NumPy array or a list, as {reason}"
+        raise ValueError(msg)
+    return array
+
+
 def check_int_vector(x: ArrayLike, name: str, length: int) -> NDArray[np.int64]:
     """A 1-D integer array of the given length, as int64."""
-    array = as_array(x, name)
+    array = on_host(x, name)
     if array.dtype.kind not in "iu":
         msg = f"{name} must hold integers, got dtype {array.dtype}"
         raise TypeError(msg)
@@ -280,6 +325,12 @@ def check_per_head(x: ArrayLike | None, name: str, heads: int, compute: Any) -> 
     if array.shape != (heads,):
         msg = f"{name} has shape {array.shape}; expected ({heads},), one for each query head"
         raise ValueError(msg)
+    if type(array) is DeviceArray:
+        if array.dtype != np.dtype(compute) or array.strides != (array.itemsize,):
+            expected = f"a contiguous array of {np.dtype(compute).name}"
+            msg = f"{name} on a GPU has dtype {array.dtype} and strides {array.strides}; expected {expected}"
+            raise TypeError(msg)
+        return array
     return np.ascontiguousarray(array, dtype=compute)
 
 
@@ -288,6 +339,8 @@ def check_mask(mask: Any, shape: tuple[int, int, int, int]) -> NDArray[Any] | No
     if mask is None:
         return None
     array = _broadcast(mask_array(mask), "mask", shape)
+    if type(array) is DeviceArray:
+        return array
     if array.itemsize == 1 and array.strides[-1] in (0, 1):
         return array
     return np.broadcast_to(np.not_equal(_once(array), 0, order="C"), shape)
@@ -318,6 +371,8 @@ def check_bias(bias: Any, shape: tuple[int, int, int, int]) -> NDArray[Any] | No
         msg = f"bias has dtype {array.dtype}; expected float32, float64, float16 or bfloat16 ({kind})"
         raise TypeError(msg)
     array = _broadcast(array, "bias", shape)
+    if type(array) is DeviceArray:
+        return array
     if array.strides[-1] in (0, array.itemsize):
         return array
     return np.broadcast_to(np.ascontiguousarray(_once(array)), shape)
@@ -335,16 +390,38 @@ def _broadcast(array: NDArray[Any], name: str, shape: tuple[int, int, int, int])
     if not fits:
         msg = f"{name} has shape {array.shape}; it must broadcast to (batch, heads, queries, keys) = {shape}"
         raise ValueError(msg)
-    return np.broadcast_to(addressable(array), shape)
+    return broadcast(addressable(array), shape)
+
+
+def broadcast(array: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+    if type(array) is DeviceArray:
+        return array.broadcast(shape)
+    return np.broadcast_to(array, shape)
+
+
+def new_array(like: NDArray[Any] | None, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+    """Where results go: memory of the host, or where `like` is on a GPU, of that GPU and its library."""
+    if type(like) is DeviceArray:
+        return device.new(like, shape, np.dtype(dtype) if isinstance(dtype, type) else dtype)
+    return np.empty(shape, dtype)
 
 
 def check_out(
-    out: Any, shape: tuple[int, ...], dtype: np.dtype[Any], inputs: tuple[NDArray[Any] | None, ...]
+    out: Any,
+    shape: tuple[int, ...],
+    dtype: Any,
+    inputs: tuple[NDArray[Any] | None, ...],
+    like: NDArray[Any] | None = None,
 ) -> NDArray[Any]:
-    """A writable array of the result's shape and dtype that overlaps no input; a new one if None is given."""
+    """A writable array of the result's shape and dtype that overlaps no input; a new one if None is given.
+
+    It lies where `like` does.
+    """
     if out is None:
-        return np.empty(shape, dtype)
-    if not isinstance(out, np.ndarray):
+        return new_array(like, shape, dtype)
+    if type(like) is DeviceArray:
+        out = as_array(out, "out")
+    elif not isinstance(out, np.ndarray):
         msg = f"out must be a numpy array, got {type(out).__name__}"
         raise TypeError(msg)
     if out.shape != shape:
@@ -353,7 +430,7 @@ def check_out(
     if out.dtype != dtype:
         msg = f"out has dtype {out.dtype}; expected {dtype}"
         raise ValueError(msg)
-    if not out.flags.writeable:
+    if not (out if type(out) is DeviceArray else out.flags).writeable:
         msg = "out is read-only; pass a writable array"
         raise ValueError(msg)
     if out.size and any(
@@ -369,7 +446,17 @@ def check_out(
 
 def _overlap(a: NDArray[Any], b: NDArray[Any]) -> bool:
     """Whether two arrays share an element; undecided within the work limit counts as yes."""
+    if type(a) is DeviceArray or type(b) is DeviceArray:
+        return _extents_overlap(a, b)
     try:
         return np.shares_memory(a, b, max_work=100_000)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True
+
+
+def _extents_overlap(a: Any, b: Any) -> bool:
+    """Whether two arrays on a GPU reach into one another; what is on the host is elsewhere."""
+    if type(a) is not type(b):
+        return False
+    (a_first, a_end), (b_first, b_end) = a.extent, b.extent
+    return a_first < b_end and b_first < a_end

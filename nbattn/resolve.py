@@ -8,8 +8,9 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import check
+from . import check, device
 from .block_mask import BlockMask
+from .device import DeviceArray
 from .problem import Problem, storage_name
 from .scores import check_mods
 
@@ -41,12 +42,28 @@ class Call(NamedTuple):
     missing: int  # leading dimensions that the inputs leave out
 
 
+def placed(
+    backend: str | None, query: Any, key: Any, value: Any, out: Any, options: Options
+) -> tuple[str | None, Any, Any, Any, Any, Options]:
+    """The backend for arrays as they lie, and these; described, where they lie on a GPU."""
+    large = {"query": query, "key": key, "value": value, "out": out, "bias": options.bias}
+    large["mask"] = None if isinstance(options.mask, BlockMask) else options.mask
+    small = {"alibi_slopes": options.alibi_slopes, "sinks": options.sinks}
+    found = device.placed(large, small)
+    if not found:
+        return backend, query, key, value, out, options
+    query, key, value, out = (found.pop(name) for name in ("query", "key", "value", "out"))
+    if isinstance(options.mask, BlockMask):
+        found["mask"] = options.mask
+    return check.gpu_backend(backend, query), query, key, value, out, options._replace(**found)
+
+
 def resolve_batch(query: ArrayLike, key: ArrayLike, value: ArrayLike, options: Options) -> Call:
     """Check and resolve a call whose inputs are not packed."""
     q, k, v = check.check_inputs(query, key, value)
     missing = check.missing_dimensions(q, k, v)
     if missing:
-        q, k, v = (x.reshape((1,) * missing + x.shape) for x in (q, k, v))
+        q, k, v = (check.with_leading(x, missing) for x in (q, k, v))
     check.check_heads(q, k, v)
     (batch, _, queries, _), keys = q.shape, k.shape[2]
     problem = resolve(
@@ -108,7 +125,7 @@ def resolve(
 
 
 def check_starts(starts: ArrayLike, name: str, total: int, what: str) -> NDArray[np.int64]:
-    array = check.as_array(starts, name)
+    array = check.on_host(starts, name)
     if array.ndim != 1 or len(array) == 0:
         msg = f"{name} has shape {array.shape}; expected (batch + 1,)"
         raise ValueError(msg)
@@ -137,9 +154,11 @@ def arrays_of(given: tuple[Any, ...], problem: Problem) -> tuple[NDArray[Any] | 
 
 
 def zero_weights(problem: Problem) -> NDArray[Any]:
+    shape = (problem.batch, problem.query.shape[1], problem.max_queries, problem.max_keys)
+    if type(problem.query) is DeviceArray:
+        return check.new_array(problem.query, shape, problem.compute)  # which the backend clears
     # Zeros: kernels write only what a row can see.
-    heads = problem.query.shape[1]
-    return np.zeros((problem.batch, heads, problem.max_queries, problem.max_keys), problem.compute)
+    return np.zeros(shape, problem.compute)
 
 
 def run(module: ModuleType, problem: Problem, out: NDArray[Any], *others: NDArray[Any] | None) -> None:

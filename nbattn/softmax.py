@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import check
+from . import check, device
+from .device import DeviceArray
 
 
 def softmax(
@@ -41,7 +42,8 @@ def softmax(
     out : ndarray, optional
         Where to write the result: right shape and dtype, writable, no memory shared with x.
     backend : {None, "cpu", "reference", "cuda"}
-        None chooses by where x lives.
+        None chooses by where x lives: an array on an NVIDIA GPU is read where it lies, and the result is an
+        array of the same library. "cuda" with an array of the host copies it to the current GPU and back.
 
     Returns
     -------
@@ -166,13 +168,16 @@ def logsumexp(
         repeat = _repeats.get(layout)
         if repeat is not None:
             return repeat(x)[()]
+    backend, x, where, out = _placed(backend, x, where, out)
     call = _call(x, axis, where, scale, backend)
     keep = check.check_flag(keepdims, "keepdims")
     shape = tuple(
         1 if i in call.axes else n for i, n in enumerate(call.x.shape) if keep or i not in call.axes
     )
     dtype = call.x.dtype
-    result = check.check_out(out, shape, dtype, (call.x, call.where))
+    result = check.check_out(out, shape, dtype, (call.x, call.where), call.x)
+    if type(call.x) is DeviceArray:
+        return _on_gpu("logsumexp", call, result, layout)
     outer, _, inner = call.rows
     target = check.addressable(result.reshape(outer, inner))
     call.module.logsumexp(call.in_rows(call.x), call.in_rows(call.where), call.scale, target)
@@ -202,7 +207,7 @@ class _Call(NamedTuple):
 def _call(x: ArrayLike, axis: Any, where: Any, scale: float, backend: str | None) -> _Call:
     module = check.backend_module("softmax", backend)
     array = check.as_array(x, "x")
-    if array.dtype.kind in "biu":
+    if array.dtype.kind in "biu" and type(array) is not DeviceArray:
         array = array.astype(np.float64)
     array = check.addressable(check.floating(array, "x"))
     axes = _axes(axis, array.ndim)
@@ -220,6 +225,14 @@ def _call(x: ArrayLike, axis: Any, where: Any, scale: float, backend: str | None
         (*before, *sorted(axes), *after),
         (sizes[0], sizes[1], sizes[2]),
     )
+
+
+def _placed(backend: str | None, x: Any, where: Any, out: Any) -> tuple[str | None, Any, Any, Any]:
+    """The backend for arrays as they lie, and these; described, where they lie on a GPU."""
+    found = device.placed({"x": x, "where": where, "out": out}, {})
+    if not found:
+        return backend, x, where, out
+    return check.gpu_backend(backend, found["x"]), found["x"], found["where"], found["out"]
 
 
 def _axes(axis: Any, ndim: int) -> set[int]:
@@ -246,9 +259,11 @@ def _present(where: Any, shape: tuple[int, ...]) -> NDArray[np.bool_] | None:
     if array.dtype.kind not in "biu":
         msg = f"where has dtype {array.dtype}; expected bool or integer where nonzero means present"
         raise TypeError(msg)
+    if type(array) is DeviceArray and array.fits(shape):
+        return array.broadcast(shape)  # type: ignore[return-value]
     try:
         return np.broadcast_to(array if array.dtype == np.bool_ else array != 0, shape)
-    except ValueError:
+    except (TypeError, ValueError):
         msg = f"where has shape {array.shape}, which does not broadcast to x's {shape}"
         raise ValueError(msg) from None
 
@@ -269,7 +284,11 @@ def _elementwise(
         repeat = _repeats.get(layout)
         if repeat is not None:
             return repeat(x)
+    backend, x, where, out = _placed(backend, x, where, out)
     call = _call(x, axis, where, scale, backend)
+    if type(call.x) is DeviceArray:
+        result = check.check_out(out, call.x.shape, call.x.dtype, (call.x, call.where), call.x)
+        return _on_gpu(name, call, result, layout)
     if out is None:
         result = np.empty_like(call.x)  # in the order of x's axes in memory: read and written alike
     else:
@@ -296,9 +315,25 @@ _PLAIN = frozenset((bool, int, float, type(None)))
 def _layout(name: str, x: Any, *options: Any) -> Any:
     """Everything that decides how a call goes, as a key; None where it cannot be one."""
     types = tuple(map(type, options))  # True is no 1
-    if type(x) is not np.ndarray or not _PLAIN.issuperset(types):
+    if not _PLAIN.issuperset(types):
         return None
+    if type(x) is not np.ndarray:
+        place = device.layout(x)
+        return None if place is None else (name, place, options, types)
     return name, x.shape, x.strides, x.dtype, x.flags.aligned, options, types
+
+
+def _on_gpu(name: str, call: _Call, result: Any, layout: Any) -> Any:
+    """Run the function of this name on a GPU, and make calls of this layout short from the third on."""
+    arguments = name, call.x, call.where, call.scale, result, call.axes
+    call.module.along(*arguments)
+    if layout in _repeats:
+        _repeats[layout] = device.repeated(call.module.Repeat(*arguments).forward, result, result.shape)
+    elif layout is not None:
+        if len(_repeats) >= REPEATS:
+            _repeats.clear()
+        _repeats[layout] = None
+    return device.given_back(result)
 
 
 def _remember(layout: Any, call: _Call, x: Any, target: NDArray[Any], new: Callable[[Any], Any]) -> None:

@@ -8,8 +8,11 @@ import sys
 
 import hypothesis
 import numpy as np
+import oracle
 import pytest
+import simulated_gpu
 
+simulated_gpu.switch_on()
 hypothesis.settings.register_profile(
     "nbattn",
     deadline=None,  # the first example may compile
@@ -38,10 +41,33 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="heavy; run with --slow"))
 
 
-@pytest.fixture(scope="session", params=["reference", "cpu"])
+def pytest_generate_tests(metafunc):
+    """Every backend; the GPU's for tests that say so, as the simulator takes some 1000 times as long."""
+    if "backend" in metafunc.fixturenames:
+        backends = ["reference", "cpu"]
+        gpu = metafunc.definition.get_closest_marker("gpu")
+        if gpu and ("slow" not in gpu.args or metafunc.config.getoption("--slow")):
+            simulated = pytest.param("cuda", marks=pytest.mark.cuda_sim)
+            backends = [simulated] if "only" in gpu.args else [*backends, simulated]
+        metafunc.parametrize("backend", backends, indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
 def backend(request):
-    """Every backend that this machine can run."""
+    """The backend of this name."""
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def simulation(request):
+    """For the backend "cuda" a simulated GPU; with NUMBA_ENABLE_CUDASIM=0 there is a real one."""
+    simulated = os.environ.get("NUMBA_ENABLE_CUDASIM") != "0"
+    if not simulated or "cuda_sim" not in request.keywords or "backend" not in request.fixturenames:
+        yield
+        return
+    with simulated_gpu.installed(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(oracle, "USUAL", oracle.SMALL)
+        yield
 
 
 @pytest.fixture

@@ -111,7 +111,6 @@ BAD = {
     # where
     "backend": ({"backend": "gpu"}, ValueError, "backend is 'gpu'; expected None, 'cpu'"),
     "backend kind": ({"backend": 1}, ValueError, "backend is 1"),
-    "cuda": ({"backend": "cuda"}, ValueError, r"nbattn\[cuda\]"),
 }  # fmt: skip
 
 
@@ -267,7 +266,6 @@ BAD_SOFTMAX = {
     "out shape": ({"out": zeros(7)}, ValueError, r"out has shape \(7,\)"),
     "out dtype": ({"out": zeros(2, 3, dtype=np.float64)}, ValueError, "out has"),
     "backend": ({"backend": "tpu"}, ValueError, "backend is 'tpu'"),
-    "cuda": ({"backend": "cuda"}, ValueError, r"nbattn\[cuda\]"),
 }
 
 

@@ -8,7 +8,7 @@ import numba
 import numpy as np
 import pytest
 import scipy.special
-from hypothesis import given
+from hypothesis import given, settings
 from ml_dtypes import finfo
 from oracle import DTYPES, HALF, SIZES, assert_accurate, compute_dtype_of, normal
 
@@ -54,6 +54,7 @@ def check(backend, name, x, axis=-1, where=None, scale=1.0):
     return got
 
 
+@pytest.mark.gpu("slow")
 @pytest.mark.isa
 @names
 @dtypes
@@ -67,6 +68,7 @@ def test_ragged_sizes(backend, name, dtype, rng):
         check(backend, name, normal(rng, (n, 17), dtype), axis=0)
 
 
+@pytest.mark.gpu
 @names
 @pytest.mark.parametrize(
     "axis", [0, 1, 2, 3, -1, -4, (0, 1), (1, 2), (3, 2), (0, 3), (1, 3, 0), (-1, 0, 1, 2), (), None]
@@ -81,6 +83,7 @@ def test_axes(backend, name, axis, rng):
     check(backend, name, x, axis, where)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("axis", [0, -1, (0, 2), (), None])
 def test_keepdims(backend, axis, rng):
     x = normal(rng, (3, 4, 5))
@@ -90,6 +93,7 @@ def test_keepdims(backend, axis, rng):
     np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
+@pytest.mark.gpu("slow")
 @names
 @dtypes
 def test_where(backend, name, dtype, rng):
@@ -101,6 +105,7 @@ def test_where(backend, name, dtype, rng):
             check(backend, name, x, axis, where.astype(np.int64) * 256, scale=-2.0)
 
 
+@pytest.mark.gpu
 @names
 @dtypes
 def test_empty_rows(backend, name, dtype, rng):
@@ -110,6 +115,7 @@ def test_empty_rows(backend, name, dtype, rng):
     assert (got[1] == dtype(EMPTY[name])).all()
 
 
+@pytest.mark.gpu
 @names
 @pytest.mark.parametrize(
     ("shape", "axis"), [((0,), -1), ((3, 0), -1), ((0, 3), -1), ((0, 3), 0), ((2, 0, 4), (0, 2))]
@@ -121,6 +127,7 @@ def test_empty_arrays(backend, name, shape, axis):
     assert (got == -np.inf).all()
 
 
+@pytest.mark.gpu
 @names
 @dtypes
 def test_nothing_leaks_from_outside(backend, name, dtype, rng):
@@ -133,6 +140,7 @@ def test_nothing_leaks_from_outside(backend, name, dtype, rng):
         np.testing.assert_array_equal(got, expected)
 
 
+@pytest.mark.gpu
 @names
 def test_nan_and_inf_are_scipys(backend, name):
     """Every pattern of three special numbers, in a row of five."""
@@ -148,6 +156,7 @@ def test_nan_and_inf_are_scipys(backend, name):
             np.testing.assert_allclose(columns.T, expected, rtol=1e-14)
 
 
+@pytest.mark.gpu
 @names
 @dtypes
 def test_far_apart(backend, name, dtype):
@@ -161,11 +170,13 @@ def test_far_apart(backend, name, dtype):
     np.testing.assert_allclose(got.astype(np.float64), expected, rtol=float(finfo(dtype).eps))
 
 
+@pytest.mark.gpu
 def test_log_softmax_keeps_digits(backend):
     got = nbattn.log_softmax(np.array([0.0, -700.0, -1000.0]), backend=backend)
     np.testing.assert_array_equal(got, [0.0, -700.0, -1000.0])
 
 
+@pytest.mark.gpu
 @names
 def test_scale(backend, name, rng):
     x = normal(rng, (3, 20), np.float64)
@@ -176,6 +187,7 @@ def test_scale(backend, name, rng):
         )
 
 
+@pytest.mark.gpu
 @names
 @pytest.mark.parametrize("dtype", [np.int64, np.uint8, np.bool_])
 def test_integers_are_read_as_float64(backend, name, dtype, rng):
@@ -185,6 +197,7 @@ def test_integers_are_read_as_float64(backend, name, dtype, rng):
     np.testing.assert_allclose(got, getattr(scipy.special, name)(x.astype(np.float64), axis=-1), rtol=1e-14)
 
 
+@pytest.mark.gpu
 @names
 def test_scalars_and_lists(backend, name):
     function = getattr(nbattn, name)
@@ -195,6 +208,7 @@ def test_scalars_and_lists(backend, name):
     assert isinstance(nbattn.logsumexp([1.0, 2.0], backend=backend), np.float64)
 
 
+@pytest.mark.gpu("slow")
 @names
 @dtypes
 def test_layouts_and_out(backend, name, dtype, rng):
@@ -221,6 +235,7 @@ def test_layouts_and_out(backend, name, dtype, rng):
             np.testing.assert_array_equal(out, expected)
 
 
+@pytest.mark.gpu
 @names
 def test_unaligned_and_byte_swapped(backend, name, rng):
     x = normal(rng, (4, 9))
@@ -251,6 +266,7 @@ def test_nothing_outside_the_arrays_is_touched(backend, name, dtype, side, guard
             getattr(nbattn, name)(x, axis, where=where, out=out, backend=backend)
 
 
+@pytest.mark.gpu
 @names
 def test_order_in_memory_is_kept(backend, name, rng):
     x = np.asfortranarray(normal(rng, (30, 40)))
@@ -325,6 +341,7 @@ def test_any_number_of_threads(cut_small, name, rng):
             np.testing.assert_array_equal(got, expected)
 
 
+@pytest.mark.gpu
 @names
 def test_rows_do_not_depend_on_each_other(backend, name, rng):
     for n in (5, 20, 130, 300):
@@ -338,6 +355,18 @@ def test_rows_do_not_depend_on_each_other(backend, name, rng):
 @names
 @given(data=st.data())
 def test_everything_together(backend, name, data):
+    everything(backend, name, data)
+
+
+@pytest.mark.gpu("only")
+@names
+@settings(max_examples=15)
+@given(data=st.data())
+def test_some_of_everything(backend, name, data):
+    everything(backend, name, data)
+
+
+def everything(backend, name, data):
     shape = tuple(
         data.draw(st.lists(st.sampled_from([1, 2, 3, 5, 16, 33]), min_size=1, max_size=3), label="shape")
     )

@@ -16,7 +16,6 @@ import pickle
 import platform
 import struct
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -38,6 +37,8 @@ from numba.core.runtime import rtsys
 from numba.core.serialize import dumps
 from numba.np.ufunc import parallel
 from numpy.typing import NDArray
+
+from .. import folders
 
 WORK = [("tasks", np.int64), ("next_task", np.int64, 8), ("tasks_done", np.int64, 8)]
 """The head of every kernel's parameters. Padded, so that the two counters share no cache line."""
@@ -137,23 +138,7 @@ def cache_folder() -> Path | None:
     digest.update(repr((sys.version, numba.__version__, llvmlite.__version__, platform.machine())).encode())
     host = config.CPU_FEATURES or llvm.get_host_cpu_features().flatten()
     digest.update(repr((cpu_name(), host, sorted(cpu_features()))).encode())
-    try:
-        folder = _user_cache() / digest.hexdigest()[:20]
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except (OSError, RuntimeError):  # RuntimeError: this user has no home
-        return None
-
-
-def _user_cache() -> Path:
-    if own := os.environ.get("NBATTN_CACHE_DIR"):
-        return Path(own)
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", "~\\AppData\\Local")).expanduser() / "nbattn" / "Cache"
-    if sys.platform == "darwin":
-        return Path("~/Library/Caches/nbattn").expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nbattn"
+    return folders.user_cache(digest.hexdigest()[:20])
 
 
 class DiskCache:
@@ -172,34 +157,19 @@ class DiskCache:
         return str(cache_folder())
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
-        folder = cache_folder()
-        try:
-            blob = (folder / self.name).read_bytes() if folder else b""
-        except OSError:
-            return None
-        if hashlib.sha256(blob[32:]).digest() != blob[:32]:
+        blob = folders.kept(cache_folder(), self.name)
+        if not blob:
             return None
         self.hit = True
         # A full `target_context.refresh()` would import half of Numba and scipy.linalg (0.3 s); a kernel that
         # is already machine code needs Numba's allocator symbols alone.
         rtsys.initialize(target_context)
-        return CompileResult._rebuild(target_context, *pickle.loads(blob[32:]))
+        return CompileResult._rebuild(target_context, *pickle.loads(blob))
 
     def save_overload(self, sig: Any, result: Any) -> None:
         folder = cache_folder()
-        if folder is None:
-            return
-        data = dumps(result._reduce())
-        temporary = None
-        try:
-            handle, temporary = tempfile.mkstemp(dir=folder)
-            with os.fdopen(handle, "wb") as file:
-                file.write(hashlib.sha256(data).digest() + data)
-            os.replace(temporary, folder / self.name)
-        except OSError:  # a full disk costs the next process a compile, not this call
-            if temporary:
-                with suppress(OSError):
-                    os.unlink(temporary)
+        if folder is not None:
+            folders.keep(folder, self.name, dumps(result._reduce()))
 
 
 _compile_lock = threading.RLock()
