@@ -49,8 +49,9 @@ def inputs(
     dtype=np.float32,
 ):
     """Random query, key and value, of the usual sizes where none are given."""
-    queries, keys = queries or USUAL["queries"], keys or USUAL["keys"]
-    head_dim = head_dim or USUAL["head_dim"]
+    queries = USUAL["queries"] if queries is None else queries
+    keys = USUAL["keys"] if keys is None else keys
+    head_dim = USUAL["head_dim"] if head_dim is None else head_dim
     return (
         normal(rng, (batch, heads, queries, head_dim), dtype),
         normal(rng, (batch, kv_heads, keys, head_dim), dtype),

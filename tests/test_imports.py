@@ -63,5 +63,6 @@ def test_guide_names_everything():
 
 def test_every_module_imports():
     for module in pkgutil.walk_packages(nbattn.__path__, "nbattn."):
-        if not module.name.endswith("__main__"):
+        # ptx is for numba-cuda without its simulator; it is imported where kernels are compiled.
+        if not module.name.endswith(("__main__", "cuda.ptx")):
             assert importlib.import_module(module.name).__doc__, module.name

@@ -529,8 +529,8 @@ def allocate(place: Device, size: int) -> int:
 
 
 def free(address: int, ordinal: int) -> None:
-    """Free memory, once the GPU is done with it."""
-    with suppress(DriverError), device(ordinal).current():
+    """Free memory, once the GPU is done with it; at the process's end there may be no driver any more."""
+    with suppress(DriverError, OSError), device(ordinal).current():
         ask("cuMemFree_v2", address)
 
 
