@@ -55,7 +55,7 @@ def row(kernel, architecture):
 
     sm = ARCHITECTURES[architecture]
     specific = replace(kernel, feature_specific=architecture.endswith("a"))
-    report = launch.binary(specific, sm.capability).report
+    code, report = launch.binary(specific, sm.capability)
     (registers,) = map(int, re.findall(r"Used (\d+) registers", report))
     ((stack, stores, loads),) = re.findall(
         r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report
@@ -71,6 +71,9 @@ def row(kernel, architecture):
         "occupancy": round(blocks * kernel.threads / sm.threads, 3),
         "local": int(stack) + int(stores) + int(loads),
     }
+    # Functions that the compiler adds: divisions, and shuffles where it does not see that a warp is together.
+    if calls := sorted(set(re.findall(rb"\$__internal_\d+_\$(\w+)", code))):
+        found["calls"] = [name.decode() for name in calls]
     if warnings := re.findall(r".*(?:C7\d\d\d|[Ww]arning).*", report):
         found["warnings"] = warnings
     return found

@@ -55,8 +55,10 @@ architectures = pytest.mark.parametrize("architecture", cuda_table.ARCHITECTURES
 @architectures
 def test_everything_stays_in_registers(architecture, compiled):
     assert compiled[architecture]
-    local = {name: row for name, row in compiled[architecture].items() if row["local"] or "warnings" in row}
-    assert not local
+    rows = compiled[architecture]
+    assert not {name: row for name, row in rows.items() if row["local"] or "warnings" in row}
+    if architecture == "sm_90a":  # before, where the blocks end
+        assert not {name: row for name, row in rows.items() if "calls" in row}
 
 
 @architectures

@@ -536,7 +536,9 @@ class TestLeaks:
 
     @pytest.mark.parametrize("way", range(len(WAYS)))
     @pytest.mark.parametrize(
-        ("poison", "dtype"), [(np.nan, bfloat16), (np.nan, np.float16), (-np.inf, np.float16)], ids=str
+        ("poison", "dtype"),
+        [(np.nan, bfloat16), (np.nan, np.float16), (-np.inf, np.float16)],
+        ids=["nan", "nan16", "inf"],
     )
     def test_masked_never_reaches(self, way, poison, dtype, rng):
         clean = inputs(rng, 2, 2, 1, 40, 70, 32, dtype=dtype)
