@@ -28,10 +28,11 @@ class KVCache:
         The cache takes ``batch * kv_heads * capacity`` keys of `head_dim` numbers, and as many values.
     dtype : {"float32", "float64", "float16", "bfloat16", "int8", "int4"} or dtype
         What the cache stores. "int8" keeps 8 bits of each number and one float32 factor for each token and
-        head; a number is off by at most 1/254 of the token's largest in its head. "int4" keeps 4 bits and a
-        float32 factor for each 32 numbers, and is off by at most 1/8, mostly under 1/16, of the largest of
-        them; it needs head_dims that are multiples of 32. In the Euclidean norm that makes the
-        outputs of a layer wrong by 0.5 to 0.9 % ("int8") and 8 to 14 % ("int4") on glassllm's keys and
+        head; a number is off by at most 1/254 of the token's largest in its head. (Where the processor
+        multiplies bytes, queries and weights are rounded to 16 bits, which hardly counts beside that.) "int4"
+        keeps 4 bits and a float32 factor for each 32 numbers, and is off by at most 1/8, mostly under 1/16,
+        of the largest of them; it needs head_dims that are multiples of 32. In the Euclidean norm that makes
+        the outputs of a layer wrong by 0.5 to 0.9 % ("int8") and 8 to 14 % ("int4") on glassllm's keys and
         values, where "bfloat16" makes 0.3 to 0.4 %; on those of SmolLM2-135M, whose attention is sharper, by
         0.8 to 2.9 % and 9 to 41 %, where "bfloat16" makes 0.2 to 0.7 %.
     value_dim : int, optional

@@ -99,6 +99,14 @@ def paged_attention(
     >>> paged_attention(query, pages, pages, [[2, 0], [2, -1]], [3, 1]).ravel()
     array([3., 4.], dtype=float32)
     """
+    layout = None
+    if mask is bias is alibi_slopes is sinks is out is backend is None and return_lse is False:
+        numbers = (is_causal, query_offset, scale, softcap)
+        arrays = (query, key_pages, value_pages, page_table, key_lengths, key_scales, value_scales)
+        layout = _layout(arrays, numbers, window_size)
+        again = _repeats.get(layout)
+        if again is not None and (output := again(*arrays)) is not None:
+            return output
     module = check.backend_module("decode", backend)
     pages = _check_pages(key_pages, value_pages, key_scales, value_scales)
     table, lengths = _check_table(page_table, key_lengths, pages)
@@ -118,6 +126,8 @@ def paged_attention(
     )
     given = (query, key_pages, value_pages, key_scales, value_scales, *options)
     result, lse = run(module, problem, q.dtype, check.check_flag(return_lse, "return_lse"), out, given)
+    if layout is not None and query_offset == "end":
+        _remember(layout, module, problem, given[:5])
     return result if lse is None else AttentionOutput(result, None, lse)
 
 
@@ -323,3 +333,72 @@ def _check_table(
         msg = f"page_table[{b}, {i}] is {table[b, i]}; expected 0 to {len(pages.key) - 1}, one of the pages"
         raise ValueError(msg)
     return np.where(needed, table, 0).astype(np.int64), lengths
+
+
+# --- calls that repeat an earlier one -----------------------------------------------------------------------
+
+_repeats: dict[Any, Any] = {}
+"""By layout: calls of `paged_attention` of which only the table and the lengths have to be checked."""
+REPEATS = 64
+_PLAIN = frozenset((bool, int, float, str, type(None)))
+
+
+def _layout(arrays: tuple[Any, ...], numbers: tuple[Any, ...], window_size: Any) -> Any:
+    """Everything but the arrays' numbers that decides how a call goes, as a key; None where it cannot be."""
+    if type(window_size) is tuple:
+        numbers += ("window", *window_size)
+    elif window_size is not None:
+        return None
+    types = tuple(map(type, numbers))  # True is no 1
+    if not _PLAIN.issuperset(types):
+        return None
+    layout: tuple[Any, ...] = (numbers, types)
+    for x in arrays:
+        if type(x) is np.ndarray:
+            layout += (x.shape, x.strides, x.dtype, x.flags.aligned)
+        elif x is None:
+            layout += (None,)
+        else:
+            return None
+    return layout
+
+
+def _remember(layout: Any, module: ModuleType, problem: CacheProblem, given: tuple[Any, ...]) -> None:
+    """Make calls of this layout short from the third on."""
+    p = problem
+    if len(_repeats) >= REPEATS:
+        _repeats.clear()
+    if layout not in _repeats:
+        _repeats[layout] = None
+        return
+    read = (p.query, p.key_pages, p.value_pages, p.key_scales, p.value_scales)
+    if any(x is not y for x, y in zip(read, given, strict=True)) or 0 in p.query.shape:
+        return  # each such call copies something
+    plan = module.Plan(p)
+    if plan.many is not None:
+        return
+    queries, count, starts = p.query.shape[2], len(p.key_pages), p.key_starts
+    limit = p.page_table.shape[1] * p.key_pages.shape[1]
+    values = 2 if p.storage == "int4" else 1
+    shape, dtype = (*p.query.shape[:3], p.value_pages.shape[3] * values), p.query.dtype
+
+    def again(
+        query: Any,
+        key: Any,
+        value: Any,
+        page_table: Any,
+        key_lengths: Any,
+        key_scales: Any,
+        value_scales: Any,
+    ) -> NDArray[Any] | None:
+        """The output; None where an entry of the table, needed or not, or a length is out of bounds."""
+        table, lengths = page_table.astype(np.int64), key_lengths.astype(np.int64)
+        longest = int(lengths.max())
+        if longest > limit or lengths.min() < 0 or table.min() < 0 or table.max() >= count:
+            return None
+        output = np.empty(shape, dtype)
+        places = (table, starts, lengths, lengths - queries, key_scales, value_scales)
+        plan.forward(query, output, None, longest, (key, value), places)
+        return output
+
+    _repeats[layout] = again

@@ -78,6 +78,7 @@ class Line:
         if self.rotary:
             query = turn(query, offset + np.arange(query.shape[1]), **self.rotary).astype(query.dtype)
         options = {"is_causal": True, "query_offset": offset, "ulp": ulp, **options}
+        options["rounds"] = self.storage == "int8"
         lse = None if lse is None else lse[None]
         hold(output[None], lse, query[None], self.key[None], self.value[None], mask, **options)
 

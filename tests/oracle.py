@@ -151,15 +151,20 @@ def assert_same_bits(x, y):
     np.testing.assert_array_equal(x.copy().view(bits), y.copy().view(bits))
 
 
-def assert_accurate(got, truth, plain, unit, *, ulp, what):
-    """`got` is as close to `truth` as twice what `plain` is, plus `ulp`, all counted in `unit`."""
+def assert_accurate(got, truth, plain, unit, *, ulp, what, rounding=0.0):
+    """`got` is as close to `truth` as twice what `plain` is, plus `ulp`, all counted in `unit`; but for the
+    `rounding` of what was multiplied.
+    """
     assert got.shape == truth.shape, what
     finite = np.isfinite(truth)
     got, truth, plain = (x if x.dtype == np.longdouble else x.astype(np.float64) for x in (got, truth, plain))
     np.testing.assert_array_equal(got[~finite], truth[~finite], err_msg=what)
     assert np.isfinite(got[finite]).all(), f"{what}: not finite where the truth is"
-    unit = np.broadcast_to(unit, truth.shape)[finite]
-    error, allowed = ((np.abs(x[finite] - truth[finite]) / unit).max(initial=0) for x in (got, plain))
+    unit, rounding = (np.broadcast_to(x, truth.shape)[finite] for x in (unit, rounding))
+    error, allowed = (
+        (np.maximum(np.abs(x[finite] - truth[finite]) - r, 0) / unit).max(initial=0)
+        for x, r in ((got, rounding), (plain, 0))
+    )
     assert error <= 2 * allowed + ulp, f"{what}: error {error:.3g} of {2 * allowed + ulp:.3g} allowed"
 
 
@@ -224,8 +229,28 @@ def bounds(exact, dtype, ulp):
     return units, {name: ulp * eps + (half_ulp if name == "output" else 0) for name in units}
 
 
-def hold(output, lse, query, key, value, mask=None, *, ulp=4, **options):
-    """Hold the output, and the lse where there is one, that another door gave to the rule."""
+def rounding_of(exact, query, key, value, scale=None):
+    """What rounding queries to multiples of their largest / 32512, and weights of their largest / 32767, may
+    change in output and lse at most.
+    """
+    q, k, v = (np.abs(np.asarray(x).astype(np.float64)) for x in (query, key, value))
+    q, k, v = (np.where(np.isfinite(x), x, 0) for x in (q, k, v))
+    group = q.shape[1] // max(k.shape[1], 1)
+    k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
+    scale = 1 / np.sqrt(q.shape[3]) if scale is None else abs(scale)
+    sums = np.where(exact.seen, k.sum(axis=3)[:, :, None], 0).max(axis=3, initial=0)
+    score = scale * q.max(axis=3, initial=0) * sums / 65024
+    largest = np.nan_to_num(exact.weights).max(axis=3, initial=0) * exact.seen.sum(axis=3)
+    most = v.max(axis=(2, 3), initial=0)[:, :, None]
+    return 2 * score[..., None] * np.nan_to_num(exact.magnitude) + (largest * most)[..., None] / 65534, score
+
+
+def hold(output, lse, query, key, value, mask=None, *, ulp=4, rounds=False, **options):
+    """Hold the output, and the lse where there is one, that another door gave to the rule.
+
+    int8 keys and values may be multiplied by numbers of 16 bits that queries and weights are rounded to: then
+    `rounds` is set.
+    """
     dtype = query.dtype
     compute = compute_dtype_of(dtype)
     wide = [np.asarray(x).astype(np.float64) for x in (query, key, value)]
@@ -234,7 +259,12 @@ def hold(output, lse, query, key, value, mask=None, *, ulp=4, **options):
     units, few = bounds(exact, dtype, ulp)
     assert output.dtype == dtype
     rounded = plain.output.astype(dtype)
-    assert_accurate(output, exact.output, rounded, units["output"], ulp=few["output"], what="output")
+    less, less_lse = rounding_of(exact, *wide, options.get("scale")) if rounds else (0.0, 0.0)
+    assert_accurate(
+        output, exact.output, rounded, units["output"], ulp=few["output"], what="output", rounding=less
+    )
     if lse is not None:
         assert lse.dtype == compute
-        assert_accurate(lse, exact.lse, plain.lse, units["lse"], ulp=few["lse"], what="lse")
+        assert_accurate(
+            lse, exact.lse, plain.lse, units["lse"], ulp=few["lse"], what="lse", rounding=less_lse
+        )

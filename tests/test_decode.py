@@ -55,6 +55,7 @@ class Paged:
         result = self.attend(query, mask, return_lse=True, backend=backend, **options)
         assert result.weights is None
         options = {"is_causal": True, "query_offset": "end", **options}
+        options["rounds"] = self.storage == "int8" and backend == "cpu"
         hold(result.output, result.lse, query, *self.dense, mask, key_lengths=self.lengths, **options)
         return result
 
@@ -126,10 +127,45 @@ class TestPagedAttention:
             paged.check(backend, query, window_size=(600, None), sinks=np.ones(4))
 
     @storages
+    @pytest.mark.parametrize("queries", [1, 2])
+    def test_a_call_that_repeats_another_checks_what_is_new(self, storage, queries, rng):
+        """The same layout, with other pages, tables, lengths and queries."""
+        paged = Paged(rng, storage, LENGTHS)
+        for array in (x for pair in paged.arrays for x in pair if x is not None and x.dtype.kind not in "iu"):
+            array[np.isnan(array)] = 1
+        for _ in range(4):
+            query = query_for(rng, storage, queries=queries)
+            quick, checked = paged.attend(query), paged.attend(query, return_lse=True).output
+            assert_same_bits(quick, checked)
+            paged.lengths = rng.permutation(paged.lengths)
+            paged.table = rng.permutation(paged.table.ravel()).reshape(paged.table.shape)
+            paged.arrays = paged.arrays[::-1]
+        bad = [("table", -1), ("table", 10**6), ("lengths", -1), ("lengths", 10**6)]
+        for place, wrong in bad:
+            name = {"table": "page_table", "lengths": "key_lengths"}[place]
+            array = getattr(paged, place)
+            setattr(paged, place, array.copy())
+            getattr(paged, place)[np.argmax(paged.lengths)] = wrong
+            with pytest.raises(ValueError, match=rf"{name}\["):
+                paged.attend(query)
+            setattr(paged, place, array)
+        longest = np.argmax(paged.lengths)
+        paged.table[longest, -1] = -1  # which no position needs
+        assert_same_bits(paged.attend(query), paged.attend(query, return_lse=True).output)
+
+    @storages
     def test_many_queries(self, backend, storage, rng):
         paged = Paged(rng, storage, (150, 20))
         for queries in (15, 16, 17, 33, 70):
             paged.check(backend, query_for(rng, storage, 2, queries=queries))
+
+    @pytest.mark.isa
+    @pytest.mark.parametrize("storage", ["bfloat16", "int8"])
+    @pytest.mark.parametrize("heads", [2, 4, 6, 8, 16, 24])
+    def test_numbers_that_are_multiplied_as_they_lie(self, storage, heads, rng):
+        for head_dim, value_dim in ((64, 32), (128, 128), (64, 160)):
+            paged = Paged(rng, storage, (70, 3, 600), head_dim=head_dim, value_dim=value_dim)
+            paged.check("cpu", query_for(rng, storage, 3, heads, head_dim=head_dim))
 
     @pytest.mark.parametrize("head_dim", [1, 2, 7, 8, 15, 17, 31, 33, 64, 80, 100, 128, 130, 256])
     def test_head_dims(self, backend, head_dim, rng):
@@ -249,15 +285,31 @@ class TestPagedAttention:
                     np.testing.assert_array_equal(broken, expected)
 
     def test_nan_scale_is_a_nan_token(self, backend, rng):
-        for storage in ("int8", "int4"):
+        for storage, head_dim in (("int8", 32), ("int8", 64), ("int4", 32)):
             for which in (0, 1):
-                paged = Paged(rng, storage, (70, 40))
-                query = query_for(rng, storage, 2)
-                paged.arrays[which][1][paged.table[0, 1], 4, 1] = np.nan
-                broken = np.isnan(paged.attend(query, backend=backend)).any(axis=(2, 3))
-                np.testing.assert_array_equal(broken, [[False, False, True, True], [False] * 4])
-                masked = paged.attend(query, np.arange(70) != 20, backend=backend)
-                assert np.isfinite(masked).all()
+                paged = Paged(rng, storage, (70, 40), head_dim=head_dim)
+                query = query_for(rng, storage, 2, head_dim=head_dim)
+                clean = paged.attend(query, np.arange(70) != 20, backend=backend)
+                for scale in (np.nan, np.inf, 1e30):
+                    paged.arrays[which][1][paged.table[0, 1], 4, 1] = scale
+                    broken = ~np.isfinite(paged.attend(query, backend=backend)).all(axis=(2, 3))
+                    if np.isnan(scale) or (which and scale == np.inf):
+                        np.testing.assert_array_equal(broken, [[False, False, True, True], [False] * 4])
+                    masked = paged.attend(query, np.arange(70) != 20, backend=backend)
+                    assert np.isfinite(masked).all()
+                    if backend == "cpu" and storage == "int8":
+                        assert_same_bits(masked, clean)
+
+    def test_queries_of_bytes_that_are_nothing_or_not_finite(self, rng):
+        paged = Paged(rng, "int8", (70, 40), head_dim=64)
+        query = query_for(rng, "int8", 2, head_dim=64)
+        query[0, 0], query[0, 1], query[1, 2, 0, 3], query[1, 3] = 0, 1e-40, np.nan, 1e-30 * query[1, 3]
+        output = paged.attend(query)
+        broken = np.isnan(output).any(axis=(2, 3))
+        np.testing.assert_array_equal(broken, [[False] * 4, [False, False, True, False]])
+        for b, h in ((0, 0), (0, 1), (1, 3)):  # all keys weigh the same
+            mean = paged.dense[1][b, h // 2, : paged.lengths[b]].mean(axis=0)
+            np.testing.assert_allclose(output[b, h, 0], mean, atol=1e-4)
 
 
 def pages_of(dtype=np.float32, heads=2, head_dim=8):

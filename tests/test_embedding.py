@@ -212,6 +212,48 @@ class TestThreads:
         attend(x, x, x)
         until(lambda: os.sched_getaffinity(helper) == cpus)  # free again, once it is awake
 
+    def test_short_calls_share_with_who_is_awake(self, rng, monkeypatch):
+        """Helpers are woken where short calls follow each other closely; results never change."""
+        monkeypatch.setattr(runtime, "_team", runtime._Team())
+        cache = nbattn.KVCache(1, 8, 300, 64)
+        cache.append(*rng.standard_normal((2, 1, 8, 200, 64), np.float32))
+        query = rng.standard_normal((1, 32, 1, 64), np.float32)
+        monkeypatch.setattr(runtime, "threads", lambda: 1)
+        expected, rouse, roused = cache.attend(query), runtime._Team.rouse, []
+        monkeypatch.setattr(runtime, "threads", lambda: 3)
+        monkeypatch.setattr(runtime._Team, "rouse", lambda team, n: (roused.append(n), rouse(team, n)))
+        monkeypatch.setattr(runtime, "CLOSELY", 60.0)
+        for _ in range(300):
+            np.testing.assert_array_equal(cache.attend(query), expected)
+        assert set(roused) == {2}
+        assert 1 < runtime._team.size <= 2
+        # Nobody has anything left to do.
+        until(lambda: len(runtime._team.asleep) == runtime._team.size)
+
+    def test_an_interrupt_of_a_short_call_that_a_helper_is_in(self, rng, monkeypatch):
+        """The call is over before the interrupt leaves it."""
+        monkeypatch.setattr(runtime, "threads", lambda: 2)
+        cache = nbattn.KVCache(1, 8, 300, 64)
+        cache.append(*rng.standard_normal((2, 1, 8, 200, 64), np.float32))
+        query = rng.standard_normal((1, 32, 1, 64), np.float32)
+        expected, hand_over, asked = cache.attend(query), runtime._hand_over(), []
+
+        def slow(record):
+            asked.append(record)
+            state = hand_over(record)
+            return runtime.RUNNING if len(asked) < 3 else state
+
+        def interrupt(seconds):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(runtime, "_hand_over", lambda: slow)
+        with monkeypatch.context() as patch:
+            patch.setattr(runtime.time, "sleep", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                cache.attend(query)
+        assert len(asked) >= 3
+        np.testing.assert_array_equal(cache.attend(query), expected)
+
     def test_helpers_that_are_awake_are_reached_without_python(self, rng, monkeypatch):
         x = rng.standard_normal((4, 300, 64))
         monkeypatch.setattr(runtime, "_team", runtime._Team())
@@ -260,6 +302,41 @@ class TestForks:
 
             assert right()
             assert in_child(in_thread) == 0
+        """)
+
+    def test_a_child_goes_on_with_a_cache_of_its_own(self):
+        script("""
+            from nbattn import KVCache, PagedKVCache
+
+            tokens = rng.standard_normal((3, 1, 2, 2000, 32)).astype(np.float32)
+            query = rng.standard_normal((1, 8, 1, 32)).astype(np.float32)
+
+            def grown(cache, *handle):
+                cache.append(*handle, *tokens[:2])
+                for _ in range(4):
+                    got = cache.attend(*handle, query)
+                lengths = [cache.lengths[h] for h in handle or (0,)]
+                exact = attend(query, *tokens[:2], backend="reference")
+                return lengths == [2000] and bool(np.abs(got - exact).max() < 1e-5)
+
+            contiguous, paged = KVCache(1, 2, 4000, 32), PagedKVCache(300, 16, 2, 32)
+            handle = paged.add()
+            for cache, *handles in ((contiguous,), (paged, handle)):
+                assert grown(cache, *handles)
+                before = cache.attend(*handles, query)
+
+                def child():
+                    same = np.array_equal(cache.attend(*handles, query), before)
+                    cache.append(*handles, tokens[2], tokens[2])
+                    moved = not np.array_equal(cache.attend(*handles, query), before)
+                    last = cache.attend(*handles, query, window_size=(0, None))  # the last position alone
+                    right = np.allclose(last[0, ::4, 0], tokens[2, 0, :, -1])
+                    return same and moved and right
+
+                assert in_child(child) == 0
+                assert cache.lengths[handle if handles else 0] == 2000
+                assert np.array_equal(cache.attend(*handles, query), before)
+            assert paged.free_pages == 300 - 125
         """)
 
     def test_while_others_are_in_a_call(self):

@@ -14,6 +14,7 @@ from what is shared to what one kernel alone needs:
 - `hidden` is the kernel of additive attention, with queries in its lanes too, and `recurrence` that of linear
   attention, with columns of values;
 - few queries over long keys, whose lanes are numbers of a head: `chunks` is the kernel; `dots` are its
-  products, `sweeps` says which of them takes what, `lookup` finds rows in pages, `seen` is what `scores` is
-  for the others.
+  products, of what `kinds` reads, `sweeps` says which of them takes what, `lookup` finds rows in pages,
+  `rows` sets the queries up, `seen` is what `scores` is for the others, `weights` comes after it, and `aside`
+  is for values that are not finite.
 """

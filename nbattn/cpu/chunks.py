@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import types
 
-from . import dots, emitters, lookup, runtime, seen, simd, sweeps
+from . import aside, dots, emitters, kinds, lookup, rows, runtime, seen, simd, sweeps, weights
 from .dots import KEYS
 
 CHUNK = 512
@@ -26,23 +26,24 @@ CHUNK = 512
 ROWS = 32
 """Query rows of a block."""
 
+PLACES = ("page_table", "key_starts", "key_lengths", "offset", "key_scales", "value_scales")
+CALL = ("query", "out", "lse", "key", "value", "chunks", "eager", "partials", "workspace", *PLACES)
+"""Parameters that change from call to call, addresses most of them."""
 PARAMETERS = np.dtype(
     runtime.WORK
     + [(name, np.int64) for name in (
-        "workspace", "workspace_bytes", "workers", "partials", "partial_bytes",
-        # addresses, and strides in bytes along batch, head and row
-        "query", "query_b", "query_h", "query_s", "out", "out_b", "out_h", "out_s",
-        "lse", "lse_b", "lse_h", "lse_s",
+        *CALL, "workspace_bytes", "workers", "partial_bytes",
+        # strides in bytes along batch, head and row
+        "query_b", "query_h", "query_s", "out_b", "out_h", "out_s", "lse_b", "lse_h", "lse_s",
         # along page, row of a page, and head
-        "key", "key_p", "key_s", "key_h", "value", "value_p", "value_s", "value_h",
-        "key_scales", "key_scales_p", "key_scales_s", "key_scales_h",
-        "value_scales", "value_scales_p", "value_scales_s", "value_scales_h",
+        "key_p", "key_s", "key_h", "value_p", "value_s", "value_h",
+        "key_scales_p", "key_scales_s", "key_scales_h", "value_scales_p", "value_scales_s", "value_scales_h",
         # along batch, head, query and key
         "mask", "mask_b", "mask_h", "mask_q", "mask_k",
         "bias", "bias_b", "bias_h", "bias_q", "bias_k", "bias_kind",
-        "alibi_slopes", "sinks", "offset", "key_starts", "key_lengths", "page_table", "table_width",
+        "alibi_slopes", "sinks", "table_width",
         "page_size", "ring", "queries", "head_dim", "value_dim", "group", "heads", "blocks", "block_rows",
-        "key_bytes", "value_bytes", "chunks", "eager", "left", "right", "plain",
+        "key_bytes", "value_bytes", "left", "right", "plain",
     )]
     + [(name, np.float64) for name in ("scale", "softcap", "log2_scale")]
 )  # fmt: skip
@@ -54,7 +55,7 @@ TASKS_DONE = PARAMETERS.fields["tasks_done"][1]  # type: ignore[index]
 WORKERS = PARAMETERS.fields["workers"][1]  # type: ignore[index]
 COUNTERS = PARAMETERS.itemsize
 
-TABLES, ROW_TABLES, VECTORS = 4, 5, 3
+TABLES, ROW_TABLES, VECTORS = 4, 5, 4
 
 
 class Scratch(NamedTuple):
@@ -72,11 +73,12 @@ class Scratch(NamedTuple):
     masks: int  # addresses of its mask,
     biases: int  # of its bias,
     outs: int  # of its output
-    factor: int  # one vector a group each: what older sums are multiplied by,
-    slope: int  # of ALiBi,
+    factor: int  # two vectors a group: what older sums are multiplied by, what whole weights are multiples of
+    slope: int  # one vector a group each: of ALiBi,
     back: int  # the query's position from the sequence's start on, less the lane's place in a run
     q: int  # the queries, a group after the other
     s: int  # scores, then weights: KEYS * rows of a vector, a group after the other
+    narrow: int  # weights of 16 bits, likewise
     wide: int  # widened keys, then values: together they would not fit the first-level cache
     aside: int  # values that are not finite
 
@@ -85,7 +87,7 @@ def scratch_bytes(dtype: Any, head_dim: int, value_dim: int) -> int:
     """What `Scratch` takes; head dimensions are padded to whole vectors."""
     size = np.dtype(dtype).itemsize
     vectors = VECTORS * ROWS * emitters.REGISTER_BYTES
-    rows = ROWS * (head_dim + KEYS) * size + KEYS * (max(head_dim, value_dim) + value_dim) * size
+    rows = ROWS * (head_dim * size + KEYS * (size + 2)) + KEYS * (max(head_dim, value_dim) + value_dim) * size
     tables = TABLES * CHUNK * 8 + ROW_TABLES * ROWS * 8 + 3 * KEYS * 8
     return tables + vectors + rows
 
@@ -104,8 +106,11 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
     outer = "float32" if int8 or int4 else storage  # of queries and outputs
     outer_bytes = 2 if outer in ("float16", "bfloat16") else size
     as_stored = storage in ("float32", "float64")
-    pairs = storage == "bfloat16"  # read as even columns and odd ones
+    kind = kinds.read_as(storage)
+    parities, pairs = kind == "bfloat16", kind == "pairs"
+    whole, in_fours = kinds.is_whole(kind), kinds.in_fours(kind)
     lanes = simd.lanes(dtype)
+    value_unit = kinds.value_unit(kind) * lanes
     register = emitters.REGISTER_BYTES
     infinity = dtype(np.inf)
     lowest = emitters.exp2_floor(dtype)
@@ -119,21 +124,18 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
     stored_bits = {"int8": 8, "int4": 4}.get(storage, 8 * outer_bytes)  # of a number
     add, sub, mul, fma, greater, splat = simd.add, simd.sub, simd.mul, simd.fma, simd.greater, simd.splat
     exp2_product = simd.exp2_product
-
-    unit = dots.unit(storage) * lanes
-    few_only = storage in ("float16", "int8", "int4")  # read in place for one row a vector alone
-    copy1, copy2, copy4 = (dots.copy_runs(number, lanes // n, "float32") for n in (1, 2, wide_rows))
-    pair1, pair2, pair4 = (dots.copy_runs(number, lanes // n, storage) for n in (1, 2, wide_rows))
-    top1, top2, top4 = (dots.across(number, n, emitters.greater_value) for n in (1, 2, wide_rows))
+    narrow = kinds.narrow_fours(outer) if in_fours else kinds.narrow_parities
     sum1, sum2, sum4 = (dots.across(number, n, lambda b, x, y: b.fadd(x, y)) for n in (1, 2, wide_rows))
-    repeat1, repeat2, repeat4 = (dots.repeat(number, n) for n in (1, 2, wide_rows))
     padded, filled, find, find_keys, widen, widen_query = lookup.build(jit, storage)
     adjust, visible, place = seen.build(jit, storage, filled)
-    score_stored = score_wide = sweeps.scorer(jit, number, storage, stored_bits, padded)
-    weigh_stored = weigh_wide = sweeps.weigher(jit, number, storage, stored_bits, padded)
+    rows_together, in_place, set_up = rows.build(jit, storage, padded, widen_query)
+    scale_by, soften, round_weights = weights.build(jit, storage)
+    all_finite, set_aside, add_visible, by_parity = aside.build(jit, storage, padded, widen, visible, place)
+    score_stored = score_wide = sweeps.scorer(jit, number, kind, stored_bits, padded, in_place=True)
+    weigh_stored = weigh_wide = sweeps.weigher(jit, number, kind, stored_bits, padded, in_place=True)
     if not as_stored:
-        score_wide = sweeps.scorer(jit, number, "float32", stored_bits, padded)
-        weigh_wide = sweeps.weigher(jit, number, "float32", stored_bits, padded)
+        score_wide = sweeps.scorer(jit, number, "float32", stored_bits, padded, in_place=False)
+        weigh_wide = sweeps.weigher(jit, number, "float32", stored_bits, padded, in_place=False)
 
     @jit
     def scratch_at(p, w):
@@ -143,26 +145,16 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
         vector = ROWS * register
         q = vectors + VECTORS * vector + 24 * KEYS
         s = q + ROWS * padded(p.head_dim) * size
-        wide = s + ROWS * KEYS * size
+        narrow_at = s + ROWS * KEYS * size
+        wide = narrow_at + ROWS * KEYS * 2
         aside = wide + KEYS * padded(max(p.head_dim, p.value_dim)) * size
         next_keys = vectors + VECTORS * vector
         wide_keys = next_keys + 8 * KEYS
         wide_values = wide_keys + 8 * KEYS
         return Scratch(w, w + table, w + 2 * table, w + 3 * table, next_keys, wide_keys, wide_values,
                        rows, rows + 8 * ROWS, rows + 16 * ROWS, rows + 24 * ROWS, rows + 32 * ROWS,
-                       vectors, vectors + vector, vectors + 2 * vector, q, s, wide, aside)  # fmt: skip
-
-    @jit
-    def rows_together(p):
-        """Query rows that share a vector."""
-        if p.block_rows == 1:
-            return 1
-        return pair_rows if p.block_rows == pair_rows else wide_rows
-
-    @jit
-    def in_place(p, together):
-        """Whether keys are read where they lie."""
-        return p.head_dim % unit == 0 and (together == 1 or not few_only)
+                       vectors, vectors + 2 * vector, vectors + 3 * vector,
+                       q, s, narrow_at, wide, aside)  # fmt: skip
 
     @jit
     def reach(p, b, row0, rows):
@@ -176,148 +168,9 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
         return first, max(first, last)
 
     @jit
-    def set_up(p, w, b, head, row0, rows, together):
-        """Per row: where its parts lie, what it sees; its numbers as vectors.
-
-        Lanes without a row repeat the last. Returns the first and one past the last key that all rows see.
-        """
-        run = lanes // together
-        depth = padded(p.head_dim)
-        starts, length = get_int(p.key_starts + 8 * b), get_int(p.key_lengths + 8 * b)
-        offset = get_int(p.offset + 8 * b)
-        all_first, all_last = starts, length
-        for r in range((rows + together - 1) // together * together):
-            row = row0 + min(r, rows - 1)
-            h, i = head * p.group + row // p.queries, row % p.queries
-            first, last = max(i + offset - p.left, starts), min(i + offset + p.right + 1, length)
-            all_first, all_last = max(all_first, first), min(all_last, last)
-            put_int(w.first + 8 * r, first)
-            put_int(w.last + 8 * r, last)
-            put_int(w.masks + 8 * r, p.mask + b * p.mask_b + h * p.mask_h + i * p.mask_q)
-            put_int(w.biases + 8 * r, p.bias + b * p.bias_b + h * p.bias_h + i * p.bias_q)
-            put_int(w.outs + 8 * r, p.out + b * p.out_b + h * p.out_h + i * p.out_s)
-            g, lane = r // together, r % together * run
-            if p.alibi_slopes != 0:
-                slope = get(p.alibi_slopes + h * size)
-                for c in range(run):
-                    put(w.slope + g * register + (lane + c) * size, slope)
-                    put(w.back + g * register + (lane + c) * size, dtype(i + offset - starts - c))
-            a = p.query + b * p.query_b + h * p.query_h + i * p.query_s
-            t = w.q + g * together * depth * size + lane * size
-            widen_query(a, p.head_dim, w.wide)
-            if pairs and in_place(p, together):
-                for c in range(0, depth * size, 2 * run * size):
-                    if together == 1:
-                        pair1(w.wide + c, t + c)
-                    elif together == pair_rows:
-                        pair2(w.wide + c, t + c * together)
-                    else:
-                        pair4(w.wide + c, t + c * together)
-                continue
-            for c in range(0, depth * size, run * size):
-                if together == 1:
-                    copy1(w.wide + c, t + c)
-                elif together == pair_rows:
-                    copy2(w.wide + c, t + c * together)
-                else:
-                    copy4(w.wide + c, t + c * together)
-        return all_first, all_last
-
-    @jit
-    def scale_by(factors, s, keys, groups, together):
-        """Multiply each key's column of scores or weights by its factor."""
-        run = lanes // together
-        for g in range(groups):
-            for j in range(0, keys, run):
-                t = s + (g * KEYS + j) * together * size
-                if together == 1:
-                    y = repeat1(factors + j * size)
-                elif together == pair_rows:
-                    y = repeat2(factors + j * size)
-                else:
-                    y = repeat4(factors + j * size)
-                store(t, mul(load(t), y))
-
-    @jit
-    def soften(p, w, state, keys, groups, together):
-        """Scores -> unnormalised weights; moves the maximum and total, leaves the factor for older sums.
-
-        The total is one number a lane, to be added up at the end.
-        """
-        scale = splat(dtype(p.log2_scale))
-        floor = splat(dtype(lowest / p.log2_scale))
-        for g in range(groups):
-            s = w.s + g * together * KEYS * size
-            end = s + keys * together * size
-            maximum, total = state + 2 * g * register, state + (2 * g + 1) * register
-            before = load(maximum)
-            top = before
-            for t in range(s, end, register):
-                top = greater(load(t), top)
-            if together == 1:
-                top = top1(top)
-            elif together == pair_rows:
-                top = top2(top)
-            else:
-                top = top4(top)
-            zero_point = simd.finite_or_zero(top)
-            factor = exp2_product(sub(before, zero_point), scale, floor)
-            fresh = splat(dtype(0))
-            for t in range(s, end, register):
-                x = exp2_product(sub(load(t), zero_point), scale, floor)
-                store(t, x)
-                fresh = add(fresh, x)
-            store(maximum, top)
-            store(total, fma(load(total), factor, fresh))
-            store(w.factor + g * register, factor)
-
-    @jit
-    def set_aside(p, w, table, scales, keys):
-        """Copy a tile's values without what is not finite; the stored ones are widened to where keys were."""
-        width = padded(p.value_dim) * size
-        if not as_stored or p.value_dim % lanes != 0:
-            widen(table, scales, keys, p.value_dim, w.aside)
-            for j in range(keys):
-                put_int(table + 8 * j, w.aside + j * width)
-        for j in range(keys):
-            a, t = get_int(table + 8 * j), w.wide + j * width
-            if int8 and not finite(get(scales + j * size)):
-                for c in range(0, width, size):
-                    put(a + c, get(a + c) * get(scales + j * size))
-                put(scales + j * size, dtype(1))
-            for c in range(0, width, size):
-                y = get(a + c)
-                put(t + c, y if finite(y) else dtype(0))
-
-    @jit
-    def finite(x):
-        return x - x == 0
-
-    @jit
-    def add_visible(p, w, state, table, k0, keys, groups, together):
-        """Add what was set aside to the rows that see it."""
-        width = padded(p.value_dim) * size
-        o = state + 2 * groups * register
-        for j in range(keys):
-            a = get_int(table + 8 * j)
-            for c in range(0, p.value_dim * size, size):
-                y = get(a + c)
-                if finite(y):
-                    continue
-                for r in range(groups * together):
-                    if visible(p, w, r, k0 + j):
-                        t = o + r * width + c
-                        put(t, get(t) + get(place(w.s, r, j, together)) * y)
-
-    @jit
-    def all_finite(p, state, groups, together):
-        """Whether every sum is: 0 times them adds up to 0."""
-        o = state + 2 * groups * register
-        zero = splat(dtype(0))
-        seen = zero
-        for t in range(o, o + groups * together * padded(p.value_dim) * size, register):
-            seen = simd.fma(load(t), zero, seen)
-        return dots.lowest_lane(simd.across_sum(seen)) == 0
+    def is_foreseen(p):
+        """Whether one row's values are read in their order."""
+        return dots.UNDER_WAY == 16 and padded(p.value_dim) * size >= 8 * register
 
     @jit
     def attend_chunk(
@@ -331,17 +184,25 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
         for t in range(o, o + groups * together * padded(p.value_dim) * size, register):
             store(t, splat(dtype(0)))
         find(p, w, b, head, first, last - first)
-        wide_keys, wide_values = not in_place(p, together), careful or p.value_dim % unit != 0
+        wide_keys, fours = not in_place(p, together), in_fours and p.value_dim % value_unit == 0
+        wide_values = p.value_dim % value_unit != 0 or (careful and not fours)
         for k0 in range(first, last, KEYS):
             t, keys = k0 - first, min(KEYS, last - k0)
             padding = filled(keys)
             keys_at, values_at = w.keys + 8 * t, w.values + 8 * t
             key_scales, value_scales = w.key_scales + scale_bytes * t, w.value_scales + scale_bytes * t
+            wanted, count = keys_at + 8 * KEYS, min(KEYS, last - k0 - KEYS)
+            if count <= 0:  # the chunk's last; with no other to follow, it asks for what is there
+                wanted, count = (w.next_keys, next_keys) if next_keys > 0 else (keys_at, 1)
+            # Values that one row takes come as they lie; of others a tile asks for the next tile's keys.
+            ahead, ahead_bytes = values_at, p.value_bytes
+            if together == 1 and groups == 1 and not wide_values and is_foreseen(p):
+                ahead, ahead_bytes = wanted, p.key_bytes
             if wide_keys:
                 widen(keys_at, key_scales, padding, p.head_dim, w.wide)
-                score_wide(p, w, w.wide_keys, 0, values_at, padding, groups, together)
+                score_wide(p, w, w.wide_keys, 0, ahead, ahead_bytes, padding, groups, together)
             else:
-                score_stored(p, w, keys_at, key_scales, values_at, padding, groups, together)
+                score_stored(p, w, keys_at, key_scales, ahead, ahead_bytes, padding, groups, together)
             if int8:
                 scale_by(key_scales, w.s, padding, groups, together)
             adjust(p, w, get_int(p.key_starts + 8 * b), k0, keys, groups, together, all_first, all_last)
@@ -350,27 +211,24 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
                 set_aside(p, w, values_at, value_scales, padding)
             elif wide_values:
                 widen(values_at, value_scales, padding, p.value_dim, w.wide)
-            if int8:
+            if whole and fours:
+                round_weights(w, value_scales, padding, groups, together)
+            elif int8:
                 scale_by(value_scales, w.s, padding, groups, together)
-            wanted, count = keys_at + 8 * KEYS, min(KEYS, last - k0 - KEYS)
-            if count <= 0:  # the chunk's last; with no other to follow, it asks for what is there
-                wanted, count = (w.next_keys, next_keys) if next_keys > 0 else (keys_at, 1)
             end = wanted + 8 * (count - 1)
             if wide_values:
-                weigh_wide(p, w, state, w.wide_values, 0, wanted, end, padding, groups, together)
+                weigh_wide(p, w, state, w.s, w.wide_values, 0, wanted, end, padding, groups, together)
             else:
-                weigh_stored(p, w, state, values_at, value_scales, wanted, end, padding, groups, together)
+                weights, table = w.narrow if fours else w.s, values_at
+                if careful and pairs:
+                    table = w.wide_values
+                weigh_stored(
+                    p, w, state, weights, table, value_scales, wanted, end, padding, groups, together
+                )
             if careful:
                 add_visible(p, w, state, values_at, k0, keys, groups, together)
-            if careful and pairs and p.value_dim % unit == 0 and k0 + KEYS >= last:
-                in_pairs(p, state, groups, together)
-
-    @jit
-    def in_pairs(p, state, groups, together):
-        """Order columns as reading pairs would have."""
-        o = state + 2 * groups * register
-        for t in range(o, o + groups * together * p.value_dim * size, 2 * register):
-            pair1(t, t)
+            if careful and parities and p.value_dim % value_unit == 0 and k0 + KEYS >= last:
+                by_parity(p, state, groups, together)
 
     @jit
     def merge(p, w, unit, chunks, groups, together):
@@ -435,13 +293,13 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
             divisor = dtype(1) if total == 0 else total
             t, out = state + 2 * groups * register + r * o_row, get_int(outs + 8 * r)
             first = 0
-            if pairs and p.value_dim % unit == 0:
+            if (parities or in_fours) and p.value_dim % value_unit == 0:
                 first = p.value_dim
                 for c in range(0, first, 2 * lanes):
                     x, y = load(t + c * size), load(t + (c + lanes) * size)
                     x = simd.div(mul(x, splat(factor)), splat(divisor))
                     y = simd.div(mul(y, splat(factor)), splat(divisor))
-                    dots.narrow_pairs(out + c * 2, x, y)
+                    narrow(out + c * outer_bytes, x, y)
             for c in range(first, whole, lanes):
                 x = mul(load(t + c * size), splat(factor))
                 store_outer(out + c * outer_bytes, simd.div(x, splat(divisor)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,14 +15,14 @@ from numpy.typing import NDArray
 from ..problem import INT4_GROUP, STORAGE_DTYPES, CacheProblem, Problem, storage_name
 from ..reference.attention import merge_states
 from . import chunks, layout, records, runtime, simd
-from .chunks import CHUNK, PARAMETERS, ROWS
+from .chunks import CALL, CHUNK, PARAMETERS, PLACES, ROWS
 
 _WORDS = records.words_of(PARAMETERS)
-QUERY, KEY, VALUE, OUT, LSE = (_WORDS[name] for name in ("query", "key", "value", "out", "lse"))
-TASKS, CHUNKS, EAGER, PARTIALS = (_WORDS[name] for name in ("tasks", "chunks", "eager", "partials"))
-WORKSPACE, WORKSPACE_BYTES = (_WORDS[name] for name in ("workspace", "workspace_bytes"))
-SERIAL_WORK = 1 << 22
-"""Numbers read and multiplied, 60 us of them, below which a call is not worth a second thread.
+_CALL = struct.Struct(f"{len(CALL)}q")
+_CALL_BYTES = 8 * _WORDS[CALL[0]]
+SERIAL_WORK, SHORT_WORK = 1 << 22, 1 << 19
+"""Numbers read and multiplied, 60 us of them, below which a call is not worth waking a second thread; and
+8 us, below which it is not worth one that is awake.
 
 Reading a key counts as much as four query rows on it."""
 
@@ -115,6 +116,8 @@ class Plan:
         for name, number in values.items():
             words[_WORDS[name]] = number
         self.words = np.array(words, np.int64)
+        self.key, self.value = runtime.address(p.key_pages), runtime.address(p.value_pages)
+        self.places = tuple(values.get(name, 0) for name in PLACES)
         self.span = min(p.left + p.right + queries, 1 << 40)
         self.work_per_key = batch * kv_heads * (rows + 4 * blocks) * (head_dim + value_dim)
 
@@ -125,10 +128,12 @@ class Plan:
         lse: NDArray[Any] | None = None,
         max_keys: int | None = None,
         pages: tuple[NDArray[Any], NDArray[Any]] | None = None,
+        places: tuple[NDArray[Any] | None, ...] | None = None,
     ) -> None:
         """Attend `query`; no sequence has more than `max_keys` keys (the problem's where None is given).
 
-        `pages` are other keys and values of the problem's layout.
+        `pages` are other keys and values of the problem's layout, `places` its other arrays in the order of
+        `PLACES`.
         """
         if self.many is not None:
             keys = self.many.max_keys if max_keys is None else max_keys
@@ -139,21 +144,25 @@ class Plan:
         tasks = self.units * chunks
         if tasks == 0:
             return
-        words = self.words.copy()
-        words[QUERY], words[OUT] = runtime.address(query), runtime.address(out)
-        words[LSE] = 0 if lse is None else runtime.address(lse)
-        if pages is not None:
-            words[KEY], words[VALUE] = runtime.address(pages[0]), runtime.address(pages[1])
-        words[TASKS], words[CHUNKS] = tasks, chunks
-        helpers = 0
-        if self.work_per_key * min(keys, self.span) >= SERIAL_WORK:
+        helpers, work = 0, self.work_per_key * min(keys, self.span)
+        if work >= SHORT_WORK:
             helpers = min(runtime.threads(), tasks) - 1
-        # Towards the end nobody takes a second task that others could begin at once.
-        words[EAGER] = tasks - 8 * (helpers + 1)
         partials = tasks * self.partial_bytes
         memory, start = runtime.scratch(partials + (helpers + 1) * self.workspace_bytes)
-        words[PARTIALS], words[WORKSPACE] = start, start + partials
-        runtime.run(self.kernel, words, helpers, (query, out, lse, pages, self, memory))
+        address = runtime.address
+        words: Any = self.words.copy()
+        words[0] = tasks
+        _CALL.pack_into(
+            words, _CALL_BYTES,
+            address(query), address(out), 0 if lse is None else address(lse),
+            self.key if pages is None else address(pages[0]),
+            self.value if pages is None else address(pages[1]),
+            # Towards the end nobody takes a second task that others could begin at once.
+            chunks, tasks - 8 * (helpers + 1), start, start + partials,
+            *(self.places if places is None else (0 if x is None else address(x) for x in places)),
+        )  # fmt: skip
+        run = runtime.run_among_awake if helpers > 0 and work < SERIAL_WORK else runtime.run
+        run(self.kernel, words, helpers, (query, out, lse, pages, places, self, memory))
         runtime.keep(memory)
 
 

@@ -25,6 +25,8 @@ PAIRS = {"avx512bf16", "sse4a"} <= _features and REGISTER_BYTES == 64
 """Whether `dot_pairs_value` pays: Intel's takes two cycles, half the rate of float32 multiply-adds."""
 TABLES = X86 and REGISTER_BYTES == 64
 """Whether registers serve as tables of one number for each lane."""
+BYTES = "avx512vnni" in _features and REGISTER_BYTES == 64
+"""Whether integers of 8 and 16 bits are multiplied as they are."""
 DESCRIPTION = f"{REGISTER_BYTES * 8}-bit vectors, {REGISTERS} registers" + ", AMX" * AMX
 
 I8, I16, I32, I64 = (ir.IntType(n) for n in (8, 16, 32, 64))
@@ -173,7 +175,7 @@ def prefetch_value(b: ir.IRBuilder, address: Any, locality: int = 3) -> None:
     p = pointer(b, address, I8)
     hint = ir.FunctionType(ir.VoidType(), [p.type, I32, I32, I32])
     fn = cgutils.get_or_insert_function(b.module, hint, "llvm.prefetch.p0")
-    b.call(fn, [p, *(ir.Constant(I32, n) for n in (0, 3, 1))])  # for reading, into all caches, data
+    b.call(fn, [p, *(ir.Constant(I32, n) for n in (0, locality, 1))])  # for reading, data
 
 
 def upper_value(b: ir.IRBuilder, x: Any) -> Any:

@@ -19,6 +19,7 @@ from numba.extending import intrinsic
 from . import emitters, simd
 from .emitters import I64, pointer
 from .runtime import (
+    ALONE,
     BOARD,
     DONE,
     ENTRY,
@@ -27,6 +28,7 @@ from .runtime import (
     OFFER,
     PARAMETERS,
     RUNNING,
+    SHARE,
     SLOTS,
     TAKEN_BACK,
     TASKS,
@@ -167,10 +169,19 @@ def build(jit: Any, inline: Any) -> Callable[[Any], Any]:
             turn += 1
         return FINISHED
 
+    @jit
+    def share(record):
+        """Offer a call, run it, and settle it; or tell that nobody else was awake."""
+        offered = offer(record)
+        enter(get(record + 8 * ENTRY), get(record + 8 * PARAMETERS))
+        return settle(record) if offered > 0 else ALONE
+
     def hand_over(record):
         what = get(record)
         if what == LINGER:
             return linger(get(record + 8))
+        if what == SHARE:
+            return share(record)
         return offer(record) if what == OFFER else settle(record)
 
     return hand_over

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import types
 
-from . import dots, simd
+from . import dots, kinds, simd
 from .masks import get_byte
 
 
@@ -31,13 +31,13 @@ def build(jit: Any, storage: str) -> Lookup:
     outer = "float32" if int8 or int4 else storage  # of queries
     outer_bytes = 2 if outer in ("float16", "bfloat16") else size
     stored_bits = {"int8": 8, "int4": 4}.get(storage, 8 * outer_bytes)  # of a number
-    unit = dots.unit(storage) * lanes
+    unit = kinds.unit(storage) * lanes
     portion = max(lanes, dots.SCORED_AT_ONCE)  # keys that every tile takes a whole number of times
     _, store, _, put = simd.loads("float64" if size == 8 else "float32")
     load_outer, _, get_outer, _ = simd.loads(outer)
     get_int, put_int = simd.scalars(types.int64)
     get_float32 = simd.scalars(types.float32)[0]
-    widen_unit = dots.widen_unit(storage)
+    widen_unit = kinds.widen_unit(storage)
 
     @jit
     def padded(n):

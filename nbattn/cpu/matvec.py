@@ -17,7 +17,7 @@ from numba import types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from . import dots, emitters, runtime, simd
+from . import dots, emitters, kinds, runtime, simd
 from .emitters import I8, I32, I64, const, fma_value, load_value, pointer, splat_value, store_value
 
 STORAGES = ("float32", "float16", "bfloat16", "int8")
@@ -276,9 +276,9 @@ def _deliver(b: Any, sums: list[Any], bias: Any, y: Any) -> None:
         x = dots._add_up(b, sums[first : first + width], width)
         distance = LANES // 2
         while distance >= width:
-            x = b.fadd(x, dots._shuffle(b, x, x, [c ^ distance for c in range(LANES)]))
+            x = b.fadd(x, kinds.shuffle(b, x, x, [c ^ distance for c in range(LANES)]))
             distance //= 2
-        x = dots._shuffle(b, x, x, list(range(width)))
+        x = kinds.shuffle(b, x, x, list(range(width)))
         shift = const(I64, 4 * first)
         x = b.fadd(x, load_value(b, pointer(b, b.add(bias, shift), x.type)))
         store_value(b, x, pointer(b, b.add(y, shift), x.type))

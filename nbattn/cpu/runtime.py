@@ -95,13 +95,13 @@ def cpu_name() -> str:
 
 @cache
 def cpu_features() -> frozenset[str]:
-    """The extensions that kernels may use: avx512f, avx512bf16, amx-bf16, avx2, fma, f16c, neon; and sse4a,
-    which tells AMD's processors from Intel's.
+    """The extensions that kernels may use: avx512f, avx512bf16, avx512vnni, amx-bf16, avx2, fma, f16c, neon;
+    and sse4a, which tells AMD's processors from Intel's.
 
     `NUMBA_CPU_FEATURES` decides where it is set; else a processor named by `NUMBA_CPU_NAME` is taken at the
     level that its name stands for; else the host is asked.
     """
-    known = {"avx512f", "avx512bf16", "amx-bf16", "avx2", "fma", "f16c", "neon", "sse4a"}
+    known = {"avx512f", "avx512bf16", "avx512vnni", "amx-bf16", "avx2", "fma", "f16c", "neon", "sse4a"}
     if config.CPU_FEATURES is not None:
         return frozenset(f[1:] for f in config.CPU_FEATURES.split(",") if f[:1] == "+") & known
     if config.CPU_NAME is not None and platform.machine().lower() in ("x86_64", "amd64"):
@@ -226,6 +226,7 @@ _NOTHING = np.empty(0, np.uint8)
 
 class _Kept(threading.local):
     memory = _NOTHING
+    record: Any = None  # of `run_among_awake`
 
 
 _kept = _Kept()
@@ -262,8 +263,9 @@ class _Team:
     """Helper threads that live as long as the process, and the queue they take calls from."""
 
     def __init__(self) -> None:
-        self.calls: SimpleQueue[_Call] = SimpleQueue()
+        self.calls: SimpleQueue[_Call | _Rouse] = SimpleQueue()
         self.size = 0
+        self.last_alone = 0.0
         self.asleep: set[int] = set()
         """The system's ids of helpers that wait for a call."""
         self.sent_away: dict[int, set[int]] = {}
@@ -286,6 +288,16 @@ class _Team:
                     break
         return self.size
 
+    def rouse(self, helpers: int) -> None:
+        """Wake helpers for calls to come, if the last one that met none was just before."""
+        now = time.perf_counter()
+        closely, self.last_alone = now - self.last_alone < CLOSELY, now
+        if closely and self.calls.empty():
+            helpers = min(self.grow(helpers), helpers)
+            self.send_away()
+            for _ in range(helpers):
+                self.calls.put(_Rouse())
+
     def send_away(self) -> None:
         """Let sleeping helpers wake on other cores than this thread's.
 
@@ -302,19 +314,29 @@ class _Team:
                 os.sched_setaffinity(helper, others)
 
 
+class _Rouse:
+    """In place of a call: a helper that takes it is awake for the next one."""
+
+    def help(self) -> None:
+        pass
+
+
 BOARD_SLOTS = 64
+CLOSELY = 200e-6
+"""Seconds between short calls that helpers are woken for: they look for the next one a little longer."""
 SENT_AWAY = 3
 """The most helpers that are sent away, at 2 us each; among more cores the system finds an idle one."""
 _current_cpu = getattr(ctypes.CDLL(None), "sched_getcpu", None) if sys.platform == "linux" else None
 
 
-LINGER, OFFER, SETTLE = range(3)
+LINGER, OFFER, SETTLE, SHARE = range(4)
 """What `handover` is asked for: the first word of its record. A helper's record holds its slot's address."""
 BOARD, SLOTS, WANTED, ENTRY, PARAMETERS, DONE, TICKETS = range(1, 8)
 """Words of a caller's record: where the slots lie, how many, how many helpers are wanted; the kernel's entry
 and parameters, where the number of done tasks lies; then for each slot the round it was offered in, or 0."""
-RUNNING, TAKEN_BACK, FINISHED = range(3)
-"""What SETTLE answers: helpers of the board are in the call; they are not, but others are; it is done."""
+RUNNING, TAKEN_BACK, FINISHED, ALONE = range(4)
+"""What SETTLE answers: helpers of the board are in the call; they are not, but others are; it is done. SHARE
+may also answer that it is done, but nobody else was awake."""
 
 
 class _Call:
@@ -456,6 +478,39 @@ def run(kernel: Any, parameters: Any, helpers: int, keep_alive: Any) -> None:
         # Ctrl-C: once this call is left, no helper may go on writing to the caller's arrays.
         call.abandon()
         raise
+
+
+def run_among_awake(kernel: Any, parameters: NDArray[np.int64], helpers: int, keep_alive: Any) -> None:
+    """Like `run` for a kernel of a few microseconds: nobody is woken for it, and it is one call in all.
+
+    Where such calls follow each other closely, helpers are woken for those to come.
+    """
+    record, _kept.record = _kept.record, None
+    if record is None:
+        record = np.zeros(TICKETS + BOARD_SLOTS, np.int64)
+    team, at, where = _team, address(record), address(parameters)
+    slots = min(team.size, BOARD_SLOTS)
+    _HEAD.pack_into(
+        record, 0, SHARE, address(team.board), slots, helpers, entry(kernel), where, where + 8 * TASKS_DONE
+    )
+    state = _hand_over()(at)
+    if state == ALONE:
+        team.rouse(helpers)
+    elif state != FINISHED:
+        record[0] = SETTLE
+        try:
+            while _hand_over()(at) == RUNNING:
+                time.sleep(50e-6)
+        except BaseException:
+            parameters[NEXT_TASK] = parameters[TASKS]
+            while _hand_over()(at) == RUNNING:
+                with suppress(KeyboardInterrupt):  # one is on its way already
+                    time.sleep(0.001)
+            raise
+    _kept.record = record
+
+
+_HEAD = struct.Struct(f"{TICKETS}q")
 
 
 # --- what the command line shows ----------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from .emitters import (
     I64,
     REGISTER_BYTES,
     align,
+    call,
     const,
     exp2_product_value,
     exp_value,
@@ -200,6 +201,9 @@ def _elementwise(emit: Any, arity: int) -> Any:
 
 
 same = _elementwise(lambda b, x: x, 1)
+absolute = _elementwise(lambda b, x: call(b, "fabs", x), 1)
+round_down = _elementwise(lambda b, x: call(b, "floor", x), 1)
+round_near = _elementwise(lambda b, x: call(b, "rint", x), 1)
 add = _elementwise(lambda b, x, y: b.fadd(x, y), 2)
 sub = _elementwise(lambda b, x, y: b.fsub(x, y), 2)
 mul = _elementwise(lambda b, x, y: b.fmul(x, y), 2)
