@@ -30,7 +30,9 @@ class Style(NamedTuple):
 STYLES = {
     "nbattn": Style("#0a3d91", "o", "nbattn"),
     "PyTorch": Style("#d1495b", "s", "PyTorch"),
+    "PyTorch f32": Style("#d1495b", "d", "PyTorch in float32"),
     "PyTorch flex": Style("#d1495b", "P", "PyTorch, compiled flex_attention"),
+    "ONNX Runtime": Style("#8a5a00", "8", "ONNX Runtime"),
     "ORT Attention": Style("#8a5a00", "^", "ONNX Runtime, Attention"),
     "ORT MHA": Style("#8a5a00", "v", "ONNX Runtime, MultiHeadAttention"),
     "ORT GQA": Style("#8a5a00", "<", "ONNX Runtime, GroupQueryAttention"),

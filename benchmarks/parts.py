@@ -20,6 +20,7 @@ GROUPS: dict[str, Callable[[Row], bool]] = {
     "Decode": lambda row: row.suite == "decode",
     "Softmax": lambda row: row.suite == "softmax",
     "Other kinds of attention": lambda row: row.suite == "variants",
+    "Trained models": lambda row: row.suite == "models",
 }
 
 
@@ -180,7 +181,8 @@ def ratios(measured: Measured) -> Part:
 
 def decode(measured: Measured) -> Part:
     title = "Decode bandwidth"
-    rows = [r for r in measured.rows if r.case["operation"] == "decode" and r.rounds]
+    rows = [r for r in measured.rows if r.suite == "decode" and r.rounds]
+    rows = [r for r in rows if r.case["operation"] == "decode"]
     if not rows:
         return absent(title, "python benchmarks/peers.py --suite decode --json FILE measures it.")
     panels, labels = [], in_order(label for r in rows for label in r.labels)

@@ -4,11 +4,12 @@ import html.parser
 import json
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
 
-from benchmarks import cases, decode_cases, machine, measured, memory, parts, peers, report
+from benchmarks import cases, decode_cases, machine, measured, memory, parts, peers, report, rivals
 
 MACHINE = {"CPU": "A <fast> one", "threads": "2", "Python": "3.12.1", "nbattn": "0.1.0", "PyTorch": "2.13"}
 LENGTHS = (128, 1024)
@@ -336,6 +337,12 @@ class TestPage:
         now = Page(report.page(places.values(), measured.read_asv(report.RESULTS / "asv")))
         assert kept.tables == now.tables, "python -m benchmarks.report makes it anew"
         assert kept.words.split("In short")[0] == now.words.split("In short")[0]
+
+
+def test_every_peer_has_a_style_and_every_suite_a_place():
+    assert set(parts.STYLES) == {"nbattn", *rivals.COLUMNS}
+    placed = [types.SimpleNamespace(suite=suite, group="") for suite in peers.SUITES]
+    assert all(sum(of(row) for of in parts.GROUPS.values()) == 1 for row in placed)
 
 
 class TestBadInput:
