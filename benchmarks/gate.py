@@ -251,6 +251,16 @@ def pattern(text: str) -> re.Pattern[str]:
         raise argparse.ArgumentTypeError(msg) from None
 
 
+def output(text: str) -> Path:
+    path = Path(text)
+    try:
+        path.touch()
+    except OSError as error:
+        msg = f"{text} cannot be written: {error.strerror}"
+        raise argparse.ArgumentTypeError(msg) from None
+    return path
+
+
 class Progress:
     def __init__(self) -> None:
         self.live = sys.stderr.isatty()
@@ -352,15 +362,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("base", metavar="BASE", help="the commit that is compared with")
     parser.add_argument("head", metavar="HEAD", nargs="?", help="a commit; the working tree unless given")
     parser.add_argument("--rows", type=pattern, default="", metavar="PATTERN", help="of their names")
-    parser.add_argument("--threshold", type=float, default=0.05, help="default: %(default)s")
+    parser.add_argument("--threshold", type=float, default=0.05, help="default: %(default)s, which is 5 %%")
     parser.add_argument("--threads", type=int, default=1, help="default: %(default)s, which is steadiest")
     parser.add_argument("--quick", action="store_true", help="each benchmark's first parameters alone")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+    parser.add_argument("--json", type=output, metavar="FILE", help="write all figures there")
     options = parser.parse_args(arguments)
     options.screenings = SCREENINGS
     try:
-        if not 0 < options.threshold < 10 or options.threads < 1:
-            msg = "--threshold must be above 0, --threads at least 1"
+        if not 0 < options.threshold <= 1 or options.threads < 1:
+            msg = "--threshold must be above 0 and at most 1 (0.05 is 5 %), --threads at least 1"
             raise Trouble(msg)
         with tempfile.TemporaryDirectory() as folder:
             return report(compare(options, Path(folder)), options)

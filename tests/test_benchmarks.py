@@ -323,13 +323,16 @@ SUITES = [
 ]
 
 
+@pytest.mark.skipif(
+    not (Path(benchmarks.__file__).parent / "results").is_dir(), reason="a copy without benchmarks/results"
+)
 class TestHistory:
-    """The results of earlier commits, from which `asv publish` makes its pages."""
+    """The committed results, of earlier commits among them, from which `asv publish` makes its pages."""
 
-    FOLDER = Path(benchmarks.__file__).parent / "results" / "asv"
+    FOLDER = Path(benchmarks.__file__).parent / "results"
 
     def test_commits(self):
-        found = [json.loads(file.read_text()) for file in self.FOLDER.glob("*/*-*.json")]
+        found = [json.loads(file.read_text()) for file in (self.FOLDER / "asv").glob("*/*-*.json")]
         assert len({result["commit_hash"] for result in found}) >= 5
         for result in found:
             rows = [row[0] for row in result["results"].values() if row[0]]
@@ -340,8 +343,9 @@ class TestHistory:
         for file in self.FOLDER.rglob("*"):
             if file.is_file():
                 text = file.read_text()
-                assert file.suffix == ".json"
-                assert len(text) < 200_000
+                if file.name != "report.html":
+                    assert file.suffix == ".json"
+                    assert len(text) < 200_000
                 assert not re.search(r"/(tmp|home|root|usr|Users)/|[A-Z]:\\\\", text), file
 
 

@@ -33,6 +33,7 @@ class _Base(Suite):
     def time_nothing(self):
         raise ValueError
 """
+THRESHOLD = "--threshold must be above 0 and at most 1 (0.05 is 5 %), --threads at least 1"
 SAME = "first = second = 1e-3\ndef other(): pass\n"
 
 
@@ -88,7 +89,7 @@ class TestVerdicts:
         assert file.read_text().count('"slower": true') == 1
 
     def test_threshold(self, run):
-        assert run(SAME + "second = 4e-3\n", "--threshold", "9", "--rows", "time_nap")[0] == 0
+        assert run(SAME + "second = 1.4e-3\n", "--threshold", "1", "--rows", "time_nap")[0] == 0
 
     def test_quick_takes_first_parameters(self, run):
         code, out, _ = run(SAME + "second = 4e-3\n", "--quick", "--rows", "time_nap")
@@ -124,15 +125,24 @@ class TestBadInput:
             (["no-such-commit"], "no-such-commit is no commit of this repository"),
             (["HEAD", "no-such-commit"], "no-such-commit is no commit of this repository"),
             (["--rows", "no such row", "HEAD"], "no row is left by --rows and --quick"),
-            (["--threshold", "0", "HEAD"], "--threshold must be above 0, --threads at least 1"),
-            (["--threads", "0", "HEAD"], "--threshold must be above 0, --threads at least 1"),
+            (["--threshold", "0", "HEAD"], THRESHOLD),
+            (["--threshold", "5", "HEAD"], THRESHOLD),
+            (["--threads", "0", "HEAD"], THRESHOLD),
         ],
     )
     def test_options(self, repository, capfd, options, words):
         assert gate.main(options) == 2
         assert capfd.readouterr() == ("", f"gate: error: {words}\n")
 
-    @pytest.mark.parametrize("options", [[], ["HEAD", "--rows", "("], ["HEAD", "--threads", "x"]])
+    @pytest.mark.parametrize(
+        "options",
+        [
+            [],
+            ["HEAD", "--rows", "("],
+            ["HEAD", "--threads", "x"],
+            ["HEAD", "--json", "no/such/folder/x.json"],
+        ],
+    )
     def test_arguments(self, options):
         with pytest.raises(SystemExit) as stop:
             gate.main(options)
@@ -190,10 +200,13 @@ class TestStatistics:
         assert gate.lower_bound(values, 2**-16) == -math.inf
 
     def test_lower_bound_holds(self):
-        """It is above the true median in at most that share of samples, with outliers on one side too."""
+        """It is above the true median in at most that share of samples, with outliers on one side too.
+
+        In 1.8 %, and in 5.9 % if one more were allowed to lie below.
+        """
         draw = random.Random(1)
         samples = [[draw.lognormvariate(0, 2) for _ in range(15)] for _ in range(4000)]
-        assert sum(gate.lower_bound(x, 0.05) > 1 for x in samples) <= 0.06 * len(samples)
+        assert sum(gate.lower_bound(x, 0.05) > 1 for x in samples) <= 0.03 * len(samples)
 
     def test_holm(self):
         """The more rows are judged, the more is asked of the first; one that fails stops those behind it."""
