@@ -96,7 +96,13 @@ def machine(measured: Measured) -> str:
     runs = sorted(measured.runs, key=lambda run: run.date)
     versions = {k: v for run in runs for k, v in run.machine.items() if k not in ("CPU", "threads")}
     dates = " to ".join(unique((runs[0].date, runs[-1].date)))
-    commits = ", ".join(unique(run.commit for run in runs))
+    of = [(x.run.commit, x.suite) for x in measured.rows] + [
+        (x.run.commit, "memory") for x in measured.memory
+    ]
+    commits = ", ".join(
+        f"{commit} ({', '.join(unique(suite for known, suite in of if known == commit))})"
+        for commit in unique(run.commit for run in runs)
+    )
     left = unique(f"{name} ({why})" for run in runs for name, why in run.missing.items())
     where, threads = runs[0].place
     lines = [

@@ -267,7 +267,11 @@ class TestPage:
         write_memory(tmp_path)
         words = page().words
         assert "A <fast> one, 2 threads" in words
-        assert "Measured 2026-01-31 to 2026-02-01, the library as of commit abc123, unknown" in words
+        assert (
+            "Measured 2026-01-31 to 2026-02-01, the library as of commit abc123 (prefill, decode, softmax)"
+            in words
+        )
+        assert ", unknown (memory), with Python" in words
         assert "Python 3.12.1, nbattn 0.1.0, PyTorch 2.13" in words
         assert "Not there: JAX (jax is not installed)" in words
 
