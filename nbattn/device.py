@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -240,7 +241,14 @@ def repeated(run: Callable[..., None], like: DeviceArray, shape: tuple[int, ...]
 
 def _loaded(library: str, x: Any) -> Any:
     """The library's module where `x` is one of its objects."""
-    return sys.modules.get(library) if type(x).__module__.partition(".")[0] == library else None
+    kind: Any = type(x)
+    return sys.modules.get(library) if _root(kind) == library else None
+
+
+@cache
+def _root(kind: Any) -> str:
+    """The package that a type comes from."""
+    return str(kind.__module__).partition(".")[0]
 
 
 def placed(large: dict[str, Any], small: dict[str, Any]) -> dict[str, Any]:

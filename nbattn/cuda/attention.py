@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache, partial
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 
 from ..device import DeviceArray
 from ..problem import Problem, storage_name
-from . import arrays, launch
+from . import arrays, launch, mma
 from .launch import WORDS
 
 TILE = (16, 16, 4, 4, 8, 32, 32)
@@ -23,6 +22,8 @@ FEW_ROWS = 1
 """Rows of a thread where 16 queries are all there are."""
 AXES = {"query": 4, "key": 4, "value": 4, "out": 4, "lse": 3, "weights": 4, "mask": 4, "bias": 4, "table": 3}
 """Arrays of which the kernel is told strides, along so many axes."""
+POINTERS = ("query", "key", "value", "out")
+"""What changes in a call that repeats another."""
 FLAGS = ("lse", "weights", "mask", "bias", "table", "slopes", "sinks", "offsets", "lengths")
 """Arrays that a call may lack."""
 
@@ -72,7 +73,7 @@ def run(
             return DeviceArray(send(x), x.shape, (x.itemsize,), x.dtype, place.ordinal, stream)
 
         p = replace(p, alibi_slopes=there(p.alibi_slopes), sinks=there(p.sinks))
-        if (mma := _tensor_cores(p, out, weights)) is not None:
+        if _takes_tensor_cores(p, out, weights):
             mma.forward(p, out, lse, stream)
             return
         values = parameters(p, out, lse, weights)
@@ -87,37 +88,34 @@ class Repeat:
 
     def __init__(self, p: Problem, out: DeviceArray) -> None:
         place = launch.device(out.device)
-        if (mma := _tensor_cores(p, out, None)) is not None:
-            tile = mma.tile_of(p)
+        if _takes_tensor_cores(p, out, None):
+            tile = cast(Any, mma.tile_of(p))
             values, blocks = mma.values(p, out, None, tile, {})
-            self.call = launch.Call(mma.kernel(p.storage, tile, mma.is_full(p)), values, blocks, place)
+            chosen = mma.kernel(p.storage, tile, mma.is_full(p))
+            self.call = launch.Call(chosen, values, blocks, place, POINTERS)
             return
         values = parameters(p, out, None, None)
         assert not _on_host(p, values)
-        self.call = launch.Call(_kernel_of(p), values, _blocks(p, values), place)
+        self.call = launch.Call(_kernel_of(p), values, _blocks(p, values), place, POINTERS)
 
     def forward(self, query: int, key: int, value: int, out: int, stream: int) -> None:
-        self.call(stream, query=query, key=key, value=value, out=out)
+        self.call(stream, query, key, value, out)
 
 
-def _tensor_cores(p: Problem, out: DeviceArray, weights: DeviceArray | None) -> Any:
-    """The module of the kernel for tensor cores, where there is one for this problem; else None."""
-    if weights is not None or p.storage not in ("float16", "bfloat16"):
-        return None
-    if launch.device(out.device).capability < (8, 0):
-        return None
-    try:
-        mma: Any = importlib.import_module(".mma", __package__)
-    except ModuleNotFoundError:
-        return None
+def _takes_tensor_cores(p: Problem, out: DeviceArray, weights: DeviceArray | None) -> bool:
+    """Whether the kernel for tensor cores computes this problem from and to such arrays."""
+    if weights is not None or p.storage not in mma.STORAGES:
+        return False
+    if launch.device(out.device).capability < mma.CAPABILITY:
+        return False
     rows: tuple[Any, ...] = (p.query, p.key, p.value, out)
     if any(x.shape[-1] > 1 and x.strides[-1] != x.itemsize for x in rows):
-        return None
+        return False
     if out.address % 16 or any(stride % 16 for stride in out.strides[:-1]):
-        return None
+        return False
     if p.mask is not None and p.mask.itemsize > 1:
-        return None
-    return mma if mma.covers(p) else None
+        return False
+    return mma.covers(p)
 
 
 def _on_host(p: Problem, values: dict[str, Any]) -> dict[str, NDArray[Any]]:
@@ -215,6 +213,16 @@ def kernel(storage: str, bias: str, tile: tuple[int, ...]) -> launch.Kernel:
         ),
         tile[0] * tile[1],
     )
+
+
+def kernels() -> list[launch.Kernel]:
+    """Every kernel that calls may start, but for a bias of another dtype."""
+    tiles = {storage: TILE64 if storage == "float64" else TILE for storage in WORDS}
+    return [
+        kernel(storage, storage, (*tile[:2], rows, *tile[3:]))
+        for storage, tile in tiles.items()
+        for rows in (tile[2], FEW_ROWS)
+    ]
 
 
 def _build(storage: str, bias: str, tile: tuple[int, ...]) -> Any:

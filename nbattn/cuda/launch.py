@@ -501,20 +501,31 @@ def run(kernel: Kernel, values: Mapping[str, float], blocks: int, place: Device,
         launch(kernel, function, kernel.packed(values), blocks, stream)
 
 
+_put_pointer = struct.Struct("@P").pack_into
+
+
 class Call:
     """A launch to be made again: packed once, and only some pointers change."""
 
-    def __init__(self, kernel: Kernel, values: Mapping[str, Any], blocks: int, place: Device) -> None:
+    def __init__(
+        self,
+        kernel: Kernel,
+        values: Mapping[str, Any],
+        blocks: int,
+        place: Device,
+        pointers: tuple[str, ...],
+    ) -> None:
         self.kernel, self.place, self.blocks = kernel, place, blocks
         self.parameters = kernel.packed(values)
         self.function = place.function(kernel)
+        self.offsets = [kernel.offsets[name] for name in pointers]
 
-    def __call__(self, stream: int, **pointers: int) -> None:
+    def __call__(self, stream: int, *addresses: int) -> None:
         if self.blocks == 0:
             return
         parameters = self.parameters[:]  # its own, as other threads may call too
-        for name, address in pointers.items():
-            struct.pack_into("@P", parameters, self.kernel.offsets[name], address)
+        for offset, address in zip(self.offsets, addresses, strict=True):
+            _put_pointer(parameters, offset, address)
         if _handle("cuCtxGetCurrent") == self.place.context:
             launch(self.kernel, self.function, parameters, self.blocks, stream)
             return

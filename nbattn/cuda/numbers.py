@@ -6,6 +6,7 @@ bfloat16 lies in memory as uint16: the upper half of a float32.
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,19 @@ def compute_of(storage: str) -> type[np.floating[Any]]:
     return np.float64 if storage == "float64" else np.float32
 
 
+SIMULATED = "simulator" in cuda.jit.__module__
+if find_spec("numba.cuda.cgutils") and not SIMULATED:
+    from .ptx import unroll
+else:  # Numba's own target and the simulators only run or read the source
+
+    def unroll() -> None:
+        """First in a loop's body: the loop is unrolled in full, and what it indexes stays in registers."""
+
+
 def device(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function that kernels call."""
     # The simulator calls a decorated one at 20 times the cost.
-    simulated = "simulator" in cuda.jit.__module__
-    return function if simulated else cuda.jit(device=True, inline="always")(function)
+    return function if SIMULATED else cuda.jit(device=True, inline="always")(function)
 
 
 def reader(storage: str) -> Callable[..., Any]:

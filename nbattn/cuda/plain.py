@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import cuda
 
-from .numbers import compute_of, index, is_set, reader, to_bfloat16, writer
+from .numbers import compute_of, index, is_set, reader, to_bfloat16, unroll, writer
 
 MASK_BLOCK = 64
 """Queries and keys of a `BlockMask`'s block: tiles must divide it."""
@@ -99,6 +99,7 @@ def build(storage: str, bias_storage: str, tile: Tile) -> Callable[..., None]:
             slope = p.slopes[head]
 
         for r in range(rows):
+            unroll()
             largest[r] = -infinity
             total[r] = number(0)
             if p.has_sinks != 0:
@@ -106,6 +107,7 @@ def build(storage: str, bias_storage: str, tile: Tile) -> Callable[..., None]:
                 if lane == 0 and largest[r] != -infinity:
                     total[r] = number(math.exp(largest[r] - largest[r]))
             for c in range(columns):
+                unroll()
                 sums[r * columns + c] = number(0)
 
         # The keys that some row of the tile may see.
@@ -120,6 +122,7 @@ def build(storage: str, bias_storage: str, tile: Tile) -> Callable[..., None]:
 
             # --- query . key
             for i in range(scores):
+                unroll()
                 score[i] = number(0)
             for d0 in range(np.int64(0), p.head_dim, depth):
                 cuda.syncthreads()
@@ -140,14 +143,18 @@ def build(storage: str, bias_storage: str, tile: Tile) -> Callable[..., None]:
                 cuda.syncthreads()
                 for d in range(depth):
                     for r in range(rows):
+                        unroll()
                         x = stage[index(first_row * pitch + r * pitch + d)]
                         for c in range(keys):
+                            unroll()
                             y = stage[index((tile_rows + lane) * pitch + c * lanes * pitch + d)]
                             score[r * keys + c] += x * y
 
             # --- scores, and what is seen; by way of shared memory, where loops need not be unrolled
             for r in range(rows):
+                unroll()
                 for c in range(keys):
+                    unroll()
                     shares[index((first_row + r) * share_pitch + lane + lanes * c)] = score[r * keys + c]
             shown = 0
             for r in range(rows):
@@ -189,6 +196,7 @@ def build(storage: str, bias_storage: str, tile: Tile) -> Callable[..., None]:
 
             # --- exponentials
             for r in range(rows):
+                unroll()
                 row = first_row + r
                 top = largest[r]
                 for i in range(lanes):
@@ -200,6 +208,7 @@ def build(storage: str, bias_storage: str, tile: Tile) -> Callable[..., None]:
                 largest[r] = top
                 added = number(0)
                 for c in range(keys):
+                    unroll()
                     share = index(row * share_pitch + lane + lanes * c)
                     x = number(-0.0)
                     if shown >> (r * keys + c) & 1 != 0:
@@ -210,6 +219,7 @@ def build(storage: str, bias_storage: str, tile: Tile) -> Callable[..., None]:
                     shares[share] = x
                 total[r] = total[r] * shrink + added
                 for c in range(columns):
+                    unroll()
                     sums[r * columns + c] *= shrink
 
             # --- weights . values
@@ -231,25 +241,31 @@ def build(storage: str, bias_storage: str, tile: Tile) -> Callable[..., None]:
                 if cuda.syncthreads_or(strange) == 0:
                     for j in range(values):
                         for r in range(rows):
+                            unroll()
                             x = shares[index((first_row + r) * share_pitch + part + j)]
                             for c in range(columns):
+                                unroll()
                                 y = stage[index(j * tile_columns + lane + lanes * c)]
                                 sums[r * columns + c] += x * y
                 else:
                     for j in range(values):
                         for r in range(rows):
+                            unroll()
                             x = shares[index((first_row + r) * share_pitch + part + j)]
                             if x != 0 or math.copysign(1.0, x) > 0:
                                 for c in range(columns):
+                                    unroll()
                                     y = stage[index(j * tile_columns + lane + lanes * c)]
                                     sums[r * columns + c] += x * y
 
         # --- results
         cuda.syncthreads()
         for r in range(rows):
+            unroll()
             tops[index((first_row + r) * lanes + lane)] = total[r]
         cuda.syncthreads()
         for r in range(rows):
+            unroll()
             row = row0 + first_row + r
             if row >= queries:
                 continue
@@ -259,6 +275,7 @@ def build(storage: str, bias_storage: str, tile: Tile) -> Callable[..., None]:
             divisor = number(1) if all_weight == 0 else all_weight
             out = place * p.out_strides[0] + head * p.out_strides[1] + (query_start + row) * p.out_strides[2]
             for c in range(columns):
+                unroll()
                 d = column0 + lane + lanes * c
                 if d < p.value_dim:
                     write(p.out, out + d * p.out_strides[3], sums[r * columns + c] / divisor)

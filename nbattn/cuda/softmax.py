@@ -56,6 +56,11 @@ def kernel(storage: str, threads: int) -> launch.Kernel:
     )
 
 
+def kernels() -> list[launch.Kernel]:
+    """Every kernel that calls may start."""
+    return [kernel(storage, THREADS) for storage in launch.WORDS]
+
+
 def _build(storage: str, threads: int) -> Any:
     from .rows import build
 
@@ -85,10 +90,11 @@ class Repeat:
         self, name: str, x: DeviceArray, where: Any, scale: float, out: DeviceArray, axes: set[int]
     ) -> None:
         values = _parameters(NAMES.index(name), x, where, scale, out, axes)
-        self.call = launch.Call(_kernel_of(x), values, _blocks(values), launch.device(x.device))
+        place = launch.device(x.device)
+        self.call = launch.Call(_kernel_of(x), values, _blocks(values), place, ("x", "out"))
 
     def forward(self, x: int, out: int, stream: int) -> None:
-        self.call(stream, x=x, out=out)
+        self.call(stream, x, out)
 
 
 def _start(
