@@ -42,8 +42,9 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_generate_tests(metafunc):
-    """Every backend; the GPU's for tests that say so, as the simulator takes some 1000 times as long."""
-    if "backend" in metafunc.fixturenames:
+    """Every backend that a test does not choose itself; the GPU's where it says so, as simulating is slow."""
+    own = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    if "backend" in metafunc.fixturenames and "backend" not in own:
         backends = ["reference", "cpu"]
         gpu = metafunc.definition.get_closest_marker("gpu")
         if gpu and ("slow" not in gpu.args or metafunc.config.getoption("--slow")):
