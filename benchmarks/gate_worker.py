@@ -15,6 +15,7 @@ import inspect
 import itertools
 import json
 import os
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -78,13 +79,15 @@ def turn(body: Callable[[], Any], number: int, batches: int, warm: bool) -> floa
         body()
     seconds = []
     gc.disable()
-    for _ in range(batches):
-        start = time.perf_counter()
-        for _ in range(number):
-            body()
-        seconds.append((time.perf_counter() - start) / number)
-    gc.enable()
-    return sorted(seconds)[batches // 2]
+    try:
+        for _ in range(batches):
+            start = time.perf_counter()
+            for _ in range(number):
+                body()
+            seconds.append((time.perf_counter() - start) / number)
+    finally:
+        gc.enable()
+    return statistics.median(seconds)
 
 
 def main() -> None:

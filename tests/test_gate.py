@@ -1,5 +1,6 @@
 """The gate against slower commits: its statistics, and its verdicts on small packages that sleep."""
 
+import gc
 import math
 import random
 import shutil
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gate, gate_trial
+from benchmarks import gate, gate_trial, gate_worker
 
 SUITE = """
 import os, time
@@ -116,6 +117,12 @@ class TestVerdicts:
         assert code == 1
         assert f"fails now  naps.Other.time_other  now: {words}\n" in out
         assert "1 rows compared, 0 slower, 1 fail now" in out
+
+
+def test_garbage_is_collected_again_after_a_row_that_fails():
+    with pytest.raises(ZeroDivisionError):
+        gate_worker.turn(lambda: 1 / 0, 1, 1, warm=False)
+    assert gc.isenabled()
 
 
 class TestBadInput:
