@@ -35,9 +35,9 @@ RESERVED_SHARED = 1 << 10
 
 def kernels():
     """Every kernel that a call may start."""
-    from nbattn.cuda import mma
+    from nbattn.cuda import attention, mma, softmax
 
-    return mma.kernels()
+    return [kernel for module in (mma, attention, softmax) for kernel in module.kernels()]
 
 
 def resident_blocks(sm, threads, registers, shared):
