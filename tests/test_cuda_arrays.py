@@ -411,6 +411,44 @@ class TestOptions:
         np.testing.assert_allclose(got.weights.numpy(), expected.weights, rtol=1e-4, atol=1e-6)
 
 
+class TestTensorCores:
+    """Who is sent to them, on a GPU that has them; what they compute is tried in an emulator."""
+
+    @pytest.fixture
+    def gpu(self):
+        with simulated_gpu.installed(capabilities=((8, 0),)) as library:
+            yield library
+
+    @pytest.fixture
+    def chosen(self, monkeypatch):
+        """The kernels' names, which do not run."""
+        names = []
+        monkeypatch.setattr(launch, "run", lambda kernel, *rest: names.append(kernel.name))
+        return names
+
+    @pytest.mark.parametrize("dtype", [np.float16, bfloat16])
+    def test_out_may_lie_anywhere(self, torch, chosen, dtype):
+        x, wide = torch.to(np.zeros((1, 2, 4, 32), dtype)), torch.to(np.zeros((1, 2, 4, 40), dtype))
+        for offset, step in ((0, 80), (2, 80), (0, 66)):
+            out = wide.view((1, 2, 4, 32), (320, 320, step, 2), offset=offset)
+            nbattn.scaled_dot_product_attention(x, x, x, out=out)
+        nbattn.scaled_dot_product_attention(x, x, x.view((1, 2, 4, 27), x.strides))
+        assert len(chosen) == 4
+        assert all("-mma-" in name for name in chosen)
+
+    def test_others(self, torch, chosen):
+        x, wide = torch.to(np.zeros((1, 2, 4, 32), np.float16)), torch.to(np.zeros((1, 2, 4, 64), np.float16))
+        nbattn.scaled_dot_product_attention(x, x, x, return_weights=True)
+        apart = wide.view((1, 2, 4, 32), (512, 512, 128, 4))
+        nbattn.scaled_dot_product_attention(x, x, x, out=apart)
+        for strange in (apart, wide.view((1, 2, 4, 32), wide.strides, offset=2)):
+            nbattn.scaled_dot_product_attention(strange, x, x)
+            nbattn.scaled_dot_product_attention(x, strange, x)
+            nbattn.scaled_dot_product_attention(x, x, strange)
+        assert len(chosen) == 8
+        assert not any("-mma-" in name for name in chosen)
+
+
 class TestLater:
     """Calls of a layout that was met before are a launch and little else."""
 

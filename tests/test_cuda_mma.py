@@ -15,7 +15,7 @@ from ml_dtypes import bfloat16
 from oracle import inputs, normal
 
 import nbattn
-from nbattn.cuda import mma, mma_kernel
+from nbattn.cuda import launch, mma, mma_kernel
 from nbattn.cuda.mma_tiles import PARAMETERS, Tile
 from nbattn.resolve import Options, check_starts, resolve, resolve_batch
 
@@ -47,7 +47,7 @@ def on_gpu(machine, array, *, output=False):
 
 
 def emulate(problem, out, lse=None, tile=None, machine=warp.Machine):
-    """Run the kernel for a problem of NumPy arrays, as `mma.forward` would; the machine that did."""
+    """Run the kernel for a problem of NumPy arrays, as `mma.prepared` would; the machine that did."""
     p = problem
     tile = tile or mma.tile_of(p)
     m = machine(tile.threads, tile.shared_bytes)
@@ -617,7 +617,6 @@ class TestCovers:
 
     @pytest.fixture(autouse=True)
     def gpu(self, monkeypatch):
-        launch = pytest.importorskip("nbattn.cuda.launch")
         monkeypatch.setattr(launch, "device", lambda ordinal: self.Gpu)
 
     def problem(self, q, k, v, **options):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache, partial
@@ -73,49 +74,37 @@ def run(
             return DeviceArray(send(x), x.shape, (x.itemsize,), x.dtype, place.ordinal, stream)
 
         p = replace(p, alibi_slopes=there(p.alibi_slopes), sinks=there(p.sinks))
-        if _takes_tensor_cores(p, out, weights):
-            mma.forward(p, out, lse, stream)
-            return
-        values = parameters(p, out, lse, weights)
         if weights is not None and weights.size:  # the kernel writes only what a row can see
             launch.ask("cuMemsetD8Async", weights.address, 0, weights.size * weights.itemsize, stream)
-        values |= {name: send(array) for name, array in _on_host(p, values).items()}
-        launch.run(_kernel_of(p), values, _blocks(p, values), place, stream)
+        launch.run(*_prepared(p, out, lse, weights, send), place, stream)
 
 
 class Repeat:
     """A call to be made again with other arrays of the same layout: only their addresses change."""
 
     def __init__(self, p: Problem, out: DeviceArray) -> None:
-        place = launch.device(out.device)
-        if _takes_tensor_cores(p, out, None):
-            tile = cast(Any, mma.tile_of(p))
-            values, blocks = mma.values(p, out, None, tile, {})
-            chosen = mma.kernel(p.storage, tile, mma.is_full(p))
-            self.call = launch.Call(chosen, values, blocks, place, POINTERS)
-            return
-        values = parameters(p, out, None, None)
-        assert not _on_host(p, values)
-        self.call = launch.Call(_kernel_of(p), values, _blocks(p, values), place, POINTERS)
+        def send(array: NDArray[Any]) -> int:
+            raise AssertionError(array)  # calls with vectors are not repeated
+
+        self.call = launch.Call(*_prepared(p, out, None, None, send), launch.device(out.device), POINTERS)
 
     def forward(self, query: int, key: int, value: int, out: int, stream: int) -> None:
         self.call(stream, query, key, value, out)
 
 
-def _takes_tensor_cores(p: Problem, out: DeviceArray, weights: DeviceArray | None) -> bool:
-    """Whether the kernel for tensor cores computes this problem from and to such arrays."""
-    if weights is not None or p.storage not in mma.STORAGES:
-        return False
-    if launch.device(out.device).capability < mma.CAPABILITY:
-        return False
-    rows: tuple[Any, ...] = (p.query, p.key, p.value, out)
-    if any(x.shape[-1] > 1 and x.strides[-1] != x.itemsize for x in rows):
-        return False
-    if out.address % 16 or any(stride % 16 for stride in out.strides[:-1]):
-        return False
-    if p.mask is not None and p.mask.itemsize > 1:
-        return False
-    return mma.covers(p)
+def _prepared(
+    p: Problem,
+    out: DeviceArray,
+    lse: DeviceArray | None,
+    weights: DeviceArray | None,
+    send: Callable[[NDArray[Any]], int],
+) -> tuple[launch.Kernel, dict[str, Any], int]:
+    """The kernel, its parameters and its blocks; `send` puts an array on the GPU and says where."""
+    if weights is None and mma.has_runs(out) and mma.covers(p):
+        return mma.prepared(p, out, lse, send)
+    values = parameters(p, out, lse, weights)
+    values |= {name: send(array) for name, array in _on_host(p, values).items()}
+    return _kernel_of(p), values, _blocks(p, values)
 
 
 def _on_host(p: Problem, values: dict[str, Any]) -> dict[str, NDArray[Any]]:

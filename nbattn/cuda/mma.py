@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
 from functools import cache, partial
-from importlib import import_module
 from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..problem import Problem
+from . import launch
 from .mma_tiles import PARAMETERS, REACH, Tile
 
 TILES = (
@@ -31,8 +30,7 @@ CAPABILITY = (8, 0)
 
 
 def covers(problem: Problem) -> bool:
-    """Whether the kernel computes this problem, which lies on a GPU."""
-    launch = import_module(".launch", __package__)
+    """Whether the kernel computes this problem, which lies on a GPU. Its output's rows must be runs too."""
     p: Any = problem
     return (
         p.storage in STORAGES
@@ -43,25 +41,27 @@ def covers(problem: Problem) -> bool:
         and (p.mask is None or p.mask.dtype.itemsize == 1)
         and (p.bias is None or p.bias.dtype in (np.float32, p.query.dtype))
         and max(p.max_queries, p.max_keys) < REACH
-        and all(_aligned(x) for x in (p.query, p.key, p.value))
+        and all(has_runs(x) and _aligned(x) for x in (p.query, p.key, p.value))
         and launch.device(p.query.device).capability >= CAPABILITY
     )
 
 
-def forward(problem: Problem, out: Any, lse: Any, stream: int) -> None:
-    """Start the kernel that writes attention to `out` (B, Hq, Sq, Dv) and maybe `lse` (B, Hq, Sq)."""
-    launch = import_module(".launch", __package__)
+def prepared(
+    problem: Problem, out: Any, lse: Any, send: Callable[[NDArray[Any]], int]
+) -> tuple[launch.Kernel, dict[str, Any], int]:
+    """What writes attention to `out` (B, Hq, Sq, Dv) and maybe `lse` (B, Hq, Sq): kernel, parameters, blocks.
+
+    `send` puts an array on the GPU and says where.
+    """
     p: Any = problem
     tile = cast(Tile, tile_of(p))
-    place = launch.device(p.query.device)
-    with ExitStack() as stack:
-        addresses = {}
-        for name, x in vectors(p).items():
-            x = np.ascontiguousarray(x)
-            addresses[name] = stack.enter_context(launch.room(place, x.nbytes, stream))
-            launch.ask("cuMemcpyHtoDAsync_v2", addresses[name], x.ctypes.data, x.nbytes, stream)
-        found, blocks = values(p, out, lse, tile, addresses)
-        launch.run(kernel(p.storage, tile, is_full(p)), found, blocks, place, stream)
+    addresses = {name: send(x) for name, x in vectors(p).items()}
+    return kernel(p.storage, tile, is_full(p)), *values(p, out, lse, tile, addresses)
+
+
+def has_runs(x: Any) -> bool:
+    """Whether the last axis is a run of memory."""
+    return x.shape[-1] <= 1 or x.strides[-1] == x.dtype.itemsize
 
 
 def _aligned(x: Any) -> bool:
@@ -83,9 +83,8 @@ def is_full(p: Problem) -> bool:
 
 
 @cache
-def kernel(storage: str, tile: Tile, full: bool) -> Any:
+def kernel(storage: str, tile: Tile, full: bool) -> launch.Kernel:
     """The kernel as `launch` takes it."""
-    launch = import_module(".launch", __package__)
     t = tile
     name = f"attention-mma-{storage}-{t.width}-{t.value_width}-{t.rows}-{t.keys}-{t.warps}"
     return launch.Kernel(
@@ -97,8 +96,8 @@ def kernel(storage: str, tile: Tile, full: bool) -> Any:
     )
 
 
-def kernels() -> list[Any]:
-    """Every kernel that `forward` may start."""
+def kernels() -> list[launch.Kernel]:
+    """Every kernel that calls may start."""
     lists = ((False, TILES), (True, FULL_TILES))
     return [kernel(s, tile, full) for s in STORAGES for full, tiles in lists for tile in tiles]
 
