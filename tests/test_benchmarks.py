@@ -417,7 +417,8 @@ def test_suite_runs(suite, calls):
         try:
             calls.record(prepared, instance.setup, *smallest)
         except NotImplementedError as error:
-            if not isinstance(error.__cause__, ModuleNotFoundError):
+            needs_gpu = suite.__module__ == "benchmarks.cuda"  # which test_cuda_arrays.py simulates
+            if not isinstance(error.__cause__, ModuleNotFoundError) and not needs_gpu:
                 raise
             calls.left_out |= prepared
             pytest.skip(str(error))

@@ -16,6 +16,7 @@ import simulated_gpu
 from ml_dtypes import bfloat16
 from oracle import DTYPES, inputs, normal
 
+import benchmarks.cuda
 import nbattn
 from nbattn import device
 from nbattn.cuda import exchange, launch
@@ -663,3 +664,48 @@ class TestDescriptions:
         assert device.Bfloat16() == device.Bfloat16() == np.dtype(bfloat16)
         assert device.Bfloat16() != np.dtype(np.float32)
         assert np.dtype(np.float32) != device.Bfloat16()
+
+
+@pytest.mark.parametrize(
+    ("suite", "row", "params", "kernel"),
+    [
+        (benchmarks.cuda.Prefill, "time_attention", ("float16", "2x5x4 causal"), "attention"),
+        (benchmarks.cuda.Softmax, "time_softmax", ("float32", -1), "softmax"),
+        (benchmarks.cuda.SmallCall, "time_call", ("attention",), "attention"),
+        (benchmarks.cuda.SmallCall, "time_call", ("softmax",), "softmax"),
+    ],
+)
+def test_benchmarks_wait_for_the_gpu(gpu, torch, monkeypatch, suite, row, params, kernel):
+    """A row is one launch, and then a wait for it."""
+
+    def normal_in_little(dtype, *shape):
+        shape = tuple(min(n, 5) for n in shape)
+        array = np.random.default_rng(0).standard_normal(shape).astype(dtype)
+        return [torch.to(x) for x in array] if shape[0] == 3 else torch.to(array)
+
+    monkeypatch.setattr(benchmarks.cuda, "normal", normal_in_little)
+    monkeypatch.setattr(launch, "require", lambda: None)
+    waits = []
+    torch.cuda = SimpleNamespace(
+        is_available=lambda: True, synchronize=lambda: waits.append(len(gpu.launches))
+    )
+    instance = suite()
+    instance.setup(*params)
+    getattr(instance, row)(*params)
+    assert waits == [1, 2]
+    assert all(kernel in done.name for done in gpu.launches)
+
+
+def test_benchmarks_without_a_gpu_are_left_out(torch, monkeypatch):
+    torch.cuda = SimpleNamespace(is_available=lambda: False)
+    monkeypatch.setattr(launch, "require", lambda: None)
+    with pytest.raises(NotImplementedError, match="PyTorch finds no GPU"):
+        benchmarks.cuda.Softmax().setup("float32", -1)
+
+    def missing():
+        message = "needs an NVIDIA GPU"
+        raise OSError(message)
+
+    monkeypatch.setattr(launch, "require", missing)
+    with pytest.raises(NotImplementedError, match="needs an NVIDIA GPU"):
+        benchmarks.cuda.Softmax().setup("float32", -1)

@@ -1,0 +1,95 @@
+"""asv: attention and softmax of tensors on a GPU, until it is done; rows without a GPU are left out.
+
+`gpu.py` compares the same kernels with PyTorch's; this is for their history.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+from .suite import Suite
+
+with suppress(ImportError):  # commits before these names have no results
+    import nbattn
+    from nbattn.cuda import launch
+
+    from .attention import case_of
+
+DTYPES = ["bfloat16", "float16", "float32", "float64"]
+
+
+def normal(dtype: str, *shape: int) -> Any:
+    """A tensor on the current GPU."""
+    import torch
+
+    return torch.randn(shape, dtype=getattr(torch, dtype), device="cuda")
+
+
+class _OnGpu(Suite):
+    run: Callable[[], Any]
+
+    def setup(self, *params: Any) -> None:
+        import torch
+
+        try:
+            launch.require()
+        except OSError as error:
+            raise NotImplementedError(str(error)) from error
+        if not torch.cuda.is_available():
+            msg = "PyTorch finds no GPU"
+            raise NotImplementedError(msg)
+        self.synchronize = torch.cuda.synchronize
+        self.prepare(*params)
+        self.until_done()
+
+    def prepare(self, *params: Any) -> None:
+        raise NotImplementedError
+
+    def until_done(self) -> None:
+        self.run()
+        self.synchronize()
+
+
+class Prefill(_OnGpu):
+    params = (DTYPES, ["16x1024x64", "16x4096x128 causal"])
+    param_names = ("dtype", "shape")
+
+    def prepare(self, dtype: str, shape: str) -> None:
+        case = case_of(shape, dtype)
+        x = normal(dtype, 3, 1, case.heads, case.length, case.head_dim)
+        self.run = partial(nbattn.scaled_dot_product_attention, *x, is_causal=case.causal)
+
+    def time_attention(self, dtype: str, shape: str) -> None:
+        self.until_done()
+
+
+class Softmax(_OnGpu):
+    params = (DTYPES, [-1, 0])
+    param_names = ("dtype", "axis")
+
+    def prepare(self, dtype: str, axis: int) -> None:
+        self.run = partial(nbattn.softmax, normal(dtype, 4096, 4096), axis)
+
+    def time_softmax(self, dtype: str, axis: int) -> None:
+        self.until_done()
+
+
+class SmallCall(_OnGpu):
+    """Where the launch takes longer than the work."""
+
+    params = ("attention", "softmax")
+    param_names = ("function",)
+
+    def prepare(self, function: str) -> None:
+        x = normal("float32", 3, 1, 1, 16, 64)
+        self.run = (
+            partial(nbattn.softmax, x[0])
+            if function == "softmax"
+            else partial(nbattn.scaled_dot_product_attention, *x)
+        )
+
+    def time_call(self, function: str) -> None:
+        self.until_done()
