@@ -555,6 +555,15 @@ COMPILED = {
         {"score_mod": makes_a_list},
         "'makes_a_list'.*cannot be compiled: it makes a list.*; it may use numbers",
     ),
+    # Numba itself fails at np.ones, as of 0.68.
+    "new array": (
+        {"score_mod": lambda s, b, h, i, j: np.ones(3)},
+        r"'<lambda>' \(.*:\d+\) cannot be compiled: .*; it may use numbers",
+    ),
+    "sum of a new array": (
+        {"score_mod": lambda s, b, h, i, j: s * np.ones(3)[0]},
+        r"'<lambda>' \(.*:\d+\) cannot be compiled: .*; it may use numbers",
+    ),
     "print": ({"score_mod": prints}, r"'prints' \(.*:\d+\) cannot be compiled: it calls print \(line \d+\);"),
     "inf": ({"score_mod": lambda s, b, h, i, j: s * float("inf")}, r"of a string, .* write math\.inf"),
     "power": (

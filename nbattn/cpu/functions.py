@@ -166,7 +166,7 @@ def compiled(translation: Any, types: tuple[Any, ...], function: Any, label: str
     """Compile a translation for arguments of these Numba types; the type that it returns."""
     try:
         folded = translation.get_call_template(types, {})[2]  # *args are one
-    except (NumbaError, NotImplementedError) as error:
+    except Exception as error:  # not only Numba's own: what it does not expect ends in one of any kind
         reason, line = _reason(error, function.__code__)
         msg = f"{label} cannot be compiled: {reason}{line}; {ALLOWED}"
         raise ValueError(msg) from None
@@ -232,6 +232,8 @@ def _reason(error: Exception, code: CodeType) -> tuple[str, str]:
     place = re.search(rf'File "[^"]*?{re.escape(code.co_filename.rpartition("/")[2])}", line (\d+)', text)
     lines = [x.strip() for x in text.splitlines() if x.strip() and not x.startswith("Failed in ")]
     reason = lines[0] if lines else type(error).__name__
+    if not isinstance(error, NumbaError | NotImplementedError):
+        reason = f"Numba fails with {type(error).__name__}: {reason}"
     if "NRT required" in reason:
         reason = "it makes a list, an array or a string"
     if reason.endswith(":") and len(lines) > 1:
