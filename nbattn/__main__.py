@@ -414,14 +414,14 @@ def _info(args: argparse.Namespace) -> None:
 
 
 def _gpu() -> str:
-    from .cuda import launch
+    from .cuda import compiler, launch
 
     try:
         launch.library()
         place = launch.device(0)
     except (OSError, RuntimeError):
         return "none"
-    missing = "" if launch.has_packages() else f'; for backend="cuda": {launch.INSTALL}'
+    missing = "" if compiler.has_packages() else f'; for backend="cuda": {compiler.INSTALL}'
     return f"{place.name}, compute capability {place.capability[0]}.{place.capability[1]}{missing}"
 
 

@@ -51,11 +51,11 @@ def resident_blocks(sm, threads, registers, shared):
 
 def row(kernel, architecture):
     """Compile one kernel."""
-    from nbattn.cuda import launch
+    from nbattn.cuda import compiler
 
     sm = ARCHITECTURES[architecture]
     specific = replace(kernel, feature_specific=architecture.endswith("a"))
-    code, report = launch.binary(specific, sm.capability)
+    code, report = compiler.binary(specific, sm.capability)
     (registers,) = map(int, re.findall(r"Used (\d+) registers", report))
     ((stack, stores, loads),) = re.findall(
         r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from nbattn.cuda import launch
+from nbattn.cuda import compiler, launch
 
 # Blocks so small that small arrays span several, with all kinds of edges.
 CUT = {
@@ -234,7 +234,7 @@ class Library:
         """Takes the place of the compiler."""
         code = f".nv.constant0.{kernel.name.replace('-', '_')}\0".encode()
         self.kernels[code] = kernel
-        return launch.Binary(code, "")
+        return compiler.Binary(code, "")
 
     def cuModuleLoadData(self, module, code):
         self.functions[len(self.functions) + 1] = self.kernels[code]
@@ -267,7 +267,7 @@ class Library:
         """A launch's parameters, taken apart by the C compiler's rules."""
         values, offset = [], 0
         for _, kind in kernel.parameters:
-            code, count = ("P", 1) if kind[0] == "*" else (launch.FORMATS[kind.partition("x")[0]], 1)
+            code, count = ("P", 1) if kind[0] == "*" else (compiler.FORMATS[kind.partition("x")[0]], 1)
             if kind[0] != "*" and "x" in kind:
                 count = int(kind.partition("x")[2])
             size = struct.calcsize(code)
@@ -394,10 +394,10 @@ def installed(**options):
     library = Library(**options)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "library", lambda: library)
-        patch.setattr(launch, "binary", library.binary)
-        patch.setattr(launch, "cache_folder", lambda: None)
+        patch.setattr(compiler, "binary", library.binary)
+        patch.setattr(compiler, "cache_folder", lambda: None)
         patch.setattr(launch, "_devices", {})
-        patch.setattr(launch, "require_packages", lambda: None)
+        patch.setattr(compiler, "require_packages", lambda: None)
         for door in ("attention", "softmax"):  # what later calls of a layout do, they do on this GPU
             patch.setattr(importlib.import_module(f"nbattn.{door}"), "_repeats", {})
         for stem, constants in CUT.items():

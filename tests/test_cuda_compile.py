@@ -36,7 +36,6 @@ def compiled():
     missing = [package for package in PACKAGES if installed(package) is None]
     if missing:
         pytest.skip(f"{', '.join(missing)} not installed: pip install nbattn[cuda]")
-    pytest.importorskip("nbattn.cuda.launch")
 
     def run(architecture):
         command = [sys.executable, "-W", "ignore", cuda_table.__file__, architecture]

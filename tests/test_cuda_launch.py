@@ -13,7 +13,7 @@ import simulated_gpu
 from oracle import inputs
 
 import nbattn
-from nbattn.cuda import arrays, attention, launch, softmax
+from nbattn.cuda import arrays, attention, compiler, launch, softmax
 
 pytestmark = pytest.mark.cuda_sim
 
@@ -29,7 +29,7 @@ def double(p):
         p.out[i] = p.x[i] * p.times + p.n[1]
 
 
-DOUBLE = launch.Kernel(
+DOUBLE = compiler.Kernel(
     "double-1",
     lambda: double,
     (("x", "*float32"), ("times", "float32"), ("n", "int32x2"), ("out", "*float32"), ("rest", "float64")),
@@ -55,12 +55,12 @@ class TestParameters:
         with pytest.raises(KeyError, match="y"):
             DOUBLE.packed({"y": 1})
 
-    @pytest.mark.parametrize("storage", launch.WORDS)
+    @pytest.mark.parametrize("storage", compiler.WORDS)
     def test_words_only(self, storage):
         """All parameters of the kernels are 8 bytes, so that no compiler can pad them in another way."""
         tile = attention.TILE64 if storage == "float64" else attention.TILE
         for kernel in (softmax.kernel(storage, 256), attention.kernel(storage, storage, tile)):
-            assert all(struct.calcsize(launch.FORMATS.get(kind.partition("x")[0], "P")) == 8
+            assert all(struct.calcsize(compiler.FORMATS.get(kind.partition("x")[0], "P")) == 8
                        for _, kind in kernel.parameters)  # fmt: skip
             assert kernel.layout.size < 4096
 
@@ -119,14 +119,14 @@ class TestLaunch:
 class TestDisk:
     @pytest.fixture
     def folder(self, gpu, monkeypatch, tmp_path):
-        monkeypatch.setattr(launch, "cache_folder", lambda: tmp_path)
+        monkeypatch.setattr(compiler, "cache_folder", lambda: tmp_path)
         return tmp_path
 
     def test_compiled_once_for_all_processes(self, gpu, folder, monkeypatch):
         launch.device(0).function(DOUBLE)
         assert [file.name for file in folder.iterdir()] == ["double-1-sm_90"]
         monkeypatch.setattr(launch, "_devices", {})
-        monkeypatch.setattr(launch, "binary", None)
+        monkeypatch.setattr(compiler, "binary", None)
         launch.device(0).function(DOUBLE)
 
     def test_a_damaged_file_is_compiled_again(self, gpu, folder, monkeypatch):
@@ -140,11 +140,11 @@ class TestDisk:
 
     def test_folder_depends_on_sources_and_compilers(self, monkeypatch, tmp_path):
         monkeypatch.setenv("NBATTN_CACHE_DIR", str(tmp_path))
-        folder = launch.cache_folder.__wrapped__
+        folder = compiler.cache_folder.__wrapped__
         first = folder()
         assert first.parent == tmp_path
         assert folder() == first
-        monkeypatch.setattr(launch, "_version", lambda package: "1.2.3")
+        monkeypatch.setattr(compiler, "version_of", lambda package: "1.2.3")
         assert folder() != first
 
 
@@ -171,11 +171,11 @@ class TestWhatIsMissing:
 
     @pytest.fixture
     def installed(self, monkeypatch):
-        monkeypatch.setattr(launch, "_version", lambda package: "0.30.4")
+        monkeypatch.setattr(compiler, "version_of", lambda package: "0.30.4")
         monkeypatch.setattr(launch, "library", launch.library.__wrapped__)
 
     def test_numba_cuda(self, call, monkeypatch):
-        monkeypatch.setattr(launch, "_version", lambda package: "")
+        monkeypatch.setattr(compiler, "version_of", lambda package: "")
         with pytest.raises(ImportError, match=r'needs numba-cuda.*pip install "nbattn\[cuda\]"'):
             call()
 
@@ -245,17 +245,17 @@ class TestToolchain:
             return found[name]
 
         monkeypatch.setattr(importlib, "import_module", import_module)
-        monkeypatch.setattr(launch, "_version", lambda package: "0.30.4")
+        monkeypatch.setattr(compiler, "version_of", lambda package: "0.30.4")
         return found
 
     def test_numpy_that_does_not_fit(self, modules):
         modules["numba.cuda"] = AttributeError("module 'numpy' has no attribute 'in1d'")
         with pytest.raises(ImportError, match=rf"0\.30\.4 .* NumPy {np.__version__}.*in1d.*nbattn\[cuda\]"):
-            launch._toolchain()
+            compiler._toolchain()
 
     def test_row_stack_is_lent(self, monkeypatch):
         monkeypatch.delattr(np, "row_stack", raising=False)
-        with launch._row_stack():
+        with compiler._row_stack():
             assert np.row_stack is np.vstack  # noqa: NPY201
         assert not hasattr(np, "row_stack")
 
@@ -264,7 +264,7 @@ class TestToolchain:
         for error in (ImportError("No module named 'cuda'"), RuntimeError("libnvJitLink.so.13 not found")):
             modules["cuda.bindings.nvjitlink"] = error
             with pytest.raises(ImportError, match=rf"nvJitLink cannot be loaded \({error}\).*nbattn\[cuda\]"):
-                launch._toolchain()
+                compiler._toolchain()
 
     def test_gpu_that_the_compiler_lacks(self, modules):
         class NvJitLinkError(Exception):
@@ -275,7 +275,7 @@ class TestToolchain:
 
         linker = SimpleNamespace(create=create, version=lambda: (13, 5), nvJitLinkError=NvJitLinkError)
         with pytest.raises(RuntimeError, match=r"nvJitLink 13\.5 knows no sm_129 .*--upgrade"):
-            launch._linked(linker, b"", "sm_129", "double")
+            compiler._linked(linker, b"", "sm_129", "double")
 
         class CCSupportError(Exception):
             pass
@@ -295,7 +295,7 @@ class TestToolchain:
             "numba.cuda.cudadrv.error": SimpleNamespace(CCSupportError=CCSupportError),
         }  # fmt: skip
         with pytest.raises(RuntimeError, match=r"capability 6\.1 is not supported.*numba-cuda\[cu12\]"):
-            launch.binary(DOUBLE, (6, 1))
+            compiler.binary(DOUBLE, (6, 1))
 
     def test_old_driver(self, gpu):
         gpu.fail = {"cuModuleLoadData": 222}

@@ -1,7 +1,10 @@
 """CUDA kernels for NVIDIA GPUs: attention of prompts and packed sequences, and softmax.
 
-`attention` and `softmax` are what the doors call; they fill the parameters of a kernel and start it. `arrays`
-says where arrays lie on which GPU, `launch` compiles, keeps, loads and starts kernels. The kernels: `rows` is
-that of softmax, `plain` that of attention with every feature and dtype; `numbers` reads and writes dtypes.
-`mma` takes float16 and bfloat16 to tensor cores, by the instructions in `ptx`.
+`attention` and `softmax` are what the doors call; they fill the parameters of a kernel and start it.
+`compiler` makes machine code of kernels and keeps it, `launch` has the driver load and start them. `exchange`
+takes and gives arrays of other libraries, `arrays` copies NumPy's there and back.
+
+The kernels: `rows` is that of softmax, `plain` that of attention with every feature and dtype; `numbers`
+reads and writes dtypes. `mma` says what goes to tensor cores: to `mma_kernel` with its parts `mma_scores` and
+`mma_mend`, cut as `mma_tiles` says, in the instructions of `ptx`.
 """

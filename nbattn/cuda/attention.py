@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from ..device import DeviceArray
 from ..problem import Problem, storage_name
-from . import arrays, launch, mma
-from .launch import WORDS
+from . import arrays, compiler, launch, mma
+from .compiler import WORDS
 
 TILE = (16, 16, 4, 4, 8, 32, 32)
 """`plain.Tile` of float32 arithmetic: 64 queries, 64 keys, 128 columns of values, 38 KB of shared memory."""
@@ -98,7 +98,7 @@ def _prepared(
     lse: DeviceArray | None,
     weights: DeviceArray | None,
     send: Callable[[NDArray[Any]], int],
-) -> tuple[launch.Kernel, dict[str, Any], int]:
+) -> tuple[compiler.Kernel, dict[str, Any], int]:
     """The kernel, its parameters and its blocks; `send` puts an array on the GPU and says where."""
     if weights is None and mma.has_runs(out) and mma.covers(p):
         return mma.prepared(p, out, lse, send)
@@ -134,7 +134,7 @@ def _blocks(p: Problem, values: dict[str, Any]) -> int:
     return values["tiles"] * values["chunks"] * p.query.shape[1] * p.batch
 
 
-def _kernel_of(p: Problem) -> launch.Kernel:
+def _kernel_of(p: Problem) -> compiler.Kernel:
     return kernel(p.storage, p.storage if p.bias is None else str(storage_name(p.bias.dtype)), _tile(p))
 
 
@@ -178,7 +178,7 @@ def parameters(
 
 
 @cache
-def kernel(storage: str, bias: str, tile: tuple[int, ...]) -> launch.Kernel:
+def kernel(storage: str, bias: str, tile: tuple[int, ...]) -> compiler.Kernel:
     number = "float64" if storage == "float64" else "float32"
     element = WORDS[storage]
     pointers = {
@@ -189,7 +189,7 @@ def kernel(storage: str, bias: str, tile: tuple[int, ...]) -> launch.Kernel:
     }  # fmt: skip
     numbers = ("packed", "narrow", "mask_bytes", "queries", "heads", "group", "head_dim", "value_dim",
                "tiles", "chunks", "key_length", "offset", "left", "right")  # fmt: skip
-    return launch.Kernel(
+    return compiler.Kernel(
         f"attention-{storage}-{bias}-{tile[2]}",
         partial(_build, storage, bias, tile),
         (
@@ -204,7 +204,7 @@ def kernel(storage: str, bias: str, tile: tuple[int, ...]) -> launch.Kernel:
     )
 
 
-def kernels() -> list[launch.Kernel]:
+def kernels() -> list[compiler.Kernel]:
     """Every kernel that calls may start, but for a bias of another dtype."""
     tiles = {storage: TILE64 if storage == "float64" else TILE for storage in WORDS}
     return [

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..problem import Problem
-from . import launch
+from . import compiler, launch
 from .mma_tiles import PARAMETERS, REACH, Tile
 
 TILES = (
@@ -48,7 +48,7 @@ def covers(problem: Problem) -> bool:
 
 def prepared(
     problem: Problem, out: Any, lse: Any, send: Callable[[NDArray[Any]], int]
-) -> tuple[launch.Kernel, dict[str, Any], int]:
+) -> tuple[compiler.Kernel, dict[str, Any], int]:
     """What writes attention to `out` (B, Hq, Sq, Dv) and maybe `lse` (B, Hq, Sq): kernel, parameters, blocks.
 
     `send` puts an array on the GPU and says where.
@@ -83,11 +83,11 @@ def is_full(p: Problem) -> bool:
 
 
 @cache
-def kernel(storage: str, tile: Tile, full: bool) -> launch.Kernel:
+def kernel(storage: str, tile: Tile, full: bool) -> compiler.Kernel:
     """The kernel as `launch` takes it."""
     t = tile
     name = f"attention-mma-{storage}-{t.width}-{t.value_width}-{t.rows}-{t.keys}-{t.warps}"
-    return launch.Kernel(
+    return compiler.Kernel(
         name=name + ("-kept" if t.keep else "") + ("-full" if full else ""),
         build=partial(_build, storage, tile, full),
         parameters=PARAMETERS,
@@ -96,7 +96,7 @@ def kernel(storage: str, tile: Tile, full: bool) -> launch.Kernel:
     )
 
 
-def kernels() -> list[launch.Kernel]:
+def kernels() -> list[compiler.Kernel]:
     """Every kernel that calls may start."""
     lists = ((False, TILES), (True, FULL_TILES))
     return [kernel(s, tile, full) for s in STORAGES for full, tiles in lists for tile in tiles]

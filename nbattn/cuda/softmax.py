@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ..device import DeviceArray
 from ..problem import storage_name
-from . import arrays, launch
+from . import arrays, compiler, launch
 
 THREADS = 256
 ROW_DIMENSIONS, RUN_DIMENSIONS = 4, 3
@@ -36,14 +36,14 @@ def logsumexp(x: Any, where: Any, scale: float, out: Any) -> None:
 
 
 @cache
-def kernel(storage: str, threads: int) -> launch.Kernel:
-    return launch.Kernel(
+def kernel(storage: str, threads: int) -> compiler.Kernel:
+    return compiler.Kernel(
         f"softmax-{storage}",
         partial(_build, storage, threads),
         (
-            ("x", f"*{launch.WORDS[storage]}"),
+            ("x", f"*{compiler.WORDS[storage]}"),
             ("where", "*uint8"),
-            ("out", f"*{launch.WORDS[storage]}"),
+            ("out", f"*{compiler.WORDS[storage]}"),
             ("scale", "float64"),
             *((name, "int64") for name in ("result", "where_bytes", "rows", "columns", "runs", "length")),
             ("row_sizes", f"int64x{ROW_DIMENSIONS}"),
@@ -56,9 +56,9 @@ def kernel(storage: str, threads: int) -> launch.Kernel:
     )
 
 
-def kernels() -> list[launch.Kernel]:
+def kernels() -> list[compiler.Kernel]:
     """Every kernel that calls may start."""
-    return [kernel(storage, THREADS) for storage in launch.WORDS]
+    return [kernel(storage, THREADS) for storage in compiler.WORDS]
 
 
 def _build(storage: str, threads: int) -> Any:
@@ -104,7 +104,7 @@ def _start(
     launch.run(_kernel_of(x), values, _blocks(values), launch.device(x.device), stream)
 
 
-def _kernel_of(x: DeviceArray) -> launch.Kernel:
+def _kernel_of(x: DeviceArray) -> compiler.Kernel:
     return kernel(str(storage_name(x.dtype)), THREADS)
 
 
