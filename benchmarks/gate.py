@@ -39,7 +39,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from .arguments import output_file
+from .machine import ROOT
+
 SCREENINGS, JUDGEMENTS = 3, 15
 """Pairs of processes that see all rows, and that see the suspicious ones."""
 ALPHA = 0.01
@@ -251,16 +253,6 @@ def pattern(text: str) -> re.Pattern[str]:
         raise argparse.ArgumentTypeError(msg) from None
 
 
-def output(text: str) -> Path:
-    path = Path(text)
-    try:
-        path.touch()
-    except OSError as error:
-        msg = f"{text} cannot be written: {error.strerror}"
-        raise argparse.ArgumentTypeError(msg) from None
-    return path
-
-
 class Progress:
     def __init__(self) -> None:
         self.live = sys.stderr.isatty()
@@ -365,7 +357,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threshold", type=float, default=0.05, help="default: %(default)s, which is 5 %%")
     parser.add_argument("--threads", type=int, default=1, help="default: %(default)s, which is steadiest")
     parser.add_argument("--quick", action="store_true", help="each benchmark's first parameters alone")
-    parser.add_argument("--json", type=output, metavar="FILE", help="write all figures there")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write all figures there")
     options = parser.parse_args(arguments)
     options.screenings = SCREENINGS
     try:

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from . import arguments
 from .machine import ROOT, commit, describe, processors, today
 from .peers import OURS, available, set_threads, table
 
@@ -107,13 +108,17 @@ def report(figures: dict[str, Any]) -> str:
     return "\n".join([table(["MB beyond inputs and result", *labels], cells), *notes])
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--threads", type=int, default=processors(), metavar="N", help="default: all")
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="memory.py", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--threads", type=arguments.threads, default=processors(), metavar="N", help="default: all"
+    )
     parser.add_argument("--repeats", type=int, default=REPEATS, metavar="N", help="processes for each figure")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    parser.add_argument(
+        "--json", type=arguments.output_file, metavar="FILE", help="also write the figures there"
+    )
     parser.add_argument("--one", nargs=2, metavar=("LIBRARY", "LENGTH"), help="only this, in this process")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     if not PEAK_IS_NOW.exists():
         parser.exit(2, "memory.py: error: only Linux tells the peak of a part of a process's life\n")
     set_threads(options.threads)

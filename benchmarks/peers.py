@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 if not __package__:  # run as a file: Python has looked beside it, not above it
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from benchmarks import arguments
 from benchmarks.machine import commit, describe, processors, today
 
 if TYPE_CHECKING:
@@ -351,13 +352,6 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}; see --help\n")
 
 
-def _threads(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= processors():
-        msg = f"got {text!r}; expected 1 to {processors()}, the processors that this process may use"
-        raise argparse.ArgumentTypeError(msg)
-    return int(text)
-
-
 def set_threads(threads: int) -> None:
     """Tell every library that looks at its environment; most do when they are imported, NumPy too."""
     asked = ("OMP", "OPENBLAS", "MKL", "NUMBA")
@@ -365,27 +359,21 @@ def set_threads(threads: int) -> None:
     os.environ.update({"PJRT_NPROC": str(threads), "JAX_PLATFORMS": "cpu"})
 
 
-def _file(text: str) -> Path:
-    path = Path(text)
-    try:
-        path.touch()
-    except OSError as error:
-        msg = f"{text} cannot be written: {error.strerror}"
-        raise argparse.ArgumentTypeError(msg) from None
-    return path
-
-
 def _parser() -> _Parser:
     parser = _Parser(prog="peers.py", description="Compare nbattn's speed and error with other libraries'.")
     parser.add_argument("--quick", action="store_true", help="fewer rows and rounds, under 60 s")
-    parser.add_argument("--threads", type=_threads, default=processors(), metavar="N", help="default: all")
+    parser.add_argument(
+        "--threads", type=arguments.threads, default=processors(), metavar="N", help="default: all"
+    )
     dtypes = ("float32", "bfloat16", "float16", "float64", "int8", "int4")
     parser.add_argument("--dtype", choices=dtypes, help="only rows of this dtype")
     told = "default: all, with --quick prefill and softmax; the others take a minute of their own each"
     parser.add_argument("--suite", choices=(*SUITES, "all"), help=told)
     pattern = "only rows whose name holds this, with * for anything, as in 'f32 8x1024*causal'"
     parser.add_argument("--rows", default="", metavar="PATTERN", help=pattern)
-    parser.add_argument("--json", type=_file, metavar="FILE", help="also write every figure there")
+    parser.add_argument(
+        "--json", type=arguments.output_file, metavar="FILE", help="also write every figure there"
+    )
     parser.add_argument(
         "--flex", action="store_true", help="PyTorch's flex_attention in prefill too: slow to compile"
     )

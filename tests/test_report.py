@@ -431,5 +431,14 @@ class TestMemory:
         assert found["memory"] == []
         assert "- PyTorch is left out: torch is not installed." in memory.report(found)
 
+    @pytest.mark.parametrize("options", [["--json", "no/such/folder/x.json"], ["--threads", "0"]])
+    def test_bad_options(self, monkeypatch, capsys, options):
+        """Told before anything is measured."""
+        monkeypatch.setattr(memory, "measure", pytest.fail)
+        with pytest.raises(SystemExit) as stop:
+            memory.main(options)
+        assert stop.value.code == 2
+        assert f"memory.py: error: argument {options[0]}: " in capsys.readouterr().err
+
     def test_trouble_of_a_process(self):
         assert memory.apart("Nothing", 128, 1) == {"trouble": "'Nothing'"}
