@@ -18,7 +18,7 @@ from ml_dtypes import bfloat16
 
 import nbattn
 from nbattn import scaled_dot_product_attention as attend
-from nbattn.cpu import runtime
+from nbattn.cpu import runtime, team
 
 PACKAGE = Path(nbattn.__file__).parent
 DTYPES = [np.float32, np.float64, np.float16, bfloat16]
@@ -189,10 +189,10 @@ class TestThreads:
 
         x = rng.standard_normal((4, 300, 64))
         expected = attend(x, x, x)
-        monkeypatch.setattr(runtime, "_team", runtime._Team())
+        monkeypatch.setattr(team, "_team", team._Team())
         monkeypatch.setattr(threading.Thread, "start", start)
         np.testing.assert_array_equal(attend(x, x, x), expected)
-        assert runtime._team.calls.empty()
+        assert team._team.calls.empty()
 
     @pytest.mark.skipif(
         sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2, reason="needs Linux and two processors"
@@ -201,34 +201,34 @@ class TestThreads:
         cpus = os.sched_getaffinity(0)
         here = min(cpus)
         x = rng.standard_normal((4, 300, 64))
-        monkeypatch.setattr(runtime, "_team", runtime._Team())
-        monkeypatch.setattr(runtime, "_current_cpu", lambda: here)
+        monkeypatch.setattr(team, "_team", team._Team())
+        monkeypatch.setattr(team, "_current_cpu", lambda: here)
         monkeypatch.setattr(runtime, "threads", lambda: 2)
         attend(x, x, x)
-        until(lambda: runtime._team.asleep)
-        (helper,) = runtime._team.asleep
-        runtime._team.send_away()
+        until(lambda: team._team.asleep)
+        (helper,) = team._team.asleep
+        team._team.send_away()
         assert os.sched_getaffinity(helper) == cpus - {here}
         attend(x, x, x)
         until(lambda: os.sched_getaffinity(helper) == cpus)  # free again, once it is awake
 
     def test_short_calls_share_with_who_is_awake(self, rng, monkeypatch):
         """Helpers are woken where short calls follow each other closely; results never change."""
-        monkeypatch.setattr(runtime, "_team", runtime._Team())
+        monkeypatch.setattr(team, "_team", team._Team())
         cache = nbattn.KVCache(1, 8, 300, 64)
         cache.append(*rng.standard_normal((2, 1, 8, 200, 64), np.float32))
         query = rng.standard_normal((1, 32, 1, 64), np.float32)
         monkeypatch.setattr(runtime, "threads", lambda: 1)
-        expected, rouse, roused = cache.attend(query), runtime._Team.rouse, []
+        expected, rouse, roused = cache.attend(query), team._Team.rouse, []
         monkeypatch.setattr(runtime, "threads", lambda: 3)
-        monkeypatch.setattr(runtime._Team, "rouse", lambda team, n: (roused.append(n), rouse(team, n)))
-        monkeypatch.setattr(runtime, "CLOSELY", 60.0)
+        monkeypatch.setattr(team._Team, "rouse", lambda own, n: (roused.append(n), rouse(own, n)))
+        monkeypatch.setattr(team, "CLOSELY", 60.0)
         for _ in range(300):
             np.testing.assert_array_equal(cache.attend(query), expected)
         assert set(roused) == {2}
-        assert 1 < runtime._team.size <= 2
+        assert 1 < team._team.size <= 2
         # Nobody has anything left to do.
-        until(lambda: len(runtime._team.asleep) == runtime._team.size)
+        until(lambda: len(team._team.asleep) == team._team.size)
 
     def test_an_interrupt_of_a_short_call_that_a_helper_is_in(self, rng, monkeypatch):
         """The call is over before the interrupt leaves it."""
@@ -236,19 +236,19 @@ class TestThreads:
         cache = nbattn.KVCache(1, 8, 300, 64)
         cache.append(*rng.standard_normal((2, 1, 8, 200, 64), np.float32))
         query = rng.standard_normal((1, 32, 1, 64), np.float32)
-        expected, hand_over, asked = cache.attend(query), runtime._hand_over(), []
+        expected, hand_over, asked = cache.attend(query), team._hand_over(), []
 
         def slow(record):
             asked.append(record)
             state = hand_over(record)
-            return runtime.RUNNING if len(asked) < 3 else state
+            return team.RUNNING if len(asked) < 3 else state
 
         def interrupt(seconds):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(runtime, "_hand_over", lambda: slow)
+        monkeypatch.setattr(team, "_hand_over", lambda: slow)
         with monkeypatch.context() as patch:
-            patch.setattr(runtime.time, "sleep", interrupt)
+            patch.setattr(team.time, "sleep", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 cache.attend(query)
         assert len(asked) >= 3
@@ -256,15 +256,15 @@ class TestThreads:
 
     def test_helpers_that_are_awake_are_reached_without_python(self, rng, monkeypatch):
         x = rng.standard_normal((4, 300, 64))
-        monkeypatch.setattr(runtime, "_team", runtime._Team())
+        monkeypatch.setattr(team, "_team", team._Team())
         monkeypatch.setattr(runtime, "threads", lambda: 3)
-        expected, offer, awake = attend(x, x, x), runtime._Call.offer, []
+        expected, offer, awake = attend(x, x, x), team._Call.offer, []
 
         def counted(call, helpers):
             awake.append(offer(call, helpers))
             return awake[-1]
 
-        monkeypatch.setattr(runtime._Call, "offer", counted)
+        monkeypatch.setattr(team._Call, "offer", counted)
 
         def reached():
             np.testing.assert_array_equal(attend(x, x, x), expected)

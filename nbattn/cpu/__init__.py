@@ -1,11 +1,12 @@
 """Numba kernels for the CPU.
 
 What a door calls has the door's name: `attention`, `hard`, `additive`, `luong`, `linear`, `decode`, `append`
-and `softmax` fill the parameters of a kernel (through `records`) and choose the threads. Below them,
-from what is shared to what one kernel alone needs:
+and `softmax`, and for the layers `matvec` (a few rows times a matrix), `products` (many rows) and `rowwise`,
+fill the parameters of a kernel (through `records`) and choose the threads. Below them, from what is shared to
+what one kernel alone needs:
 
-- `runtime` compiles, keeps and runs kernels, with `handover` for helpers that are awake; `emitters` write
-  LLVM code, and `simd` makes intrinsics of them;
+- `runtime` compiles and keeps kernels, and `team` runs them on several threads, with `handover` for helpers
+  that are awake; `emitters` write LLVM code, and `simd` makes intrinsics of them;
 - many queries, whose lanes are queries: `blocks` is the kernel, `hard` has its own, and `layout` says where
   they keep things; `queries` is what comes before the softmax, of which `tiles` and `amx` are the products,
   `panels` reads and writes memory for them, and `scores` (with `masks`) makes scores of them; `outputs` is

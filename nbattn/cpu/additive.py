@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..additive import AdditiveProblem
-from . import runtime
+from . import runtime, team
 from .hidden import ATTEND, GROUP, PARAMETERS, PROJECT, STATE_ROWS, TABLES, build
 from .masks import WORDS
 from .records import packed, place, words_of
@@ -50,7 +50,7 @@ def forward(
             # A record of its own for each run: a helper may come late and still read the first.
             record = packed(values | {"run": run, "tasks": tasks}, _WORDS)
             keep = (problem, out, lse, weights, keep_alive, memory)
-            runtime.run(kernel(f"additive-{p.storage}"), record, min(helpers, tasks - 1), keep)
+            team.run(kernel(f"additive-{p.storage}"), record, min(helpers, tasks - 1), keep)
     runtime.keep(memory)
 
 
@@ -88,7 +88,7 @@ def project(x: NDArray[Any], matrix: NDArray[Any]) -> NDArray[Any]:
     helpers = 0 if x.size * units < SERIAL_PRODUCTS else min(runtime.threads(), tasks) - 1
     memory, values["workspace"] = runtime.scratch((helpers + 1) * values["workspace_bytes"])
     keep_alive = (x, matrix, lengths, hidden, memory)
-    runtime.run(kernel(f"additive-{x.dtype.name}"), packed(values, _WORDS), helpers, keep_alive)
+    team.run(kernel(f"additive-{x.dtype.name}"), packed(values, _WORDS), helpers, keep_alive)
     runtime.keep(memory)
     turned = np.ascontiguousarray(hidden[:, :, :, 0, :units].swapaxes(3, 4))
     return turned.reshape(batch, heads, tiles * rows, units)[:, :, :count]

@@ -20,7 +20,7 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from ..problem import INT4_GROUP, AppendProblem, storage_name
-from . import elementary, emitters, records, runtime, simd
+from . import elementary, emitters, records, runtime, simd, team
 
 BLOCK = 64
 """Tokens of a sequence worth taking from the counter."""
@@ -89,7 +89,7 @@ def rotate(
         heads, head_dim, runtime.address(out), *out.strides[:3],
     )  # fmt: skip
     keep_alive = (query, out, offset, frequencies, memory)
-    runtime.run(kernel(f"append-{storage_name(query.dtype)}"), words, helpers, keep_alive)
+    team.run(kernel(f"append-{storage_name(query.dtype)}"), words, helpers, keep_alive)
     runtime.keep(memory)
 
 
@@ -157,7 +157,7 @@ class Plan:
             runtime.address(key), *key.strides[:3], runtime.address(value), *value.strides[:3],
             start, start, runtime.address(counts), rows, blocks, workspace,
         )  # fmt: skip
-        runtime.run(self.kernel, words, helpers, (key, value, starts, counts, self, memory))
+        team.run(self.kernel, words, helpers, (key, value, starts, counts, self, memory))
         if memory is not None:
             runtime.keep(memory)
 

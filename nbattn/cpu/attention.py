@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..problem import STORAGE_DTYPES, Problem, storage_name
-from . import blocks, decode, layout, mods, records, runtime
+from . import blocks, decode, layout, mods, records, runtime, team
 from .layout import PARAMETERS, STATE_ROWS, TABLES
 from .masks import WORDS
 from .panels import KEYS
@@ -124,7 +124,7 @@ def _run(kernel: Any, words: NDArray[np.int64], small: bool, keep_alive: Any) ->
         return
     helpers = 0 if small else min(runtime.threads(), tasks) - 1
     memory, words[WORKSPACE] = runtime.scratch((helpers + 1) * int(words[WORKSPACE_BYTES]))
-    runtime.run(kernel, words, helpers, (keep_alive, memory))
+    team.run(kernel, words, helpers, (keep_alive, memory))
     runtime.keep(memory)
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..problem import INT4_GROUP, STORAGE_DTYPES, CacheProblem, Problem, storage_name
 from ..reference.attention import merge_states
-from . import chunks, layout, records, runtime, simd
+from . import chunks, layout, records, runtime, simd, team
 from .chunks import CALL, CHUNK, PARAMETERS, PLACES, ROWS
 
 _WORDS = records.words_of(PARAMETERS)
@@ -161,7 +161,7 @@ class Plan:
             chunks, tasks - 8 * (helpers + 1), start, start + partials,
             *(self.places if places is None else (0 if x is None else address(x) for x in places)),
         )  # fmt: skip
-        run = runtime.run_among_awake if helpers > 0 and work < SERIAL_WORK else runtime.run
+        run = team.run_among_awake if helpers > 0 and work < SERIAL_WORK else team.run
         run(self.kernel, words, helpers, (query, out, lse, pages, places, self, memory))
         runtime.keep(memory)
 

@@ -9,6 +9,7 @@ writes them, and takes back what no helper has begun.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from llvmlite import ir
@@ -18,23 +19,16 @@ from numba.extending import intrinsic
 
 from . import emitters, simd
 from .emitters import I64, pointer
-from .runtime import (
-    ALONE,
-    BOARD,
-    DONE,
-    ENTRY,
-    FINISHED,
-    LINGER,
-    OFFER,
-    PARAMETERS,
-    RUNNING,
-    SHARE,
-    SLOTS,
-    TAKEN_BACK,
-    TASKS,
-    TICKETS,
-    WANTED,
-)
+from .runtime import TASKS, compiled
+
+LINGER, OFFER, SETTLE, SHARE = range(4)
+"""What `handover` is asked for: the first word of its record. A helper's record holds its slot's address."""
+BOARD, SLOTS, WANTED, ENTRY, PARAMETERS, DONE, TICKETS = range(1, 8)
+"""Words of a caller's record: where the slots lie, how many, how many helpers are wanted; the kernel's entry
+and parameters, where the number of done tasks lies; then for each slot the round it was offered in, or 0."""
+RUNNING, TAKEN_BACK, FINISHED, ALONE = range(4)
+"""What SETTLE answers: helpers of the board are in the call; they are not, but others are; it is done. SHARE
+may also answer that it is done, but nobody else was awake."""
 
 SLOT_BYTES = 64
 ASLEEP, IDLE, CLAIMED, OFFERED, TAKEN = range(5)
@@ -185,3 +179,7 @@ def build(jit: Any, inline: Any) -> Callable[[Any], Any]:
         return offer(record) if what == OFFER else settle(record)
 
     return hand_over
+
+
+NAME = "runtime-handover"
+kernel = partial(compiled, NAME, build)

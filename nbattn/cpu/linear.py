@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..problem import LinearProblem
-from . import emitters, records, recurrence, runtime, simd
+from . import emitters, records, recurrence, runtime, simd, team
 from .recurrence import CHUNK, COPIED, FEATURES, PARAMETERS, PITCH, READ, SEGMENT, UPDATE
 from .tiles import WIDE
 
@@ -56,7 +56,7 @@ def _run(
     helpers = 0 if work < SERIAL_WORK else min(runtime.threads(), values["tasks"]) - 1
     memory, values["workspace"] = runtime.scratch((helpers + 1) * values["workspace_bytes"])
     words = records.packed(values, _WORDS)
-    runtime.run(kernel(f"linear-{p.key.dtype.name}"), words, helpers, (p, out, state, end, memory))
+    team.run(kernel(f"linear-{p.key.dtype.name}"), words, helpers, (p, out, state, end, memory))
     runtime.keep(memory)
 
 

@@ -19,7 +19,7 @@ from ..additive import AdditiveProblem
 from ..luong import LuongProblem
 from ..problem import Problem
 from ..reference.luong import positions
-from . import additive, attention, emitters, runtime, simd
+from . import additive, attention, emitters, runtime, simd, team
 from .additive import project
 from .records import packed, place, words_of
 
@@ -133,7 +133,7 @@ def _forward_near(
     helpers = 0 if work < SERIAL_WORK else min(runtime.threads(), values["tasks"]) - 1
     memory, values["workspace"] = runtime.scratch((helpers + 1) * values["workspace_bytes"])
     words = packed(values, _WORDS)
-    runtime.run(kernel(f"luong-{p.storage}"), words, helpers, (p, centers, v, out, lse, weights, memory))
+    team.run(kernel(f"luong-{p.storage}"), words, helpers, (p, centers, v, out, lse, weights, memory))
     runtime.keep(memory)
 
 

@@ -17,7 +17,7 @@ from numba import types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from . import dots, emitters, kinds, runtime, simd
+from . import dots, emitters, kinds, runtime, simd, team
 from .emitters import I8, I32, I64, const, fma_value, load_value, pointer, splat_value, store_value
 
 STORAGES = ("float32", "float16", "bfloat16", "int8")
@@ -100,7 +100,7 @@ class Plan:
         words = self.words.copy()
         words[CALL] = runtime.address(x), x.strides[0], runtime.address(y), y.strides[0], len(x)
         helpers = 0 if self.tasks == 1 else min(runtime.threads(), self.tasks) - 1
-        runtime.run(kernel(self.name), words, helpers, (self, x, y))
+        team.run(kernel(self.name), words, helpers, (self, x, y))
 
 
 def kernel_names(dtypes: Sequence[str]) -> list[str]:

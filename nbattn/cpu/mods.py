@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from ..problem import Mod
 from ..scores import GIVES
-from . import elementary, functions, runtime, simd
+from . import elementary, functions, runtime, simd, team
 from .emitters import I8, I32, I64, const, load_value, pointer
 from .masks import EVERYTHING, NOTHING, SOME, WORDS, get_byte
 from .tiles import ROW_BYTES
@@ -424,7 +424,7 @@ def _run_survey(
     for name, number in values.items():
         record[_survey[name] // 8] = number
     kernel = runtime.compiled("mods-survey", _build_survey)
-    runtime.run(kernel, record, helpers, (memory, states, words, first, arguments, mod))
+    team.run(kernel, record, helpers, (memory, states, words, first, arguments, mod))
     runtime.keep(memory)
     check_done(mod, arguments)
 

@@ -19,7 +19,7 @@ from numba import types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from . import emitters, rowwise, runtime, simd
+from . import emitters, rowwise, runtime, simd, team
 from .emitters import I8, I32, I64, const, fma_value, load_value, pointer, splat_value, store_value
 from .matvec import _loop, _phi
 from .records import packed, words_of
@@ -117,7 +117,7 @@ class Plan:
         }  # fmt: skip
         if plus is not None:
             values |= {"plus": runtime.address(plus), "plus_row": plus.strides[0]}
-        runtime.run(kernel(self.name), packed(values, WORDS), helpers, (self, x, y, plus, memory))
+        team.run(kernel(self.name), packed(values, WORDS), helpers, (self, x, y, plus, memory))
         runtime.keep(memory)
 
 

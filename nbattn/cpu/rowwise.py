@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..reference import rowwise as formulas
-from . import elementary, runtime, simd
+from . import elementary, runtime, simd, team
 from .emitters import _horner, call, const, fma_value, tanh_value
 from .records import packed, words_of
 
@@ -105,7 +105,7 @@ def _run(
     for name, array in (("other", other), ("bias", bias)):
         values[name] = 0 if array is None else runtime.address(array)
     helpers = min(runtime.threads(), values["tasks"]) - 1
-    runtime.run(kernel(NAME), packed(values, WORDS), helpers, (x, y, other, bias))
+    team.run(kernel(NAME), packed(values, WORDS), helpers, (x, y, other, bias))
 
 
 # --- the kernel ---------------------------------------------------------------------------------------------

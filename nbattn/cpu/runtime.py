@@ -1,9 +1,8 @@
-"""How kernels are compiled, kept on disk and run on several cores: every Numba option is set here.
+"""How kernels are compiled, kept on disk and given memory: every Numba option is set here.
 
 A kernel is a function of one address, `int64 -> int64`: the address of its parameters, a record that begins
 with `WORK`. One call of it takes tasks off the record's counter until none is left, so any number of threads
-may run the same call and finish it together. The threads are this module's own: Numba's threading layers
-abort or hang when several threads enter them at once (workqueue) or after a fork (GNU OpenMP).
+may run the same call and finish it together (`team`).
 """
 
 from __future__ import annotations
@@ -17,12 +16,9 @@ import platform
 import struct
 import sys
 import threading
-import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 import llvmlite
@@ -201,6 +197,28 @@ def compiled(name: str, build: Callable[..., Callable[[Any], Any]], on_disk: boo
         return _kernels[name]
 
 
+@cache
+def entry(kernel: Any) -> int:
+    """Where the kernel's machine code begins."""
+    result = kernel.overloads[SIGNATURE.args]
+    return result.library.get_pointer_to_function(result.fndesc.llvm_func_name)
+
+
+def _before_fork() -> None:
+    # A child would find the lock of a compile in another thread held for ever, so the compile ends first.
+    global_compiler_lock.acquire()
+    _compile_lock.acquire()
+
+
+def _after_fork() -> None:
+    _compile_lock.release()
+    global_compiler_lock.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)
+
+
 def bits(x: float) -> int:
     """A float64 as the word that holds it in a kernel's parameters."""
     return struct.unpack("q", struct.pack("d", x))[0]
@@ -226,7 +244,6 @@ _NOTHING = np.empty(0, np.uint8)
 
 class _Kept(threading.local):
     memory = _NOTHING
-    record: Any = None  # of `run_among_awake`
 
 
 _kept = _Kept()
@@ -249,9 +266,6 @@ def keep(memory: NDArray[np.uint8]) -> None:
         _kept.memory = memory
 
 
-# --- threads ------------------------------------------------------------------------------------------------
-
-
 def threads() -> int:
     """How many threads a call may use: what `numba.set_num_threads` or `NUMBA_NUM_THREADS` says."""
     # `numba.get_num_threads` would start Numba's threading layer, which forked children may not survive, and
@@ -259,272 +273,22 @@ def threads() -> int:
     return parallel._get_num_threads() if parallel._is_initialized else config.NUMBA_NUM_THREADS
 
 
-class _Team:
-    """Helper threads that live as long as the process, and the queue they take calls from."""
-
-    def __init__(self) -> None:
-        self.calls: SimpleQueue[_Call | _Rouse] = SimpleQueue()
-        self.size = 0
-        self.last_alone = 0.0
-        self.asleep: set[int] = set()
-        """The system's ids of helpers that wait for a call."""
-        self.sent_away: dict[int, set[int]] = {}
-        """Where helpers that `send_away` moved may run once they are awake."""
-        self.lock = threading.RLock()  # a signal handler may call while this thread holds it
-        self.board = np.zeros((BOARD_SLOTS, 8), np.int64)
-        """A cache line for each of the first helpers, where calls reach it while it is awake (`handover`)."""
-
-    def grow(self, size: int) -> int:
-        """Have `size` helpers where that many can be had; return how many there are."""
-        _hand_over()
-        with self.lock:
-            while self.size < size:
-                self.size += 1
-                mine = self, self.size - 1
-                try:
-                    threading.Thread(target=_help, args=mine, name="nbattn", daemon=True).start()
-                except RuntimeError:  # the system's limit, or the interpreter is at its end
-                    self.size -= 1
-                    break
-        return self.size
-
-    def rouse(self, helpers: int) -> None:
-        """Wake helpers for calls to come, if the last one that met none was just before."""
-        now = time.perf_counter()
-        closely, self.last_alone = now - self.last_alone < CLOSELY, now
-        if closely and self.calls.empty():
-            helpers = min(self.grow(helpers), helpers)
-            self.send_away()
-            for _ in range(helpers):
-                self.calls.put(_Rouse())
-
-    def send_away(self) -> None:
-        """Let sleeping helpers wake on other cores than this thread's.
-
-        Linux likes to wake a thread beside the one that wakes it, and on two cores may leave both there for
-        milliseconds: half of the calls after a pause ran at one core's rate.
-        """
-        if _current_cpu is None or not 0 < len(self.asleep) <= SENT_AWAY:
-            return
-        with suppress(OSError, RuntimeError):  # not allowed here; or one woke while they were counted
-            cpus = os.sched_getaffinity(0)
-            others = cpus - {_current_cpu()}
-            for helper in tuple(self.asleep) if others else ():
-                self.sent_away[helper] = cpus
-                os.sched_setaffinity(helper, others)
-
-
-class _Rouse:
-    """In place of a call: a helper that takes it is awake for the next one."""
-
-    def help(self) -> None:
-        pass
-
-
-BOARD_SLOTS = 64
-CLOSELY = 200e-6
-"""Seconds between short calls that helpers are woken for: they look for the next one a little longer."""
-SENT_AWAY = 3
-"""The most helpers that are sent away, at 2 us each; among more cores the system finds an idle one."""
-_current_cpu = getattr(ctypes.CDLL(None), "sched_getcpu", None) if sys.platform == "linux" else None
-
-
-LINGER, OFFER, SETTLE, SHARE = range(4)
-"""What `handover` is asked for: the first word of its record. A helper's record holds its slot's address."""
-BOARD, SLOTS, WANTED, ENTRY, PARAMETERS, DONE, TICKETS = range(1, 8)
-"""Words of a caller's record: where the slots lie, how many, how many helpers are wanted; the kernel's entry
-and parameters, where the number of done tasks lies; then for each slot the round it was offered in, or 0."""
-RUNNING, TAKEN_BACK, FINISHED, ALONE = range(4)
-"""What SETTLE answers: helpers of the board are in the call; they are not, but others are; it is done. SHARE
-may also answer that it is done, but nobody else was awake."""
-
-
-class _Call:
-    """One kernel call under way; holds its parameters for helpers that come late."""
-
-    __slots__ = ("abandoned", "address", "entered", "finished", "keep_alive", "kernel", "left", "parameters",
-                 "record", "team")  # fmt: skip
-
-    def __init__(self, team: _Team, kernel: Any, parameters: Any, keep_alive: Any) -> None:
-        self.team = team
-        self.kernel = kernel
-        self.address = address(parameters)
-        self.parameters = parameters
-        self.keep_alive = keep_alive
-        self.finished = threading.Lock()
-        self.finished.acquire()
-        self.abandoned = False
-        # One entry per helper: appending is atomic, counting is not.
-        self.entered: list[None] = []
-        self.left: list[None] = []
-        slots = min(team.size, BOARD_SLOTS)
-        self.record = np.zeros(TICKETS + slots, np.int64)
-        self.record[BOARD:TICKETS] = (
-            address(team.board), slots, 0, entry(kernel), self.address, self.address + 8 * TASKS_DONE,
-        )  # fmt: skip
-
-    def offer(self, helpers: int) -> int:
-        """Offer the call to so many helpers that are awake; return how many there were."""
-        self.record[0], self.record[WANTED] = OFFER, helpers
-        return _hand_over()(address(self.record))
-
-    def settle(self) -> int:
-        """Take the call back from those that have not begun, and wait a while for the others."""
-        self.record[0] = SETTLE
-        return _hand_over()(address(self.record))
-
-    def help(self) -> None:
-        self.entered.append(None)
-        if not self.abandoned and self.kernel(self.address):
-            self.finished.release()
-        self.left.append(None)
-
-    def abandon(self) -> None:
-        """Leave the tasks that nobody has taken, and wait for the rest."""
-        self.abandoned = True
-        words = self.parameters.view(np.int64)
-        words[NEXT_TASK] = words[TASKS]
-        while self.settle() == RUNNING or len(self.left) < len(self.entered):
-            with suppress(KeyboardInterrupt):  # one is on its way already
-                time.sleep(0.001)
-
-
-def _help(team: _Team, number: int) -> None:
-    me, hand_over = threading.get_native_id(), _hand_over()
-    record = np.array([LINGER, address(team.board[number:])])
-    while True:
-        if number < BOARD_SLOTS and team.calls.empty():
-            hand_over(address(record))
-        team.asleep.add(me)
-        call = team.calls.get()
-        team.asleep.discard(me)
-        if cpus := team.sent_away.pop(me, None):
-            with suppress(OSError):
-                os.sched_setaffinity(0, cpus)
-        call.help()
-        del call  # its arrays must not live until the next call
-
-
-HAND_OVER = "runtime-handover"
-
-
-def _hand_over() -> Any:
-    try:
-        return _kernels[HAND_OVER]
-    except KeyError:
-        from .handover import build
-
-        return compiled(HAND_OVER, build)
-
-
-@cache
-def entry(kernel: Any) -> int:
-    """Where the kernel's machine code begins."""
-    result = kernel.overloads[SIGNATURE.args]
-    return result.library.get_pointer_to_function(result.fndesc.llvm_func_name)
-
-
-_team = _Team()
-
-
-def _before_fork() -> None:
-    # A child would find the lock of a compile in another thread held for ever, so the compile ends first.
-    global_compiler_lock.acquire()
-    _compile_lock.acquire()
-
-
-def _after_fork() -> None:
-    _compile_lock.release()
-    global_compiler_lock.release()
-
-
-def _after_fork_in_child() -> None:
-    # The child has none of the parent's threads.
-    global _team
-    _team = _Team()
-    _after_fork()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
-
-
-def run(kernel: Any, parameters: Any, helpers: int, keep_alive: Any) -> None:
-    """Run a kernel on this thread and up to `helpers` more; return when every task is done.
-
-    `keep_alive` holds what the parameters give addresses of. `kernel` returns nonzero in the one thread that
-    finished the last task.
-    """
-    if helpers > _team.size:
-        helpers = _team.grow(helpers)
-    if helpers <= 0:
-        kernel(address(parameters))
-        return
-    call = _Call(_team, kernel, parameters, keep_alive)
-    try:
-        awake = call.offer(helpers)
-        if awake < helpers:
-            _team.send_away()
-            for _ in range(helpers - awake):
-                _team.calls.put(call)
-        kernel(call.address)
-        while (state := call.settle()) == RUNNING:
-            time.sleep(50e-6)  # a helper may wait for this very core
-        if state == TAKEN_BACK:
-            call.finished.acquire()
-        # Helpers that come late look at the parameters alone.
-        call.keep_alive = None
-    except BaseException:
-        # Ctrl-C: once this call is left, no helper may go on writing to the caller's arrays.
-        call.abandon()
-        raise
-
-
-def run_among_awake(kernel: Any, parameters: NDArray[np.int64], helpers: int, keep_alive: Any) -> None:
-    """Like `run` for a kernel of a few microseconds: nobody is woken for it, and it is one call in all.
-
-    Where such calls follow each other closely, helpers are woken for those to come.
-    """
-    record, _kept.record = _kept.record, None
-    if record is None:
-        record = np.zeros(TICKETS + BOARD_SLOTS, np.int64)
-    team, at, where = _team, address(record), address(parameters)
-    slots = min(team.size, BOARD_SLOTS)
-    _HEAD.pack_into(
-        record, 0, SHARE, address(team.board), slots, helpers, entry(kernel), where, where + 8 * TASKS_DONE
-    )
-    state = _hand_over()(at)
-    if state == ALONE:
-        team.rouse(helpers)
-    elif state != FINISHED:
-        record[0] = SETTLE
-        try:
-            while _hand_over()(at) == RUNNING:
-                time.sleep(50e-6)
-        except BaseException:
-            parameters[NEXT_TASK] = parameters[TASKS]
-            while _hand_over()(at) == RUNNING:
-                with suppress(KeyboardInterrupt):  # one is on its way already
-                    time.sleep(0.001)
-            raise
-    _kept.record = record
-
-
-_HEAD = struct.Struct(f"{TICKETS}q")
-
-
 # --- what the command line shows ----------------------------------------------------------------------------
 
 
 def kernel_names(dtypes: Sequence[str]) -> list[str]:
     """The kernels that calls with these dtypes need."""
-    return [HAND_OVER, *(name for stem in _stems() for name in stem.kernel_names(dtypes))]
+    from . import handover
+
+    return [handover.NAME, *(name for stem in _stems() for name in stem.kernel_names(dtypes))]
 
 
 def compile_kernel(name: str) -> str:
     """Make one kernel ready; say whether it was "compiled" or found "cached"."""
-    if name == HAND_OVER:
-        return "cached" if _hand_over()._cache.hit else "compiled"
+    from . import handover
+
+    if name == handover.NAME:
+        return "cached" if handover.kernel()._cache.hit else "compiled"
     stem = next(stem for stem in _stems() if name.startswith(stem.__name__.rpartition(".")[2] + "-"))
     return "cached" if stem.kernel(name)._cache.hit else "compiled"
 

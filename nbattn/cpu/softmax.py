@@ -20,7 +20,7 @@ from numba import types
 from numpy.typing import NDArray
 
 from ..problem import STORAGE_DTYPES, storage_name
-from . import emitters, records, runtime, simd
+from . import emitters, records, runtime, simd, team
 
 SHORT = 256
 """Elements of a row from which on the lanes lie along it; 100 took 85 ns so and take 42 as columns."""
@@ -109,7 +109,7 @@ def repeat(
         own = words.copy()
         own[X], own[OUT] = runtime.address(x), runtime.address(out)
         memory, own[WORKSPACE] = runtime.scratch(workspace_bytes)
-        runtime.run(call, own, 0, (x, out, memory))
+        team.run(call, own, 0, (x, out, memory))
         runtime.keep(memory)
 
     return run
@@ -149,7 +149,7 @@ def _run(
         # A record of its own for each sweep: a helper may come late and still read the first.
         words = records.packed(values | {"sweep": number}, _WORDS)
         keep_alive += (x, where, out, memory)
-        runtime.run(kernel(f"softmax-{storage}"), words, helpers, keep_alive)
+        team.run(kernel(f"softmax-{storage}"), words, helpers, keep_alive)
 
     if values["segments"] == 1:
         sweep(ONCE)
