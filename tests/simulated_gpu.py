@@ -260,7 +260,7 @@ class Library:
         self.launches.append(Launch(kernel.name, gx, stream, device))
         run = simulator().jit(kernel.build())[gx, bx, stream, shared]
         with taking_turns():
-            run(*record) if kernel.positional else run(kernel.record(*record))
+            run(kernel.record(*record))
         return 0
 
     def unpacked(self, kernel, data):

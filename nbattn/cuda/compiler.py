@@ -45,8 +45,6 @@ class Kernel:
     parameters: tuple[tuple[str, str], ...]  # names and types
     threads: int  # of a block, along x
     shared: int = 0  # bytes of dynamic shared memory
-    resident: int = 1  # blocks that a multiprocessor should have registers for
-    positional: bool = False  # whether the function takes the parameters one by one, not as a tuple
     feature_specific: bool = False  # whether it needs what one generation of GPUs has alone, as sm_90a
 
     @cached_property
@@ -109,15 +107,14 @@ class Binary(NamedTuple):
 def binary(kernel: Kernel, capability: tuple[int, int]) -> Binary:
     """Compile a kernel for GPUs of this compute capability. Needs no GPU and no driver."""
     compiler, types, linker = _toolchain()
-    sorts = [_type(types, kind) for _, kind in kernel.parameters]
-    arguments = sorts if kernel.positional else [types.NamedTuple(sorts, kernel.record)]
+    record = types.NamedTuple([_type(types, kind) for _, kind in kernel.parameters], kernel.record)
     target = (*capability, "a") if kernel.feature_specific else capability
     arch = "sm_" + "".join(map(str, target))
     with _pretended(capability):
         try:
             code, _ = compiler.compile(
-                kernel.build(), types.void(*arguments), cc=target, device=False, abi="numba", output="ltoir",
-                launch_bounds=(kernel.threads, kernel.resident),
+                kernel.build(), types.void(record), cc=target, device=False, abi="numba", output="ltoir",
+                launch_bounds=(kernel.threads, 1),
             )  # fmt: skip
         except _toolchain_errors() as error:
             if type(error).__name__ == "CCSupportError":
