@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import simulated_gpu
 
-from benchmarks import gpu
+from benchmarks import gpu, gpu_cases, gpu_timing
 
 pytestmark = pytest.mark.cuda_sim
 SCRIPT = Path(gpu.__file__)
@@ -46,45 +46,33 @@ def test_unknown_part(capsys):
 
 
 class TestStatistics:
-    ROUNDS = (
-        {"nbattn": 1.0, "flash": 2.0},
-        {"nbattn": 1.0, "flash": 4.0},
-        {"nbattn": 2.0, "flash": 6.0},
-    )
-
-    def test_ratio(self):
-        assert gpu.ratio(self.ROUNDS, "flash") == (3.0, 0.5)
-        median, spread = gpu.ratio(self.ROUNDS[:1], "flash")
-        assert median == 2
-        assert math.isnan(spread)
-
     def test_operations(self):
-        assert gpu.operations(1, 1, 10, 10, 2 * 8, causal=False) == 2 * (10 * 10 * 8) * 2
-        assert gpu.operations(2, 3, 10, 10, 16, causal=True) == 3 * gpu.operations(
+        assert gpu_timing.operations(1, 1, 10, 10, 2 * 8, causal=False) == 2 * (10 * 10 * 8) * 2
+        assert gpu_timing.operations(2, 3, 10, 10, 16, causal=True) == 3 * gpu_timing.operations(
             1, 1, 10, 10, 16, causal=False
         )
 
     def test_relative_error(self):
         x = np.array([3.0, 4.0, -np.inf])
-        assert gpu.relative_error(x, x) == 0
-        assert gpu.relative_error(np.add(x, (0, 0.5, 0)), x) == pytest.approx(0.1)
-        assert gpu.relative_error([np.nan, 4, -np.inf], x) == math.inf
-        assert gpu.relative_error([3.0, 4.0, 0.0], x) == math.inf
-        assert gpu.relative_error([0.0], [0.0]) == 0
+        assert gpu_cases.relative_error(x, x) == 0
+        assert gpu_cases.relative_error(np.add(x, (0, 0.5, 0)), x) == pytest.approx(0.1)
+        assert gpu_cases.relative_error([np.nan, 4, -np.inf], x) == math.inf
+        assert gpu_cases.relative_error([3.0, 4.0, 0.0], x) == math.inf
+        assert gpu_cases.relative_error([0.0], [0.0]) == 0
 
 
 class TestCases:
     def test_every_option_and_dtype(self):
-        found = gpu.cases(1)
+        found = gpu_cases.cases(1)
         assert len({case.name for case in found}) == len(found)
-        for dtype in gpu.FLOOR:
+        for dtype in gpu_cases.FLOOR:
             own = [case for case in found if case.dtype == dtype]
-            assert {option for case in own for option in case.options} == set(gpu.OPTIONS)
+            assert {option for case in own for option in case.options} == set(gpu_cases.OPTIONS)
         assert {case.heads % case.kv_heads for case in found} == {0}
 
     def test_sizes_differ_from_run_to_run(self):
-        assert gpu.cases(1) == gpu.cases(1)
-        assert gpu.cases(1) != gpu.cases(2)
+        assert gpu_cases.cases(1) == gpu_cases.cases(1)
+        assert gpu_cases.cases(1) != gpu_cases.cases(2)
 
 
 @pytest.fixture
