@@ -8,7 +8,7 @@ import gc
 import itertools
 import sys
 from types import ModuleType, SimpleNamespace
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import pytest
@@ -140,6 +140,21 @@ def torch(gpu, monkeypatch):
     return module
 
 
+class Chosen:
+    """A GPU that CuPy or Numba is told, by ``with``, to make arrays on."""
+
+    ordinals: ClassVar = []
+
+    def __init__(self, ordinal):
+        self.ordinal = ordinal
+
+    def __enter__(self):
+        self.ordinals.append(self.ordinal)
+
+    def __exit__(self, *error):
+        self.ordinals.pop()
+
+
 class CupyArray(Stored):
     """A cupy.ndarray."""
 
@@ -159,22 +174,10 @@ class CupyArray(Stored):
 @pytest.fixture
 def cupy(gpu, monkeypatch):
     module = ModuleType("cupy")
-    chosen = []
-
-    class Device:
-        def __init__(self, ordinal):
-            self.ordinal = ordinal
-
-        def __enter__(self):
-            chosen.append(self.ordinal)
-
-        def __exit__(self, *error):
-            chosen.pop()
-
     module.to = lambda array, ordinal=0: CupyArray(gpu, array, ordinal)
-    module.empty = lambda shape, dtype: module.to(np.full(shape, np.nan).astype(dtype), chosen[-1])
+    module.empty = lambda shape, dtype: module.to(np.full(shape, np.nan).astype(dtype), Chosen.ordinals[-1])
     module.ndarray = CupyArray
-    module.cuda = SimpleNamespace(Device=Device, get_current_stream=lambda: SimpleNamespace(ptr=80))
+    module.cuda = SimpleNamespace(Device=Chosen, get_current_stream=lambda: SimpleNamespace(ptr=80))
     monkeypatch.setattr(CupyArray, "__module__", "cupy")
     monkeypatch.setitem(sys.modules, "cupy", module)
     return module
@@ -196,21 +199,11 @@ class InterfaceArray(Stored):
 
 @pytest.fixture
 def numba(gpu, monkeypatch):
-    chosen = []
-
-    class Gpu:
-        def __init__(self, ordinal):
-            self.ordinal = ordinal
-
-        def __enter__(self):
-            chosen.append(self.ordinal)
-
-        def __exit__(self, *error):
-            chosen.pop()
-
     module = SimpleNamespace(
-        gpus=[Gpu(0), Gpu(1)], to=lambda array, ordinal=0: InterfaceArray(gpu, array, ordinal),
-        device_array=lambda shape, dtype: module.to(np.full(shape, np.nan).astype(dtype), chosen[-1]),
+        gpus=[Chosen(0), Chosen(1)], to=lambda array, ordinal=0: InterfaceArray(gpu, array, ordinal),
+        device_array=lambda shape, dtype: module.to(
+            np.full(shape, np.nan).astype(dtype), Chosen.ordinals[-1]
+        ),
         jit=sys.modules["numba.cuda"].jit, simulator=sys.modules["numba.cuda"].simulator,
     )  # fmt: skip
     monkeypatch.setattr(InterfaceArray, "__module__", "numba.cuda.cudadrv.devicearray")
