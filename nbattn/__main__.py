@@ -417,12 +417,11 @@ def _gpu() -> str:
     from .cuda import compiler, launch
 
     try:
-        launch.library()
-        place = launch.device(0)
+        model = launch.device(0).model
     except (OSError, RuntimeError):
         return "none"
     missing = "" if compiler.has_packages() else f'; for backend="cuda": {compiler.INSTALL}'
-    return f"{place.name}, compute capability {place.capability[0]}.{place.capability[1]}{missing}"
+    return f"{model}{missing}"
 
 
 def _warmup(args: argparse.Namespace) -> None:

@@ -207,10 +207,12 @@ class Device:
             ask("cuFuncSetAttribute", function, DYNAMIC_SHARED, kernel.shared)
         return function
 
+    @property
+    def model(self) -> str:
+        return f"{self.name}, compute capability {self.capability[0]}.{self.capability[1]}"
+
     def __str__(self) -> str:
-        return (
-            f"GPU {self.ordinal} ({self.name}, compute capability {self.capability[0]}.{self.capability[1]})"
-        )
+        return f"GPU {self.ordinal} ({self.model})"
 
 
 # --- launching ----------------------------------------------------------------------------------------------
