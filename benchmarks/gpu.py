@@ -143,9 +143,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if passed(result) else 1
     from nbattn.cuda import launch
 
+    stamp = time.strftime("%Y-%m-%d-%H%M%S", time.gmtime())
     try:
         launch.require()
         described = machine()
+        file = options.json or RESULTS / f"{described['device'].replace(' ', '-')}-{stamp}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.open("a").close()
     except (ImportError, OSError, RuntimeError) as error:
         print(f"gpu.py: {error}", file=sys.stderr)
         return 2
@@ -158,12 +162,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             run_part(name, seconds, seed) if seconds > 10 else {"failure": "no time was left", "took": 0.0}
         )
         print(summary(name, parts[name]), flush=True)
-    stamp = time.strftime("%Y-%m-%d-%H%M%S", time.gmtime())
-    file = options.json or RESULTS / f"{described['device'].replace(' ', '-')}-{stamp}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(
-        json.dumps({"machine": described, "seed": seed, "time": stamp, "parts": parts}, indent=1) + "\n"
-    )
+        found = {"machine": described, "seed": seed, "time": stamp, "parts": parts}
+        file.write_text(json.dumps(found, indent=1) + "\n")  # after each: the machine may go before the end
     print(f"written to {file}")
     return 0 if all(map(passed, parts.values())) else 1
 

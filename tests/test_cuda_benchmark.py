@@ -146,6 +146,26 @@ class TestCommand:
         parts = json.loads(file.read_text())["parts"]
         assert {part["failure"] for part in parts.values()} == {"no time was left"}
 
+    def test_file_that_cannot_be_written(self, asked, tmp_path, capsys):
+        assert gpu.main(["--json", str(tmp_path)]) == 2
+        assert not asked
+        assert capsys.readouterr().err.startswith("gpu.py: [Errno 21] Is a directory: ")
+
+    def test_a_part_is_written_when_it_has_ended(self, asked, tmp_path, monkeypatch):
+        file = tmp_path / "gpu.json"
+        done = []
+
+        def cut_off(name, seconds, seed):
+            if done:
+                raise KeyboardInterrupt
+            done.append(name)
+            return PARTS[name] | {"took": 1.0}
+
+        monkeypatch.setattr(gpu, "run_part", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            gpu.main(["--json", str(file)])
+        assert list(json.loads(file.read_text())["parts"]) == done
+
     def test_all_parts_fit(self):
         assert sum(gpu.PARTS.values()) <= gpu.TOTAL + 60
 

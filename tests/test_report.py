@@ -431,7 +431,9 @@ class TestMemory:
         assert found["memory"] == []
         assert "- PyTorch is left out: torch is not installed." in memory.report(found)
 
-    @pytest.mark.parametrize("options", [["--json", "no/such/folder/x.json"], ["--threads", "0"]])
+    @pytest.mark.parametrize(
+        "options", [["--json", "no/such/folder/x.json"], ["--json", "."], ["--threads", "0"]]
+    )
     def test_bad_options(self, monkeypatch, capsys, options):
         """Told before anything is measured."""
         monkeypatch.setattr(memory, "measure", pytest.fail)
