@@ -401,3 +401,28 @@ def pause_value(b: ir.IRBuilder) -> None:
     if X86:
         pause = ir.FunctionType(ir.VoidType(), [])
         b.call(cgutils.get_or_insert_function(b.module, pause, "llvm.x86.sse2.pause"), [])
+
+
+def loop_values(b: ir.IRBuilder, count: Any, first: list[Any], body: Any) -> list[Any]:
+    """The values after `count` rounds, at least one, of ``body(values, round)``."""
+    before, head, after = b.block, b.append_basic_block("round"), b.append_basic_block("rounds_done")
+    b.branch(head)
+    b.position_at_end(head)
+    k = b.phi(I64)
+    running = [b.phi(value.type) for value in first]
+    result = body(running, k)
+    following = b.add(k, const(I64, 1))
+    for phi, start, later in zip([k, *running], [const(I64, 0), *first], [following, *result], strict=True):
+        phi.add_incoming(start, before)
+        phi.add_incoming(later, b.block)
+    b.cbranch(b.icmp_signed("<", following, count), head, after)
+    b.position_at_end(after)
+    return result
+
+
+def phi_value(b: ir.IRBuilder, incoming: list[tuple[Any, Any]]) -> Any:
+    """The value of whichever of these (value, block) the control comes from."""
+    phi = b.phi(incoming[0][0].type)
+    for value, block in incoming:
+        phi.add_incoming(value, block)
+    return phi

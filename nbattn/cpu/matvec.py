@@ -18,7 +18,20 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from . import dots, emitters, kinds, runtime, simd, team
-from .emitters import I8, I32, I64, const, fma_value, load_value, pointer, splat_value, store_value
+from .emitters import (
+    I8,
+    I32,
+    I64,
+    const,
+    fma_value,
+    load_value,
+    loop_values,
+    phi_value,
+    pointer,
+    splat_value,
+    store_value,
+)
+from .records import packed, words_of
 
 STORAGES = ("float32", "float16", "bfloat16", "int8")
 LANES = simd.lanes(np.float32)
@@ -38,7 +51,7 @@ PARAMETERS = np.dtype(
         "d_out", "block", "groups", "steps", "skip",
     )]
 )  # fmt: skip
-_WORDS = {name: PARAMETERS.fields[name][1] // 8 for name in PARAMETERS.names}  # type: ignore[index, union-attr]
+_WORDS = words_of(PARAMETERS)
 CALL = slice(_WORDS["x"], _WORDS["rows"] + 1)
 NEXT_TASK, TASKS_DONE = (8 * _WORDS[name] for name in ("next_task", "tasks_done"))
 
@@ -88,9 +101,7 @@ class Plan:
         }
         if scales is not None:
             values |= {"scales": runtime.address(scales), "scales_row": scales.strides[0]}
-        self.words = np.zeros(PARAMETERS.itemsize // 8, np.int64)
-        for name, value in values.items():
-            self.words[_WORDS[name]] = value
+        self.words = packed(values, _WORDS)
         self.tasks = 1 if weight.nbytes < SERIAL else values["tasks"]
         self.name = f"matvec-{storage}"
         self.keep_alive = weight, bias, scales
@@ -219,13 +230,13 @@ def _tile(storage: str, columns: int) -> Any:
                         emitters.prefetch_value(b, b.add(line, const(I64, c)), locality=2)
                     return grown(sums, at)
 
-                sums, before = _loop(b, steps, zeros, step), b.block
+                sums, before = loop_values(b, steps, zeros, step), b.block
                 with b.if_then(b.icmp_signed("!=", skip, const(I64, 0))):
                     lane = ir.Constant(it, list(range(LANES)))
                     counts = b.icmp_signed(">=", lane, splat_value(b, it, b.trunc(skip, I32)))
                     last = b.sub(b.mul(steps, const(I64, LANES)), skip)
                     more, end = grown(sums, last, counts), b.block
-                return [_phi(b, [(s, before), (m, end)]) for s, m in zip(sums, more, strict=True)]
+                return [phi_value(b, [(s, before), (m, end)]) for s, m in zip(sums, more, strict=True)]
 
             def scaled(totals: list[Any], group: Any) -> list[Any]:
                 result = []
@@ -235,7 +246,7 @@ def _tile(storage: str, columns: int) -> Any:
                     result.append(fma_value(b, factor, s, totals[i]))
                 return result
 
-            sums = _loop(b, groups, zeros, scaled) if storage == "int8" else dot(const(I64, 0))
+            sums = loop_values(b, groups, zeros, scaled) if storage == "int8" else dot(const(I64, 0))
             for r in range(columns):
                 _deliver(b, sums[r::columns], bias, b.add(y, b.mul(y_row, const(I64, r))))
             return context.get_dummy_value()
@@ -243,30 +254,6 @@ def _tile(storage: str, columns: int) -> Any:
         return types.void(*[types.int64] * 12), codegen
 
     return tile
-
-
-def _loop(b: Any, count: Any, first: list[Any], body: Any) -> list[Any]:
-    """The values after `count` rounds, at least one, of ``body(values, round)``."""
-    before, head, after = b.block, b.append_basic_block("round"), b.append_basic_block("rounds_done")
-    b.branch(head)
-    b.position_at_end(head)
-    k = b.phi(I64)
-    running = [b.phi(value.type) for value in first]
-    result = body(running, k)
-    following = b.add(k, const(I64, 1))
-    for phi, start, later in zip([k, *running], [const(I64, 0), *first], [following, *result], strict=True):
-        phi.add_incoming(start, before)
-        phi.add_incoming(later, b.block)
-    b.cbranch(b.icmp_signed("<", following, count), head, after)
-    b.position_at_end(after)
-    return result
-
-
-def _phi(b: Any, incoming: list[tuple[Any, Any]]) -> Any:
-    phi = b.phi(incoming[0][0].type)
-    for value, block in incoming:
-        phi.add_incoming(value, block)
-    return phi
 
 
 def _deliver(b: Any, sums: list[Any], bias: Any, y: Any) -> None:

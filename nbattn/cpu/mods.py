@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from ..problem import Mod
 from ..scores import GIVES
-from . import elementary, functions, runtime, simd, team
+from . import elementary, functions, records, runtime, simd, team
 from .emitters import I8, I32, I64, const, load_value, pointer
 from .masks import EVERYTHING, NOTHING, SOME, WORDS, get_byte
 from .tiles import ROW_BYTES
@@ -336,8 +336,8 @@ SURVEY = np.dtype(
     )]
 )  # fmt: skip
 """The parameters of the kernel that asks a mask_mod for everything; a task is a row of blocks."""
-_survey = {name: SURVEY.fields[name][1] for name in SURVEY.names}  # type: ignore[index, union-attr]
-SURVEY_NEXT, SURVEY_DONE, SURVEY_WORKERS = (_survey[n] for n in ("next_task", "tasks_done", "workers"))
+_survey = records.words_of(SURVEY)
+SURVEY_NEXT, SURVEY_DONE, SURVEY_WORKERS = (8 * _survey[n] for n in ("next_task", "tasks_done", "workers"))
 SURVEY_BYTES = CALL_BYTES + 8 * WORDS
 
 
@@ -420,11 +420,8 @@ def _run_survey(
         "states": runtime.address(states), "words": 0 if words is None else runtime.address(words),
         "first": 0 if first is None else runtime.address(first),
     }  # fmt: skip
-    record = np.zeros(SURVEY.itemsize // 8, np.int64)
-    for name, number in values.items():
-        record[_survey[name] // 8] = number
     kernel = runtime.compiled("mods-survey", _build_survey)
-    team.run(kernel, record, helpers, (memory, states, words, first, arguments, mod))
+    team.run(kernel, records.packed(values, _survey), helpers, (memory, states, words, first, arguments, mod))
     runtime.keep(memory)
     check_done(mod, arguments)
 

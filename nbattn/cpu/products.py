@@ -20,8 +20,19 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from . import emitters, rowwise, runtime, simd, team
-from .emitters import I8, I32, I64, const, fma_value, load_value, pointer, splat_value, store_value
-from .matvec import _loop, _phi
+from .emitters import (
+    I8,
+    I32,
+    I64,
+    const,
+    fma_value,
+    load_value,
+    loop_values,
+    phi_value,
+    pointer,
+    splat_value,
+    store_value,
+)
 from .records import packed, words_of
 
 STORAGES = ("float32", "float16", "bfloat16", "int8")
@@ -169,14 +180,16 @@ def _tile(rows: int) -> Any:
                     grown += [fma_value(builder, x, columns[j], sums[r * WIDE + j]) for j in range(WIDE)]
                 return grown
 
-            sums = _loop(builder, depth, zeros, step)
+            sums = loop_values(builder, depth, zeros, step)
             before = builder.block
             with builder.if_then(builder.icmp_signed("!=", more, const(I64, 0))):
                 grown = [
                     builder.fadd(load_value(builder, place), s) for place, s in zip(places, sums, strict=True)
                 ]
                 inside = builder.block
-            totals = [_phi(builder, [(s, before), (g, inside)]) for s, g in zip(sums, grown, strict=True)]
+            totals = [
+                phi_value(builder, [(s, before), (g, inside)]) for s, g in zip(sums, grown, strict=True)
+            ]
             for place, total in zip(places, totals, strict=True):
                 store_value(builder, total, place)
             return context.get_dummy_value()
