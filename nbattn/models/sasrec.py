@@ -203,14 +203,13 @@ class SASRec:
 
     def _scores(self, histories: Histories, seen: list[NDArray[np.float32]] | None) -> NDArray[np.float32]:
         ids, places, last = padded(histories, self.length)
-        x = self.films(ids) * np.float32(math.sqrt(self.places.shape[1])) + self.places[places]
+        x: Any = self.films(ids) * np.float32(math.sqrt(self.places.shape[1])) + self.places[places]
         for norm1, attention, norm2, feed_forward in self.blocks:
             # What fills a row up comes after its last film, which therefore does not see it.
-            mixed = attention(norm1(x), is_causal=True, return_weights=seen is not None)
+            x = attention(norm1(x), is_causal=True, return_weights=seen is not None, plus=x)
             if seen is not None:
-                mixed, weights, _ = cast(AttentionOutput, mixed)
+                x, weights, _ = cast(AttentionOutput, x)
                 seen.append(cast(NDArray[np.float32], weights)[0, :, -1])
-            x = x + cast(NDArray[np.float32], mixed)
             x = feed_forward(norm2(x), plus=x)
         return self.head(self.norm(x[np.arange(len(x)), last]))
 
