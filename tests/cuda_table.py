@@ -8,7 +8,6 @@ and of kernels it prints their rows as JSON.
 import json
 import re
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,8 +53,8 @@ def row(kernel, architecture):
     from nbattn.cuda import compiler
 
     sm = ARCHITECTURES[architecture]
-    specific = replace(kernel, feature_specific=architecture.endswith("a"))
-    code, report = compiler.binary(specific, sm.capability)
+    assert architecture == compiler.architecture(sm.capability)  # as what calls compile
+    code, report = compiler.binary(kernel, sm.capability)
     (registers,) = map(int, re.findall(r"Used (\d+) registers", report))
     ((stack, stores, loads),) = re.findall(
         r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report

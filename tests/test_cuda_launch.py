@@ -124,7 +124,7 @@ class TestDisk:
 
     def test_compiled_once_for_all_processes(self, gpu, folder, monkeypatch):
         launch.device(0).function(DOUBLE)
-        assert [file.name for file in folder.iterdir()] == ["double-1-sm_90"]
+        assert [file.name for file in folder.iterdir()] == ["double-1-sm_90a"]
         monkeypatch.setattr(launch, "_devices", {})
         monkeypatch.setattr(compiler, "binary", None)
         launch.device(0).function(DOUBLE)

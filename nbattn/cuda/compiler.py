@@ -29,8 +29,13 @@ from ..folders import keep, kept, user_cache
 
 INSTALL = 'pip install "nbattn[cuda]"'
 FORMATS = {"int64": "q", "uint64": "Q", "int32": "i", "float64": "d", "float32": "f"}
-"""Parameters' types for `struct`. "*float32" is a pointer, "int64x4" a tuple of four."""
+"""Parameters' types for `struct`. "*float32" is a pointer, "int64x4" a tuple of four, "map" a tensor map.
 
+A tensor map is 128 bytes that stay in the parameters' memory: kernels know its address alone.
+"""
+MAP_WORDS = 16
+SPECIFIC = {(9, 0): "a"}
+"""GPUs that have instructions of their own, and what their names end in: as sm_90a, 9.0 has wgmma."""
 
 WORDS = {"float32": "float32", "float64": "float64", "float16": "float16", "bfloat16": "uint16"}
 """What pointers to the dtypes point to."""
@@ -45,7 +50,6 @@ class Kernel:
     parameters: tuple[tuple[str, str], ...]  # names and types
     threads: int  # of a block, along x
     shared: int = 0  # bytes of dynamic shared memory
-    feature_specific: bool = False  # whether it needs what one generation of GPUs has alone, as sm_90a
 
     @cached_property
     def layout(self) -> struct.Struct:
@@ -78,6 +82,8 @@ class Kernel:
 
 def _count(kind: str) -> int | None:
     """The length of a tuple's type; None for others."""
+    if kind == "map":
+        return MAP_WORDS
     _, times, count = kind.partition("x")
     return int(count) if times else None
 
@@ -85,6 +91,8 @@ def _count(kind: str) -> int | None:
 def _format(kind: str) -> str:
     if kind[0] == "*":
         return "P"
+    if kind == "map":
+        return f"{MAP_WORDS}Q"
     return (f"{_count(kind)}" if "x" in kind else "") + FORMATS[kind.partition("x")[0]]
 
 
@@ -104,12 +112,17 @@ class Binary(NamedTuple):
         return name
 
 
+def architecture(capability: tuple[int, int]) -> str:
+    """What the compiler makes code for."""
+    return f"sm_{capability[0]}{capability[1]}{SPECIFIC.get(capability, '')}"
+
+
 def binary(kernel: Kernel, capability: tuple[int, int]) -> Binary:
     """Compile a kernel for GPUs of this compute capability. Needs no GPU and no driver."""
     compiler, types, linker = _toolchain()
     record = types.NamedTuple([_type(types, kind) for _, kind in kernel.parameters], kernel.record)
-    target = (*capability, "a") if kernel.feature_specific else capability
-    arch = "sm_" + "".join(map(str, target))
+    arch = architecture(capability)
+    target = (*capability, SPECIFIC[capability]) if capability in SPECIFIC else capability
     with _pretended(capability):
         try:
             code, _ = compiler.compile(
@@ -159,6 +172,8 @@ def _type(types: Any, kind: str) -> Any:
     """Numba's type of a parameter."""
     if kind[0] == "*":
         return types.CPointer(getattr(types, kind[1:]))
+    if kind == "map":
+        return types.CPointer(types.UniTuple(types.uint64, MAP_WORDS))
     count = _count(kind)
     single = getattr(types, kind.partition("x")[0])
     return single if count is None else types.UniTuple(single, count)
@@ -266,7 +281,7 @@ def cache_folder() -> Path | None:
 
 def cubin(kernel: Kernel, capability: tuple[int, int]) -> Binary:
     """The compiled kernel, from disk or from the compiler."""
-    folder, file = cache_folder(), f"{kernel.name}-sm_{capability[0]}{capability[1]}"
+    folder, file = cache_folder(), f"{kernel.name}-{architecture(capability)}"
     if code := kept(folder, file):
         return Binary(code, "")
     made = binary(kernel, capability)
