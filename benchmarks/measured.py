@@ -197,7 +197,8 @@ def read_asv(folder: Path) -> list[Gauge]:
                 for key, value in zip(keys, row["result"] or [], strict=False):
                     if value is not None and math.isfinite(value):
                         where = figures["params"]
-                        words = f"{where['cpu']}, {where['os']}".strip(", ")
+                        # Who does not answer asv's questions has a name alone.
+                        words = ", ".join(where[x] for x in ("cpu", "os") if where.get(x)) or where["machine"]
                         found.append(Gauge(name, figures["commit_hash"], int(figures["date"]), words, threads,
                                            key, float(value)))  # fmt: skip
         except (KeyError, TypeError, ValueError, AttributeError) as error:

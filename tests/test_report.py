@@ -349,6 +349,15 @@ def test_every_peer_has_a_style_and_every_suite_a_place():
     assert all(sum(of(row) for of in parts.GROUPS.values()) == 1 for row in placed)
 
 
+def test_a_machine_of_which_asv_knows_the_name_alone(tmp_path):
+    write_asv(tmp_path)
+    for path in (tmp_path / "asv" / "box").glob("*.json"):
+        if path.name != "machine.json":
+            figures = json.loads(path.read_text()) | {"params": {"machine": "box", "python": "3.11"}}
+            path.write_text(json.dumps(figures))
+    assert {x.machine for x in measured.read_asv(tmp_path / "asv")} == {"box"}
+
+
 class TestBadInput:
     def test_no_results(self, tmp_path, complaint):
         assert (
