@@ -325,6 +325,25 @@ def test_past_the_caches_at_any_address(monkeypatch, dtype, side, guarded, rng):
             assert np.isnan(room[:first].astype(np.float32)).all()
 
 
+@pytest.mark.isa
+@dtypes
+@pytest.mark.parametrize("name", ["softmax", "log_softmax"])
+def test_rows_written_while_the_next_is_read(monkeypatch, name, dtype, rng):
+    """In several chunks, tasks and threads, the same bits as rows that are written at once."""
+    x = normal(rng, (23, 2111), dtype)
+    x[5], x[6, 3], x[9, 7], x[22, 2110] = -np.inf, np.nan, np.inf, np.nan
+    monkeypatch.setattr(cpu_softmax, "CHUNK", 256)
+    expected = getattr(nbattn, name)(x)
+    for constant, value in {"STREAM": 0, "SERIAL": 0, "LATE_TASK": 4 * 2111}.items():
+        monkeypatch.setattr(cpu_softmax, constant, value)
+    for room in (np.full((25, 2111), 7, dtype), np.full((25, 2143), 7, dtype)):
+        out = room[1:24, :2111]
+        getattr(nbattn, name)(x, out=out)
+        np.testing.assert_array_equal(out.astype(np.float64), expected.astype(np.float64))
+        out[...] = 7
+        assert (room == 7).all()
+
+
 @names
 def test_any_number_of_threads(cut_small, name, rng):
     arrays = [(normal(rng, (40, 700)), 1), (normal(rng, (700, 130)), 0), (normal(rng, (300, 40)), 1)]

@@ -12,8 +12,8 @@ what one kernel alone needs:
   `panels` reads and writes memory for them, and `scores` (with `masks`) makes scores of them; `outputs` is
   how a block ends; `mods` compiles the user's functions, which `functions` translates and `elementary`
   gives their arithmetic;
-- `hidden` is the kernel of additive attention, with queries in its lanes too, and `recurrence` that of linear
-  attention, with columns of values;
+- `hidden` is the kernel of additive attention, with queries in its lanes too, `recurrence` that of linear
+  attention, with columns of values, and `exponentials` that of softmax;
 - few queries over long keys, whose lanes are numbers of a head: `chunks` is the kernel; `dots` are its
   products, of what `kinds` reads, `sweeps` says which of them takes what, `lookup` finds rows in pages,
   `rows` sets the queries up, `seen` is what `scores` is for the others, `weights` comes after it, and `aside`
