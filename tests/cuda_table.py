@@ -34,9 +34,9 @@ RESERVED_SHARED = 1 << 10
 
 def kernels():
     """Every kernel that a call may start."""
-    from nbattn.cuda import attention, mma, softmax
+    from nbattn.cuda import attention, decode, mma, softmax
 
-    return [kernel for module in (mma, attention, softmax) for kernel in module.kernels()]
+    return [kernel for module in (mma, decode, attention, softmax) for kernel in module.kernels()]
 
 
 def resident_blocks(sm, threads, registers, shared):

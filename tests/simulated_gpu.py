@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from nbattn.cuda import compiler, launch
+from nbattn.cuda import compiler, launch, workspace
 
 # Blocks so small that small arrays span several, with all kinds of edges.
 CUT = {
@@ -104,6 +104,7 @@ class Library:
     kernels: dict = field(default_factory=dict)
     functions: dict = field(default_factory=dict)
     fail: dict = field(default_factory=dict)
+    captured: set = field(default_factory=set)
 
     def __getattribute__(self, name):
         found = super().__getattribute__(name)
@@ -198,6 +199,10 @@ class Library:
         return 0
 
     def cuStreamSynchronize(self, stream):
+        return 0
+
+    def cuStreamIsCapturing(self, stream, status):
+        status._obj.value = int(stream in self.captured)
         return 0
 
     def cuPointerGetAttribute(self, value, attribute, address):
@@ -397,6 +402,7 @@ def installed(**options):
         patch.setattr(compiler, "binary", library.binary)
         patch.setattr(compiler, "cache_folder", lambda: None)
         patch.setattr(launch, "_devices", {})
+        patch.setattr(workspace, "_kept", {})
         patch.setattr(compiler, "require_packages", lambda: None)
         for door in ("attention", "softmax"):  # what later calls of a layout do, they do on this GPU
             patch.setattr(importlib.import_module(f"nbattn.{door}"), "_repeats", {})

@@ -332,7 +332,12 @@ def test_names_are_those_of_ptx():
     names = {n.name: len(n.args.args) for n in tree.body if isinstance(n, ast.FunctionDef)}
     assigned = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
     machine = {name: f for name, f in inspect.getmembers(warp.Machine(32, 0)) if name[0] != "_"}
-    used = {name for name, function in machine.items() if callable(function)} - {"place", "run", "fetch"}
+    used = {name for name, function in machine.items() if callable(function)} - {
+        "place",
+        "workspace",
+        "run",
+        "fetch",
+    }
     assert used <= {*names, *assigned}
     for name in used & {*names}:
         assert len(inspect.signature(machine[name]).parameters) == names[name], name

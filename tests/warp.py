@@ -86,6 +86,7 @@ class Machine:
         self.cuda = SimpleNamespace(local=SimpleNamespace(array=self._registers))
         self.heap = np.zeros(0, np.uint8)
         self.readable, self.writable = np.zeros(0, bool), np.zeros(0, bool)
+        self.shared_by_blocks = np.zeros(0, bool)
         self.outputs = []
         self.shared_bytes = shared_bytes
         self.conflicts = {}
@@ -101,7 +102,12 @@ class Machine:
         at += low % 16
         start = at + array.__array_interface__["data"][0] - low
         grown = at + size + 256
-        for name, fill in (("heap", 0xA5), ("readable", False), ("writable", False)):
+        for name, fill in (
+            ("heap", 0xA5),
+            ("readable", False),
+            ("writable", False),
+            ("shared_by_blocks", False),
+        ):
             old = getattr(self, name)
             setattr(self, name, np.concatenate([old, np.full(grown - len(old), fill, old.dtype)]))
         strides = (*array.strides, 1)
@@ -112,6 +118,14 @@ class Machine:
         if output:
             self.outputs.append((array, start))
         return HEAP + start
+
+    def workspace(self, array):
+        """Where blocks write for one another; of what is in the array at first only zeros may be read."""
+        address = self.place(array)
+        part = slice(address - HEAP, address - HEAP + array.nbytes)
+        self.readable[part] = array.view(np.uint8).ravel() == 0
+        self.writable[part] = self.shared_by_blocks[part] = True
+        return address
 
     def _registers(self, count, kind):
         return Registers(count, np.float32 if kind == self.float32 else np.int64, self.threads)
@@ -365,6 +379,11 @@ class Machine:
         self._conflict("load", address, 4)
         return self._read_shared(address, 4, self.ids).view(np.int32)[:, 0].astype(np.int64)
 
+    def load_shared_float(self, address):
+        address = self._lanes(address)
+        self._conflict("load", address, 4)
+        return self._read_shared(address, 4, self.ids).view(np.float32)[:, 0]
+
     def _wanted(self, wanted, *x):
         wanted = self._lanes(wanted, bool)
         return wanted, *(self._lanes(y)[wanted] for y in x)
@@ -375,6 +394,9 @@ class Machine:
         wanted, address, x, threads = self._wanted(wanted, address, x, self.ids)
         words = self._claim(address, 4, threads)
         self.shared.view(np.int32)[words] = x
+
+    def store_shared_float(self, address, x, wanted):
+        self.store_shared(address, self._lanes(x, np.float32).copy().view(np.int32), wanted)
 
     def or_shared(self, address, x):
         words = self._claim(self._lanes(address), 4, self.ids, atomic=True)
@@ -408,15 +430,21 @@ class Machine:
         self.open.append((words, data))
 
     def commit_copies(self):
-        self.groups += self.open
+        self.groups.append(self.open)
         self.open = []
 
     def wait_copies(self):
-        for words, data in self.groups:
-            self.shared.view(np.uint32)[words] = data.view(np.uint32).ravel()
-            self.pending[words] = False
-            self.written_at[words] = self.epoch
-        self.groups = []
+        self.wait_older(0)()
+
+    def wait_older(self, left):
+        def wait():
+            groups, self.groups = self.groups[: len(self.groups) - left], self.groups[-left:] if left else []
+            for words, data in (copy for group in groups for copy in group):
+                self.shared.view(np.uint32)[words] = data.view(np.uint32).ravel()
+                self.pending[words] = False
+                self.written_at[words] = self.epoch
+
+        return wait
 
     # --- global memory ---
 
@@ -443,6 +471,9 @@ class Machine:
     def load_float(self, address, wanted):
         return self._load(address, wanted, np.float32)
 
+    def load_word(self, address, wanted):
+        return self._load(address, wanted, np.int32).astype(np.int64)[()]
+
     def load_half(self, address, wanted):
         return self._load(address, wanted, np.uint16).astype(np.int64)
 
@@ -458,7 +489,8 @@ class Machine:
         assert inside, "no array lies there"
         assert self.writable[at].all(), "not to be written, or again"
         assert len(np.unique(at)) == len(at), "two threads write one place"
-        self.heap[at], self.writable[at] = data[wanted].ravel(), False
+        self.heap[at], self.writable[at] = data[wanted].ravel(), self.shared_by_blocks[at]
+        self.readable[at] |= self.shared_by_blocks[at]
 
     def store_float(self, address, x, wanted):
         self._store(address, self._lanes(x, np.float32).copy()[:, None].view(np.uint8), wanted)
@@ -469,3 +501,15 @@ class Machine:
     def copy_out(self, address, shared, wanted):
         self._conflict("copy out", self._lanes(shared), 16)
         self._store(address, self._read_shared(self._lanes(shared), 16, self.ids), wanted)
+
+    def store_word(self, address, x, wanted):
+        self._store(address, self._lanes(x).astype(np.int32)[:, None].view(np.uint8), wanted)
+
+    def add_global(self, address, x, wanted):
+        assert np.sum(wanted) == 1, "of several threads nobody knows who is first"
+        found = self._load(self._lanes(address), wanted, np.int32)
+        self._store(address, (found + self._lanes(x)).astype(np.int32)[:, None].view(np.uint8), wanted)
+        return found.astype(np.int64)
+
+    def fence(self):
+        pass

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..device import DeviceArray
 from ..problem import Problem, storage_name
-from . import arrays, compiler, launch, mma
+from . import arrays, compiler, decode, launch, mma
 from .compiler import WORDS
 
 TILE = (16, 16, 4, 4, 8, 32, 32)
@@ -76,7 +76,11 @@ def run(
         p = replace(p, alibi_slopes=there(p.alibi_slopes), sinks=there(p.sinks))
         if weights is not None and weights.size:  # the kernel writes only what a row can see
             launch.ask("cuMemsetD8Async", weights.address, 0, weights.size * weights.itemsize, stream)
-        launch.run(*_prepared(p, out, lse, weights, send), place, stream)
+        few = _few(p, out, lse, weights, send)
+        if few is not None:
+            few(place, stream)
+        else:
+            launch.run(*_prepared(p, out, lse, weights, send), place, stream)
 
 
 class Repeat:
@@ -86,10 +90,29 @@ class Repeat:
         def send(array: NDArray[Any]) -> int:
             raise AssertionError(array)  # calls with vectors are not repeated
 
-        self.call = launch.Call(*_prepared(p, out, None, None, send), launch.device(out.device), POINTERS)
+        place = launch.device(out.device)
+        few = _few(p, out, None, None, send)
+        if few is not None:
+            self.call: Any = decode.Again(few, place, POINTERS)
+        else:
+            self.call = launch.Call(*_prepared(p, out, None, None, send), place, POINTERS)
 
     def forward(self, query: int, key: int, value: int, out: int, stream: int) -> None:
         self.call(stream, query, key, value, out)
+
+
+def _few(
+    p: Problem,
+    out: DeviceArray,
+    lse: DeviceArray | None,
+    weights: DeviceArray | None,
+    send: Callable[[NDArray[Any]], int],
+) -> decode.Start | None:
+    """The launch for few queries over many keys; None where another kernel takes the problem."""
+    if weights is not None or p.bfloat16_products or not decode.is_few(p):
+        return None
+    cached = decode.as_cache(p)
+    return decode.prepared(cached, out, lse, send) if decode.covers(cached, out) else None
 
 
 def _prepared(

@@ -47,6 +47,7 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "cuMemcpyHtoDAsync_v2": (_P, _P, _Z, _P),
     "cuMemcpyDtoHAsync_v2": (_P, _P, _Z, _P),
     "cuStreamSynchronize": (_P,),
+    "cuStreamIsCapturing": (_P, _P),
     "cuPointerGetAttribute": (_P, _I, _P),
 }
 """What is asked of the driver, and the C types of the arguments."""
@@ -277,6 +278,14 @@ def allocate(place: Device, size: int) -> int:
     """Device memory until it is freed."""
     with place.current():
         return _handle("cuMemAlloc_v2", size)
+
+
+def is_capturing(stream: int) -> bool:
+    """Whether what is launched on the stream becomes part of a graph."""
+    status = ctypes.c_int()
+    with suppress(DriverError):  # of the default stream where another is captured: then launches fail too
+        ask("cuStreamIsCapturing", stream, ctypes.byref(status))
+    return status.value != 0
 
 
 def free(address: int, ordinal: int) -> None:

@@ -14,6 +14,7 @@ shared memory 32 bits, of global memory 64.
 import inspect
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from llvmlite import ir
@@ -235,14 +236,34 @@ def wait_copies() -> None:
     """Wait for the thread's own copies; others' are there after a `barrier`: ``cp.async.wait_group 0;``"""
 
 
+@cache
+def wait_older(left: int) -> Any:
+    """A function that waits for the thread's groups of copies but so many: ``cp.async.wait_group left;``"""
+
+    @_line(f"cp.async.wait_group {left};", "", stays=True)
+    def wait() -> None: ...
+
+    return wait
+
+
 @_line("ld.shared.b32 $0, [$1];", "=r,r", stays=True)
 def load_shared(address: int32) -> int32:
     """``ld.shared.b32 d, [address];``"""
 
 
+@_line("ld.shared.f32 $0, [$1];", "=f,r", stays=True)
+def load_shared_float(address: int32) -> float32:
+    """``ld.shared.f32 d, [address];``"""
+
+
 @_line("{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.shared.b32 [$0], $1; }", "r,r,r", stays=True)
 def store_shared(address: int32, x: int32, wanted: boolean) -> None:
     """``@p st.shared.b32 [address], x;``"""
+
+
+@_line("{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.shared.f32 [$0], $1; }", "r,f,r", stays=True)
+def store_shared_float(address: int32, x: float32, wanted: boolean) -> None:
+    """``@p st.shared.f32 [address], x;``"""
 
 
 @_line("red.shared.or.b32 [$0], $1;", "r,r", stays=True)
@@ -413,6 +434,13 @@ def load_int64(address: int64) -> int64:
 
 
 @_line(
+    "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p ld.global.b32 $0, [$1]; }", "=&r,l,r", stays=True
+)
+def load_word(address: int64, wanted: boolean) -> int32:
+    """The word at the address where `wanted`, else 0: ``@p ld.global.b32 d, [address];``"""
+
+
+@_line(
     "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p ld.global.b32 $0, [$1]; }", "=&f,l,r", stays=True
 )
 def load_float(address: int64, wanted: boolean) -> float32:
@@ -454,3 +482,24 @@ def store_half(address: int64, x: int32, wanted: boolean) -> None:
 )  # fmt: skip
 def copy_out(address: int64, shared: int32, wanted: boolean) -> None:
     """16 bytes of shared memory to global memory: ``ld.shared.v4.b32``, ``@p st.global.v4.b32``"""
+
+
+@_line("{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.global.b32 [$0], $1; }", "l,r,r", stays=True)
+def store_word(address: int64, x: int32, wanted: boolean) -> None:
+    """``@p st.global.b32 [address], x;``"""
+
+
+@_line(
+    "{ .reg .pred p; setp.ne.b32 p, $3, 0; mov.b32 $0, 0; @p atom.global.add.u32 $0, [$1], $2; }",
+    "=&r,l,r,r", stays=True,
+)  # fmt: skip
+def add_global(address: int64, x: int32, wanted: boolean) -> int32:
+    """Add to a word where `wanted`: what it was, else 0. ``@p atom.global.add.u32 d, [address], x;``"""
+
+
+@_line("fence.acq_rel.gpu;", "", stays=True)
+def fence() -> None:
+    """What the thread wrote before, or saw, other blocks see before what it writes next.
+
+    ``fence.acq_rel.gpu;``
+    """

@@ -1,0 +1,227 @@
+"""Attention of few queries over many keys on a GPU: which kernel, how it is cut, its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..problem import CacheProblem, Problem
+from . import compiler, launch
+from .decode_tiles import PARAMETERS, REACH, ROWS, STEP, Tile
+from .mma import CAPABILITY, STORAGES, _aligned, has_runs
+from .workspace import workspace
+
+TILES = (Tile(64, 6), Tile(128, 6), Tile(256, 3))
+"""A problem takes the first that is wide enough. At most 99 KB of shared memory."""
+CHUNKS = 32
+"""Into how many chunks the keys that a cache has room for are cut."""
+SHORTEST = 2 * STEP
+PAGED_CHUNK = 512
+"""Keys of a chunk where sequences are given by a table, whose width may be that of others."""
+FEW_QUERIES, FEW_ROWS = 16, 64
+"""More queries, or rows of a key head, go to the kernels of prompts, which read keys for more at once."""
+POINTERS = ("counters", "partials", "states")
+
+
+def is_few(p: Problem) -> bool:
+    """Whether a call without a cache is one of few queries over many keys."""
+    rows = p.query.shape[1] // max(p.key.shape[1], 1) * p.max_queries
+    few = 0 < p.max_queries <= FEW_QUERIES and rows <= FEW_ROWS
+    return few and p.max_keys >= 16 * p.max_queries and p.query_starts is None and p.blocks is None
+
+
+def as_cache(p: Problem) -> CacheProblem:
+    """The same call with each sequence's keys and values as one page."""
+    return CacheProblem(
+        query=p.query,
+        key_pages=p.key.transpose(0, 2, 1, 3),
+        value_pages=p.value.transpose(0, 2, 1, 3),
+        key_scales=None,
+        value_scales=None,
+        storage=p.storage,
+        page_table=np.arange(p.batch)[:, None],
+        ring=0,
+        key_starts=np.zeros(p.batch, np.int64),
+        key_lengths=p.key_lengths,
+        max_keys=p.max_keys,
+        scale=p.scale,
+        softcap=p.softcap,
+        left=p.left,
+        right=p.right,
+        offset=p.offset,
+        mask=p.mask,
+        bias=p.bias,
+        alibi_slopes=p.alibi_slopes,
+        sinks=p.sinks,
+    )
+
+
+def covers(problem: CacheProblem, out: Any) -> bool:
+    """Whether the kernel computes this problem, which lies on a GPU."""
+    p: Any = problem
+    return (
+        p.storage in STORAGES
+        and tile_of(p) is not None
+        and p.mask is None
+        and p.bias is None
+        and p.query.size > 0
+        and p.key_pages.shape[2] > 0
+        and int(p.key_lengths.max(initial=0)) + p.query.shape[2] < REACH
+        and p.page_table.size < REACH
+        and has_runs(out)
+        and all(has_runs(x) and _aligned(x) for x in (p.query, p.key_pages, p.value_pages))
+        and launch.device(p.query.device).capability >= CAPABILITY
+    )
+
+
+def tile_of(p: CacheProblem) -> Tile | None:
+    """The tile for a problem, None where none is wide enough."""
+    widest = max(p.query.shape[3], p.value_pages.shape[3])
+    return next((t for t in TILES if t.width >= widest), None)
+
+
+@cache
+def kernel(storage: str, tile: Tile) -> compiler.Kernel:
+    """The kernel as `launch` takes it."""
+    return compiler.Kernel(
+        name=f"decode-mma-{storage}-{tile.width}-{tile.slots}",
+        build=partial(_build, storage, tile),
+        parameters=PARAMETERS,
+        threads=tile.threads,
+        shared=tile.shared_bytes,
+    )
+
+
+def kernels() -> list[compiler.Kernel]:
+    """Every kernel that calls may start."""
+    return [kernel(storage, tile) for storage in STORAGES for tile in TILES]
+
+
+def _build(storage: str, tile: Tile) -> Any:
+    from . import ptx
+    from .decode_kernel import build
+
+    return build(ptx, storage, tile)
+
+
+# --- parameters ---------------------------------------------------------------------------------------------
+
+
+def is_in_order(p: CacheProblem) -> bool:
+    """Whether page b is all that sequence b has."""
+    table = p.page_table
+    return table.shape[1] == 1 and bool((table[:, 0] == np.arange(len(table))).all())
+
+
+def chunk_of(p: CacheProblem) -> int:
+    """How many keys a block takes: by what a sequence has room for, so that no other sequence changes it."""
+    if not is_in_order(p):
+        return PAGED_CHUNK
+    room = p.ring or p.key_pages.shape[1]
+    return max(SHORTEST, 1 << (-(-room // CHUNKS) - 1).bit_length())
+
+
+def vectors(p: CacheProblem) -> dict[str, NDArray[Any]]:
+    """What the kernel reads of a problem's NumPy arrays; a length or offset of all is a parameter."""
+    found: dict[str, NDArray[Any]] = {"offsets": p.offset, "key_lengths": p.key_lengths}
+    found = {name: x for name, x in found.items() if (x != x[:1]).any()}
+    if p.key_starts.any():
+        found["key_starts"] = p.key_starts
+    if not is_in_order(p):
+        found["page_table"] = p.page_table.astype(np.int32)
+    return found
+
+
+@dataclass(frozen=True)
+class Start:
+    """A kernel, what it is told, and the memory that its blocks share."""
+
+    kernel: compiler.Kernel
+    values: dict[str, Any]
+    blocks: int
+    units: int
+    sums: int  # bytes
+    states: int
+
+    def __call__(self, place: launch.Device, stream: int) -> None:
+        """Start the kernel."""
+        with workspace(place, self.units, self.sums + self.states, stream) as (counters, sums):
+            more = self.shared(counters, sums)
+            launch.run(self.kernel, self.values | more, self.blocks, place, stream)
+
+    def shared(self, counters: int, sums: int) -> dict[str, int]:
+        return {"counters": counters, "partials": sums, "states": sums + self.sums}
+
+
+class Again:
+    """A launch to be made again, of which only some pointers change, and the workspace with the stream."""
+
+    def __init__(self, start: Start, place: launch.Device, pointers: tuple[str, ...]) -> None:
+        self.start, self.place = start, place
+        self.call = launch.Call(start.kernel, start.values, start.blocks, place, (*pointers, *POINTERS))
+
+    def __call__(self, stream: int, *addresses: int) -> None:
+        s = self.start
+        with workspace(self.place, s.units, s.sums + s.states, stream) as (counters, sums):
+            self.call(stream, *addresses, counters, sums, sums + s.sums)
+
+
+def prepared(problem: CacheProblem, out: Any, lse: Any, send: Callable[[NDArray[Any]], int]) -> Start:
+    """What writes attention to `out` (B, Hq, Sq, Dv) and maybe `lse` (B, Hq, Sq).
+
+    `send` puts an array on the GPU and says where.
+    """
+    tile = cast(Tile, tile_of(problem))
+    addresses = {name: send(x) for name, x in vectors(problem).items()}
+    return start(kernel(problem.storage, tile), problem, out, lse, tile, addresses)
+
+
+def start(
+    kernel: compiler.Kernel, problem: CacheProblem, out: Any, lse: Any, tile: Tile, addresses: dict[str, int]
+) -> Start:
+    """The launch; `addresses` are those on the GPU of the arrays that `vectors` gives."""
+    p: Any = problem
+    values: dict[str, Any] = dict(addresses)
+    for name, x, axes in (
+        ("query", p.query, "bhs"), ("key", p.key_pages, "psh"), ("value", p.value_pages, "psh"),
+        ("out", out, "bhs"), ("lse", lse, "bhs"), ("alibi_slopes", p.alibi_slopes, ""),
+        ("sinks", p.sinks, ""),
+    ):  # fmt: skip
+        if x is not None:
+            values[name] = x.address
+            values |= {f"{name}_{axis}": step for axis, step in zip(axes, x.strides, strict=False)}
+    batch, heads, queries, head_dim = p.query.shape
+    kv_heads = p.key_pages.shape[2]
+    rows = heads // kv_heads * queries
+    chunk, row_blocks, block_rows = chunk_of(p), -(-rows // ROWS), min(rows, ROWS)
+    chunks = -(-p.max_keys // chunk) + bool(p.key_starts.any())
+    chunks = max(1, min(chunks, (p.left + p.right + queries - 1) // chunk + 2))
+    values |= {
+        "key_length": int(p.key_lengths[0]),
+        "offset": int(p.offset[0]),
+        "table_width": p.page_table.shape[1],
+        "page_size": p.key_pages.shape[1],
+        "ring": p.ring,
+        "group": heads // kv_heads,
+        "kv_heads": kv_heads,
+        "row_blocks": row_blocks,
+        "block_rows": block_rows,
+        "queries": queries,
+        "chunk": chunk,
+        "chunks": chunks,
+        "head_dim": head_dim,
+        "value_dim": p.value_pages.shape[3],
+        "left": p.left,
+        "right": p.right,
+        "scale": np.float32(p.scale),
+        "softcap": p.softcap,
+        "inverse_softcap": 1 / p.softcap if p.softcap else 0.0,
+    }
+    units = batch * kv_heads * row_blocks
+    states = units * chunks * block_rows * 8
+    return Start(kernel, values, units * chunks, units, states // 2 * tile.width, states)
