@@ -4,6 +4,8 @@ import numpy as np
 from ml_dtypes import bfloat16
 from oracle import hold
 
+from nbattn.cpu import kinds
+
 DTYPES = {"float32": np.float32, "float64": np.float64, "float16": np.float16, "bfloat16": bfloat16}
 STORAGES = [*DTYPES, "int8", "int4"]
 
@@ -46,6 +48,21 @@ def turn(x, positions, base, interleaved=False, width=None):
     return y
 
 
+def as_multiplied(query, storage, backend, kv_heads):
+    """The numbers that few queries (..., Hq, n, D) of a cache are multiplied as.
+
+    Where the processor multiplies bytes, those that meet int4 keys are rounded to 8 bits, 32 together as the
+    keys are.
+    """
+    few = query.shape[-3] // kv_heads * query.shape[-2] <= 64  # more rows are multiplied as they are
+    if storage != "int4" or backend not in (None, "cpu") or not few or kinds.read_as("int4") != "nibbles":
+        return query
+    groups = query.astype(np.float32).reshape(*query.shape[:-1], query.shape[-1] // 32, 32)
+    most = np.abs(groups).max(axis=-1, keepdims=True)
+    steps = np.float32(127) / np.where(most == 0, np.float32(1), most)
+    return (np.rint(groups * steps) * (most / np.float32(127))).reshape(query.shape)
+
+
 class Line:
     """One sequence: all of its keys and values, (Hkv, n, D) as the cache gives them back."""
 
@@ -72,13 +89,14 @@ class Line:
     def truncate(self, length):
         self.key, self.value = self.key[:, :length], self.value[:, :length]
 
-    def hold(self, output, lse, query, mask=None, *, ulp=4, **options):
+    def hold(self, output, lse, query, mask=None, *, ulp=4, backend=None, **options):
         """Hold attention of `query` (Hq, n, D), the last n positions, to the formula."""
         offset = len(self) - query.shape[1]
         if self.rotary:
             query = turn(query, offset + np.arange(query.shape[1]), **self.rotary).astype(query.dtype)
         options = {"is_causal": True, "query_offset": offset, "ulp": ulp, **options}
-        options["rounds"] = self.storage == "int8"
+        options["rounds"] = self.storage in ("int8", "int4")
+        query = as_multiplied(query, self.storage, backend, len(self.key))
         lse = None if lse is None else lse[None]
         hold(output[None], lse, query[None], self.key[None], self.value[None], mask, **options)
 

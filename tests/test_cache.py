@@ -23,7 +23,7 @@ class Walk:
 
     def __init__(self, seed, storage, backend, *, window=None, rotary=None):
         self.rng = rng = np.random.default_rng(seed)
-        self.storage, self.window = storage, window
+        self.storage, self.window, self.backend = storage, window, backend
         self.batch, self.capacity = int(rng.integers(1, 4)), 23 if window else 40
         self.kv_heads, self.group = int(rng.integers(1, 3)), int(rng.choice([1, 2, 5]))
         key_dims = [32] if storage == "int4" else [8, 34] if rotary else [7, 8, 33]
@@ -139,7 +139,8 @@ class Walk:
             assert (result.lse[b, :, n:] == -np.inf).all()
             seen, added = (None if x is None else x[b : b + 1, :, :n, : len(line)] for x in (mask, bias))
             output, lse = result.output[b, :, :n], result.lse[b, :, :n]
-            line.hold(output, lse, query[b, :, :n], seen, bias=added, ulp=self.ulp, **options)
+            query_ = query[b, :, :n]
+            line.hold(output, lse, query_, seen, bias=added, ulp=self.ulp, backend=self.backend, **options)
 
     def go(self, steps):
         for _ in range(steps):

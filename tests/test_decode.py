@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from cached import STORAGES, input_dtype
+from cached import STORAGES, as_multiplied, input_dtype
 from oracle import assert_same_bits, hold, normal
 
 from nbattn import paged_attention
@@ -55,7 +55,8 @@ class Paged:
         result = self.attend(query, mask, return_lse=True, backend=backend, **options)
         assert result.weights is None
         options = {"is_causal": True, "query_offset": "end", **options}
-        options["rounds"] = self.storage == "int8" and backend == "cpu"
+        options["rounds"] = self.storage in ("int8", "int4") and backend == "cpu"
+        query = as_multiplied(query, self.storage, backend, self.dense[0].shape[1])
         hold(result.output, result.lse, query, *self.dense, mask, key_lengths=self.lengths, **options)
         return result
 
@@ -160,7 +161,7 @@ class TestPagedAttention:
             paged.check(backend, query_for(rng, storage, 2, queries=queries))
 
     @pytest.mark.isa
-    @pytest.mark.parametrize("storage", ["bfloat16", "int8"])
+    @pytest.mark.parametrize("storage", ["bfloat16", "int8", "int4"])
     @pytest.mark.parametrize("heads", [2, 4, 6, 8, 16, 24])
     def test_numbers_that_are_multiplied_as_they_lie(self, storage, heads, rng):
         for head_dim, value_dim in ((64, 32), (128, 128), (64, 160)):

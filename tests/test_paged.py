@@ -26,7 +26,7 @@ class Walk:
 
     def __init__(self, seed, storage, backend, *, rotary=None):
         self.rng = rng = np.random.default_rng(seed)
-        self.storage, self.rotary = storage, rotary
+        self.storage, self.rotary, self.backend = storage, rotary, backend
         self.pages, self.page_size = int(rng.integers(15, 30)), int(rng.choice([1, 2, 4, 5]))
         self.kv_heads, self.group = int(rng.integers(1, 3)), int(rng.choice([1, 4]))
         self.dims = (32, 64) if storage == "int4" else (8, 20)
@@ -133,7 +133,8 @@ class Walk:
                 self.lines[handle],
                 None if bias is None else bias[i : i + 1, ..., : len(self.lines[handle])],
             )
-            line.hold(result.output[i], result.lse[i], query[i], bias=added, ulp=ulp, **options)
+            options_ = {"bias": added, "ulp": ulp, "backend": self.backend, **options}
+            line.hold(result.output[i], result.lse[i], query[i], **options_)
 
     def go(self, steps):
         kinds = ["append"] * 8 + ["attend"] * 7 + ["fork", "fork", "truncate", "add", "add", "free", "reset"]

@@ -6,7 +6,8 @@ softened and added up; the chunk leaves its sums, and who finishes a block's las
 order. Chunks count from a sequence's first key, whatever the batch or the number of threads.
 
 Numbers are read where they lie and widened in registers. Only keys whose bits cannot be repeated cheaply for
-several rows of a vector (float16, int8, int4), and rows that are no whole vectors, go through scratch.
+several rows of a vector (float16; int8 and int4 where bytes are not multiplied), and rows that are no whole
+vectors, go through scratch. int4 has its own tiles in `nibbles`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import types
 
-from . import aside, dots, emitters, kinds, lookup, rows, runtime, seen, simd, sweeps, weights
+from ..problem import INT4_GROUP
+from . import aside, dots, emitters, kinds, lookup, nibbles, rows, runtime, seen, simd, sweeps, weights
 from .dots import KEYS
 
 CHUNK = 512
@@ -81,15 +83,18 @@ class Scratch(NamedTuple):
     narrow: int  # weights of 16 bits, likewise
     wide: int  # widened keys, then values: together they would not fit the first-level cache
     aside: int  # values that are not finite
+    scales: int  # of a tile's keys, then values, of 4 bits, and weights for them, as `nibbles` has them
+    spread: int
 
 
-def scratch_bytes(dtype: Any, head_dim: int, value_dim: int) -> int:
+def scratch_bytes(storage: str, dtype: Any, head_dim: int, value_dim: int) -> int:
     """What `Scratch` takes; head dimensions are padded to whole vectors."""
     size = np.dtype(dtype).itemsize
     vectors = VECTORS * ROWS * emitters.REGISTER_BYTES
     rows = ROWS * (head_dim * size + KEYS * (size + 2)) + KEYS * (max(head_dim, value_dim) + value_dim) * size
     tables = TABLES * CHUNK * 8 + ROW_TABLES * ROWS * 8 + 3 * KEYS * 8
-    return tables + vectors + rows
+    of_nibbles = nibbles.scratch_bytes(ROWS, head_dim, value_dim) if storage == "int4" else 0
+    return tables + vectors + rows + of_nibbles
 
 
 def partial_bytes(dtype: Any, rows: int, value_dim: int) -> int:
@@ -128,11 +133,17 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
     sum1, sum2, sum4 = (dots.across(number, n, lambda b, x, y: b.fadd(x, y)) for n in (1, 2, wide_rows))
     padded, filled, find, find_keys, widen, widen_query = lookup.build(jit, storage)
     adjust, visible, place = seen.build(jit, storage, filled)
-    rows_together, in_place, set_up = rows.build(jit, storage, padded, widen_query)
+    as_nibbles = kind == "nibbles"
+    of_nibbles = nibbles.build(jit) if as_nibbles else nibbles.Nibbles(None, None, None, None)
+    spread_weights = of_nibbles.spread_weights
+    rows_together, in_place, set_up = rows.build(jit, storage, padded, widen_query, of_nibbles.round_queries)
     scale_by, soften, round_weights = weights.build(jit, storage)
     all_finite, set_aside, add_visible, by_parity = aside.build(jit, storage, padded, widen, visible, place)
-    score_stored = score_wide = sweeps.scorer(jit, number, kind, stored_bits, padded, in_place=True)
-    weigh_stored = weigh_wide = sweeps.weigher(jit, number, kind, stored_bits, padded, in_place=True)
+    if as_nibbles:
+        score_stored, weigh_stored = of_nibbles.score, of_nibbles.weigh
+    else:
+        score_stored = score_wide = sweeps.scorer(jit, number, kind, stored_bits, padded, in_place=True)
+        weigh_stored = weigh_wide = sweeps.weigher(jit, number, kind, stored_bits, padded, in_place=True)
     if not as_stored:
         score_wide = sweeps.scorer(jit, number, "float32", stored_bits, padded, in_place=False)
         weigh_wide = sweeps.weigher(jit, number, "float32", stored_bits, padded, in_place=False)
@@ -148,13 +159,15 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
         narrow_at = s + ROWS * KEYS * size
         wide = narrow_at + ROWS * KEYS * 2
         aside = wide + KEYS * padded(max(p.head_dim, p.value_dim)) * size
+        scales = aside + KEYS * padded(p.value_dim) * size
+        spread = scales + max(p.head_dim, p.value_dim) // INT4_GROUP * KEYS * 4
         next_keys = vectors + VECTORS * vector
         wide_keys = next_keys + 8 * KEYS
         wide_values = wide_keys + 8 * KEYS
         return Scratch(w, w + table, w + 2 * table, w + 3 * table, next_keys, wide_keys, wide_values,
                        rows, rows + 8 * ROWS, rows + 16 * ROWS, rows + 24 * ROWS, rows + 32 * ROWS,
                        vectors, vectors + 2 * vector, vectors + 3 * vector,
-                       q, s, narrow_at, wide, aside)  # fmt: skip
+                       q, s, narrow_at, wide, aside, scales, spread)  # fmt: skip
 
     @jit
     def reach(p, b, row0, rows):
@@ -196,7 +209,7 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
                 wanted, count = (w.next_keys, next_keys) if next_keys > 0 else (keys_at, 1)
             # Values that one row takes come as they lie; of others a tile asks for the next tile's keys.
             ahead, ahead_bytes = values_at, p.value_bytes
-            if together == 1 and groups == 1 and not wide_values and is_foreseen(p):
+            if together == 1 and groups == 1 and not as_nibbles and not wide_values and is_foreseen(p):
                 ahead, ahead_bytes = wanted, p.key_bytes
             if wide_keys:
                 widen(keys_at, key_scales, padding, p.head_dim, w.wide)
@@ -213,6 +226,8 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
                 widen(values_at, value_scales, padding, p.value_dim, w.wide)
             if whole and fours:
                 round_weights(w, value_scales, padding, groups, together)
+            elif as_nibbles and not wide_values:
+                spread_weights(p, w, value_scales, padding, groups)
             elif int8:
                 scale_by(value_scales, w.s, padding, groups, together)
             end = wanted + 8 * (count - 1)

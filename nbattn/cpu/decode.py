@@ -69,7 +69,8 @@ class Plan:
         self.units = batch * kv_heads * blocks
         lanes = simd.lanes(p.compute)
         padded, padded_value = (-(-n // lanes) * lanes for n in (head_dim, value_dim))
-        self.workspace_bytes = -(-chunks.scratch_bytes(p.compute, padded, padded_value) // 64) * 64
+        scratch = chunks.scratch_bytes(p.storage, p.compute, padded, padded_value)
+        self.workspace_bytes = -(-scratch // 64) * 64
         self.partial_bytes = -(-chunks.partial_bytes(p.compute, block_rows + 3, padded_value) // 64) * 64
         # A row with an ordinary scale takes the raw products, and the scale goes into the softmax's exponent.
         plain = (

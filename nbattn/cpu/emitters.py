@@ -27,6 +27,8 @@ TABLES = X86 and REGISTER_BYTES == 64
 """Whether registers serve as tables of one number for each lane."""
 BYTES = "avx512vnni" in _features and REGISTER_BYTES == 64
 """Whether integers of 8 and 16 bits are multiplied as they are."""
+NIBBLES = BYTES and "avx512vbmi" in _features
+"""Whether, besides, bytes and pairs of them are looked up anywhere in a register."""
 DESCRIPTION = f"{REGISTER_BYTES * 8}-bit vectors, {REGISTERS} registers" + ", AMX" * AMX
 
 I8, I16, I32, I64 = (ir.IntType(n) for n in (8, 16, 32, 64))

@@ -1,8 +1,9 @@
 """How tiles of decode read keys and values of a storage dtype, and multiply them.
 
 A `kind` names it. Most are storage dtypes whose numbers are widened in registers. Where the processor
-multiplies narrow numbers as they lie there are two more: "pairs" of bfloat16, and "bytes", int8 numbers in
-fours (keys) and twos (values) that whole numbers of 16 bits are multiplied with. Queries, or weights and the
+multiplies narrow numbers as they lie there are three more: "nibbles", int4 numbers, which have tiles of their
+own; "pairs" of bfloat16; and "bytes", int8 numbers in fours (keys) and twos (values) that whole numbers of
+16 bits are multiplied with. Queries, or weights and the
 scales of values, are rounded to such numbers: what one of them is worth is the row's largest / 32512, so that
 they are off by less than a two hundredth of what the keys and values themselves are off.
 """
@@ -31,7 +32,11 @@ def shuffle(b: Any, x: Any, y: Any, order: list[int]) -> Any:
 
 def read_as(storage: str) -> str:
     """The kind that numbers of a storage dtype are read as in place."""
-    narrow = {"bfloat16": "pairs" if emitters.PAIRS else "", "int8": "bytes" if emitters.BYTES else ""}
+    narrow = {
+        "bfloat16": "pairs" if emitters.PAIRS else "",
+        "int8": "bytes" if emitters.BYTES else "",
+        "int4": "nibbles" if emitters.NIBBLES else "",
+    }
     return narrow.get(storage) or storage
 
 
@@ -82,7 +87,8 @@ def in_fours(kind: str) -> bool:
 
 def bits(kind: str) -> int:
     """Bits of a number."""
-    return {"float64": 64, "float32": 32, "int8": 8, "bytes": 8, "int4": 4}.get(kind, 16)
+    narrow = {"int8": 8, "bytes": 8, "int4": 4, "nibbles": 4}
+    return {"float64": 64, "float32": 32, **narrow}.get(kind, 16)
 
 
 def read(b: Any, address: Any, kind: str, t: Any, scales: Any, repeats: int = 1) -> list[Any]:

@@ -6,9 +6,32 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numba import types
+from numba.extending import intrinsic
 
-from . import dots, kinds, simd
+from . import dots, emitters, kinds, simd
+from .emitters import I64, pointer, store_value
 from .masks import get_byte
+
+
+@intrinsic
+def put_steps(typingctx: Any, table: Any, first: Any, step: Any, count: Any) -> Any:
+    """Fill a table with so many addresses, a step apart; as stores to a pointer's neighbours, eight a vector.
+
+    Compiled from integers for addresses, the loop scatters its lanes: 2 ns for each key instead of 0.2.
+    """
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        table, first, step, count = args
+        places = pointer(b, table, I64)
+
+        def put(state: list[Any], i: Any) -> list[Any]:
+            store_value(b, b.add(first, b.mul(step, i)), b.gep(places, [i]))
+            return []
+
+        emitters.loop_values(b, count, [], put)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), codegen
 
 
 class Lookup(NamedTuple):
@@ -77,9 +100,7 @@ def build(jit: Any, storage: str) -> Lookup:
             if p.ring != 0:
                 count = min(count, p.ring - page * p.page_size - row)
             a = base + get_int(p.page_table + 8 * (b * p.table_width + page)) * page_bytes + row * row_bytes
-            for c in range(j, j + count):
-                put_int(table + 8 * c, a)
-                a += row_bytes
+            put_steps(table + 8 * j, a, row_bytes, count)
             j += count
             page, row = page + 1, 0
             if p.ring != 0 and page * p.page_size >= p.ring:

@@ -11,10 +11,12 @@ from . import dots, emitters, kinds, simd
 from .kinds import LARGEST_QUERY, LEAST
 
 
-def build(jit: Any, storage: str, padded: Any, widen_query: Any) -> tuple[Any, Any, Any]:
+def build(
+    jit: Any, storage: str, padded: Any, widen_query: Any, round_queries: Any = None
+) -> tuple[Any, Any, Any]:
     """The compiled functions ``rows_together(p)``, ``in_place(p, together)`` and ``set_up``.
 
-    `p` is the call's parameters, `w` a thread's `chunks.Scratch`.
+    `p` is the call's parameters, `w` a thread's `chunks.Scratch`; `round_queries` is of `nibbles`.
     """
     dtype: Any = np.float64 if storage == "float64" else np.float32
     number = types.float64 if storage == "float64" else types.float32
@@ -24,7 +26,7 @@ def build(jit: Any, storage: str, padded: Any, widen_query: Any) -> tuple[Any, A
     wide_rows = dots.rows_per_vector(lanes)
     pair_rows = 2 if wide_rows > 2 else 0
     kind = kinds.read_as(storage)
-    parities, pairs, whole = kind == "bfloat16", kind == "pairs", kinds.is_whole(kind)
+    parities, pairs, whole, nibbles = (kind == x for x in ("bfloat16", "pairs", "bytes", "nibbles"))
     unit, behind = kinds.unit(kind) * lanes, kinds.behind_bytes(kind)
     query_bytes = kinds.query_bytes(kind, size)
     few_only = kind in ("float16", "int8", "int4")  # read in place for one row a vector alone
@@ -40,14 +42,14 @@ def build(jit: Any, storage: str, padded: Any, widen_query: Any) -> tuple[Any, A
     @jit
     def rows_together(p):
         """Query rows that share a vector."""
-        if p.block_rows == 1:
+        if nibbles or p.block_rows == 1:
             return 1
         return pair_rows if p.block_rows == pair_rows else wide_rows
 
     @jit
     def in_place(p, together):
         """Whether keys are read where they lie."""
-        return p.head_dim % unit == 0 and (together == 1 or not few_only)
+        return nibbles or (p.head_dim % unit == 0 and (together == 1 or not few_only))
 
     @jit
     def copy_row(source, target, width, lane, together, every):
@@ -125,7 +127,9 @@ def build(jit: Any, storage: str, padded: Any, widen_query: Any) -> tuple[Any, A
                 copy_row(a, t, p.head_dim * 2, lane, together, 1)
                 continue
             widen_query(a, p.head_dim, w.wide)
-            if whole:
+            if nibbles:
+                round_queries(p.head_dim, w.wide, w.q + r * p.head_dim * 2)
+            elif whole:
                 bias, worth = halve(p.head_dim, w.wide)
                 upper = w.wide + p.head_dim * size
                 copy_row(upper, t, p.head_dim, lane, together, 2)

@@ -91,13 +91,16 @@ def cpu_name() -> str:
 
 @cache
 def cpu_features() -> frozenset[str]:
-    """The extensions that kernels may use: avx512f, avx512bf16, avx512vnni, amx-bf16, avx2, fma, f16c, neon;
-    and sse4a, which tells AMD's processors from Intel's.
+    """The extensions that kernels may use: avx512f, avx512bf16, avx512vnni, avx512vbmi, amx-bf16, avx2, fma,
+    f16c, neon; and sse4a, which tells AMD's processors from Intel's.
 
     `NUMBA_CPU_FEATURES` decides where it is set; else a processor named by `NUMBA_CPU_NAME` is taken at the
     level that its name stands for; else the host is asked.
     """
-    known = {"avx512f", "avx512bf16", "avx512vnni", "amx-bf16", "avx2", "fma", "f16c", "neon", "sse4a"}
+    known = {
+        "avx512f", "avx512bf16", "avx512vnni", "avx512vbmi", "amx-bf16",
+        "avx2", "fma", "f16c", "neon", "sse4a",
+    }  # fmt: skip
     if config.CPU_FEATURES is not None:
         return frozenset(f[1:] for f in config.CPU_FEATURES.split(",") if f[:1] == "+") & known
     if config.CPU_NAME is not None and platform.machine().lower() in ("x86_64", "amd64"):
