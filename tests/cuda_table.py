@@ -34,9 +34,15 @@ RESERVED_SHARED = 1 << 10
 
 def kernels():
     """Every kernel that a call may start."""
-    from nbattn.cuda import attention, decode, mma, softmax
+    from nbattn.cuda import attention, decode, hopper, mma, softmax
 
-    return [kernel for module in (mma, decode, attention, softmax) for kernel in module.kernels()]
+    return [kernel for module in (mma, hopper, decode, attention, softmax) for kernel in module.kernels()]
+
+
+def architectures(kernel):
+    """Those that a call may start it on."""
+    alone = [name for name in ARCHITECTURES if name.endswith("a")] if "-hopper-" in kernel.name else None
+    return alone or list(ARCHITECTURES)
 
 
 def resident_blocks(sm, threads, registers, shared):
@@ -84,7 +90,7 @@ def main(arguments):
     rows = {}
     for kernel in kernels():
         if not names or kernel.name in names:
-            rows[kernel.name] = {name: row(kernel, name) for name in chosen}
+            rows[kernel.name] = {name: row(kernel, name) for name in architectures(kernel) if name in chosen}
             print(kernel.name, rows[kernel.name], file=sys.stderr, flush=True)
     if arguments:
         print(json.dumps(rows))

@@ -41,7 +41,7 @@ def compiled():
         command = [sys.executable, "-W", "ignore", cuda_table.__file__, architecture]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-4000:]
-        return {name: rows[architecture] for name, rows in json.loads(done.stdout).items()}
+        return {name: rows[architecture] for name, rows in json.loads(done.stdout).items() if rows}
 
     with ThreadPoolExecutor() as pool:
         rows = pool.map(run, cuda_table.ARCHITECTURES)
@@ -59,14 +59,14 @@ def test_everything_stays_in_registers(architecture, compiled):
     if architecture == "sm_90a":  # before, where the blocks end
         calls = {name: row["calls"] for name, row in rows.items() if "calls" in row}
         # Plain arithmetic divides, once for each row or block; the compiler has functions for that.
-        assert not {name for name in calls if "-mma-" in name}
+        assert not {name for name in calls if "-mma-" in name or "-hopper-" in name}
         assert all("_div_" in call or "_rem_" in call for names in calls.values() for call in names)
 
 
 @architectures
 def test_table(architecture, compiled, table):
     """With other compilers the numbers may differ by themselves; which kernels there are may not."""
-    listed = {name: rows[architecture] for name, rows in table["kernels"].items()}
+    listed = {n: rows[architecture] for n, rows in table["kernels"].items() if architecture in rows}
     assert list(compiled[architecture]) == list(listed)
     versions = {package: installed(package) for package in PACKAGES}
     if versions != table["compilers"]:
@@ -76,8 +76,8 @@ def test_table(architecture, compiled, table):
 
 class TestWithoutCompilers:
     def test_table_has_no_local_memory(self, table):
-        for rows in table["kernels"].values():
-            assert set(rows) == set(cuda_table.ARCHITECTURES)
+        for name, rows in table["kernels"].items():
+            assert set(rows) == ({"sm_90a"} if "-hopper-" in name else set(cuda_table.ARCHITECTURES))
             for row in rows.values():
                 assert row["local"] == 0
                 assert row["blocks"] >= 1

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..device import DeviceArray
 from ..problem import Problem, storage_name
-from . import arrays, compiler, decode, launch, mma
+from . import arrays, compiler, decode, hopper, launch, mma
 from .compiler import WORDS
 
 TILE = (16, 16, 4, 4, 8, 32, 32)
@@ -94,8 +94,10 @@ class Repeat:
         few = _few(p, out, None, None, send)
         if few is not None:
             self.call: Any = decode.Again(few, place, POINTERS)
-        else:
-            self.call = launch.Call(*_prepared(p, out, None, None, send), place, POINTERS)
+            return
+        prepared = _prepared(p, out, None, None, send)
+        has_maps = "query_map" in prepared[0].offsets
+        self.call = hopper.Call(p, prepared, place) if has_maps else launch.Call(*prepared, place, POINTERS)
 
     def forward(self, query: int, key: int, value: int, out: int, stream: int) -> None:
         self.call(stream, query, key, value, out)
@@ -123,8 +125,10 @@ def _prepared(
     send: Callable[[NDArray[Any]], int],
 ) -> tuple[compiler.Kernel, dict[str, Any], int]:
     """The kernel, its parameters and its blocks; `send` puts an array on the GPU and says where."""
-    if weights is None and mma.has_runs(out) and mma.covers(p):
-        return mma.prepared(p, out, lse, send)
+    if weights is None and mma.has_runs(out):
+        for tensor_cores in (hopper, mma):
+            if tensor_cores.covers(p):
+                return tensor_cores.prepared(p, out, lse, send)
     values = parameters(p, out, lse, weights)
     values |= {name: send(array) for name, array in _on_host(p, values).items()}
     return _kernel_of(p), values, _blocks(p, values)

@@ -49,6 +49,7 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "cuStreamSynchronize": (_P,),
     "cuStreamIsCapturing": (_P, _P),
     "cuPointerGetAttribute": (_P, _I, _P),
+    "cuTensorMapEncodeTiled": (_P, _I, _U, *[_P] * 5, *[_I] * 4),
 }
 """What is asked of the driver, and the C types of the arguments."""
 MAJOR, MINOR, SHARED_OPT_IN = 75, 76, 97  # CU_DEVICE_ATTRIBUTE_*
@@ -68,7 +69,8 @@ def library() -> Any:
         msg = f'backend="cuda" needs an NVIDIA GPU and its driver ({error}); else pass backend="cpu"'
         raise OSError(msg) from error
     for function, types in FUNCTIONS.items():
-        getattr(found, function).argtypes = types
+        with suppress(AttributeError):  # drivers before CUDA 12 lack the last
+            getattr(found, function).argtypes = types
     if status := found.cuInit(0):
         name = error_name(found, status)
         reason = "the driver finds none" if status == NO_DEVICE else f"the driver fails with {name}"
@@ -267,6 +269,9 @@ class Call:
         parameters = self.parameters[:]  # its own, as other threads may call too
         for offset, address in zip(self.offsets, addresses, strict=True):
             _put_pointer(parameters, offset, address)
+        self.start(parameters, stream)
+
+    def start(self, parameters: bytearray, stream: int) -> None:
         if _handle("cuCtxGetCurrent") == self.place.context:
             launch(self.kernel, self.function, parameters, self.blocks, stream)
             return
