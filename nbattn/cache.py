@@ -51,7 +51,8 @@ class KVCache:
     rotary_dim : int, optional
         How many of the first numbers turn; all unless given.
     backend : {None, "cpu", "reference", "cuda"}
-        Who writes, and attends unless `attend` is told otherwise.
+        Who writes, and attends unless `attend` is told otherwise. With "cuda" the cache lies on the current
+        GPU, and takes arrays that lie there, or NumPy's, which are copied; lengths stay on the host.
 
     Attributes
     ----------
@@ -178,8 +179,14 @@ class KVCache:
         k, v, counts = self._store.check_new(key, value, lengths, len(places.lengths))
         if not places.ring and places.longest + k.shape[2] > self._capacity:
             self._check_room(counts)
+        before = places.starts.copy() if self._store.is_on_gpu else None
         places.make_room(counts)
-        self._store.write(places, k, v, counts)
+        try:
+            self._store.write(places, k, v, counts)
+        except Exception:
+            if before is not None:  # a launch that fails writes nothing
+                places.starts[:] = before
+            raise
         places.lengths += counts
         if lengths is None:
             places.longest += k.shape[2]

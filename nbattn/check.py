@@ -15,8 +15,11 @@ from . import device
 from .device import DeviceArray
 from .problem import UNBOUNDED, storage_name
 
-ON_GPU = ("attention", "softmax")
-ON_GPU_DOORS = "scaled_dot_product_attention, varlen_attention, softmax, log_softmax and logsumexp"
+ON_GPU = ("attention", "softmax", "decode", "append")
+ON_GPU_DOORS = (
+    "scaled_dot_product_attention, varlen_attention, paged_attention, softmax, log_softmax, logsumexp, and "
+    'KVCache and PagedKVCache that are made with backend="cuda"'
+)
 
 
 def backend_module(stem: str, backend: str | None) -> ModuleType:

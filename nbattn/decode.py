@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import check
+from . import check, device
 from .attention import AttentionOutput
+from .device import DeviceArray
 from .problem import INT4_GROUP, CacheProblem, storage_name
 
 
@@ -45,6 +46,7 @@ def paged_attention(
     ----------
     query : array_like, shape (B, Hq, Sq, D)
         float32, float64, float16 or bfloat16.
+        On a GPU so are all other arrays but the table and the lengths, which are checked on the host.
     key_pages, value_pages : array_like, shapes (pages, page_size, Hkv, D) and (pages, page_size, Hkv, Dv)
         Same dtype as the query, strided as you like but for the last axis. Or quantised: int8, or uint8 that
         holds two 4-bit numbers in each byte, D // 2 and Dv // 2 of them; the query is then no float64.
@@ -107,6 +109,14 @@ def paged_attention(
         again = _repeats.get(layout)
         if again is not None and (output := again(*arrays)) is not None:
             return output
+    large = {"query": query, "key_pages": key_pages, "value_pages": value_pages, "key_scales": key_scales,
+             "value_scales": value_scales, "mask": mask, "bias": bias, "out": out}  # fmt: skip
+    found = device.placed(large, {"alibi_slopes": alibi_slopes, "sinks": sinks})
+    if found:
+        query, key_pages, value_pages, key_scales, value_scales, mask, bias, out, alibi_slopes, sinks = (
+            found.values()
+        )
+        backend = check.gpu_backend(backend, found["query"])
     module = check.backend_module("decode", backend)
     pages = _check_pages(key_pages, value_pages, key_scales, value_scales)
     table, lengths = _check_table(page_table, key_lengths, pages)
@@ -126,6 +136,7 @@ def paged_attention(
     )
     given = (query, key_pages, value_pages, key_scales, value_scales, *options)
     result, lse = run(module, problem, q.dtype, check.check_flag(return_lse, "return_lse"), out, given)
+    result, lse = map(device.given_back, (result, lse))
     if layout is not None and query_offset == "end":
         _remember(layout, module, problem, given[:5])
     return result if lse is None else AttentionOutput(result, None, lse)
@@ -188,6 +199,13 @@ def check_query(query: ArrayLike, pages: Pages, batch: int) -> NDArray[Any]:
     return q
 
 
+def wide(query: NDArray[Any], pages: Pages) -> NDArray[Any]:
+    """Queries as kernels take them: of a quantised cache in float32, but where they lie on a GPU."""
+    if pages.key_scales is None or type(query) is DeviceArray:
+        return query
+    return query.astype(np.float32, copy=False)
+
+
 def cache_problem(
     query: NDArray[Any],
     pages: Pages,
@@ -206,8 +224,7 @@ def cache_problem(
     compute = np.float64 if pages.storage == "float64" else np.float32
     left, right = check.check_window(options.window_size, check.check_flag(options.is_causal, "is_causal"))
     return CacheProblem(
-        # Queries of a quantised cache are float32.
-        query=check.kernel_view(query if pages.key_scales is None else query.astype(np.float32, copy=False)),
+        query=check.kernel_view(wide(query, pages)),
         key_pages=pages.key,
         value_pages=pages.value,
         key_scales=pages.key_scales,
@@ -247,8 +264,8 @@ def run(
     scales = (p.key_scales, p.value_scales)
     own = (x for x in given if isinstance(x, np.ndarray))
     inputs = (*own, p.query, p.key_pages, p.value_pages, *scales, p.mask, p.bias, p.alibi_slopes, p.sinks)
-    result = check.check_out(out, shape, dtype, inputs)
-    lse = np.empty(shape[:3], p.compute) if return_lse else None
+    result = check.check_out(out, shape, dtype, inputs, p.query)
+    lse = check.new_array(p.query, shape[:3], p.compute) if return_lse else None
     direct = result.dtype == p.query.dtype and check.kernel_view(result) is result
     target = result if direct else np.empty(shape, p.query.dtype)
     module.forward(p, target, lse)
@@ -327,10 +344,12 @@ def _check_table(
     lengths = check.check_key_lengths(key_lengths, limits)
     needed = np.arange(table.shape[1]) < -(-lengths[:, None] // page_size)
     # Compared before any conversion: 2**64 - 1 must not turn into -1, nor -1 into a page.
-    outside = needed & ((table < 0) | (table >= len(pages.key)))
+    outside = needed & ((table < 0) | (table >= pages.key.shape[0]))
     if outside.any():
         b, i = (int(x[0]) for x in np.nonzero(outside))
-        msg = f"page_table[{b}, {i}] is {table[b, i]}; expected 0 to {len(pages.key) - 1}, one of the pages"
+        msg = (
+            f"page_table[{b}, {i}] is {table[b, i]}; expected 0 to {pages.key.shape[0] - 1}, one of the pages"
+        )
         raise ValueError(msg)
     return np.where(needed, table, 0).astype(np.int64), lengths
 

@@ -73,6 +73,10 @@ class DeviceArray:
         return size
 
     @property
+    def nbytes(self) -> int:
+        return self.size * self.itemsize
+
+    @property
     def extent(self) -> tuple[int, int]:
         """The first byte and the one after the last."""
         if self.size == 0:

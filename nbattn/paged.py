@@ -211,8 +211,14 @@ class PagedKVCache:
             raise ValueError(msg)
         k, v, counts = self._store.check_new(key, value, lengths, len(handles))
         rows = self._places(handles).rows
-        self._take_pages(rows, counts)
-        self._store.write(self._places(handles), k, v, counts)
+        before = self._pages_now(rows) if self._store.is_on_gpu else None
+        try:
+            self._take_pages(rows, counts, k)
+            self._store.write(self._places(handles), k, v, counts)
+        except Exception:
+            if before is not None:  # a launch that fails writes nothing
+                self._pages_again(rows, *before)
+            raise
         self._lengths[rows] += counts
 
     def attend(
@@ -310,7 +316,7 @@ class PagedKVCache:
             np.concatenate((x, np.zeros(new[0] - old[0], np.int64))) for x in (self._lengths, self._held)
         )
 
-    def _take_pages(self, rows: NDArray[np.int64], counts: NDArray[np.int64]) -> None:
+    def _take_pages(self, rows: NDArray[np.int64], counts: NDArray[np.int64], key: Any) -> None:
         """Give sequences pages of their own for that many more positions, or raise before any changes."""
         size, lengths = self._page_size, self._lengths[rows]
         wanted = np.maximum(-(-(lengths + counts) // size) - self._held[rows], 0)
@@ -330,15 +336,25 @@ class PagedKVCache:
         for row, index, page in copies:
             self._table[row, index] = own = self._take(1)[0]
             filled = self._lengths[row] % size
-            for array in self._store.pages[:4]:
-                if array is not None:
-                    array[own, :filled] = array[page, :filled]
+            self._store.copy(page, own, int(filled), key)
             self._uses[page] -= 1
             self._holds -= 1
         for i in np.flatnonzero(wanted):
             row, held, more = rows[i], self._held[rows[i]], int(wanted[i])
             self._table[row, held : held + more] = self._take(more)
             self._held[row] += more
+
+    def _pages_now(self, rows: NDArray[np.int64]) -> tuple[Any, ...]:
+        """What `_take_pages` changes."""
+        return self._uses.copy(), self._free[:], self._holds, self._table[rows], self._held[rows]
+
+    def _pages_again(
+        self, rows: NDArray[np.int64], uses: Any, free: Any, holds: int, table: Any, held: Any
+    ) -> None:
+        """Have it as before."""
+        self._uses, self._free, self._holds, self._held[rows] = uses, free, holds, held
+        self._table[rows, : table.shape[1]] = table
+        self._changes += 1
 
     def _shared(
         self, rows: NDArray[np.int64], lengths: NDArray[np.int64], counts: NDArray[np.int64]

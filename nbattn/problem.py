@@ -97,7 +97,8 @@ class CacheProblem:
 
     int8 numbers times their token's and head's scale are the keys; int4 keeps `INT4_GROUP` numbers in 16
     bytes, of which byte i holds number i in its low and number i + 16 in its high four bits, 8 more than the
-    number, to be multiplied with the group's scale. Queries of a quantised cache are float32. With int8,
+    number, to be multiplied with the group's scale. Queries of a quantised cache are float32, on a GPU of any
+    dtype but float64. With int8,
     kernels may round the numbers of a query to multiples of its largest / 32512, and weights times the scales
     of 64 values to multiples of their largest / 32767.
     """

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from . import check
+from . import check, device
 from .attention import AttentionOutput
-from .decode import Options, Pages, cache_problem, check_query, run
+from .decode import Options, Pages, cache_problem, check_query, run, wide
+from .device import DeviceArray
 from .problem import CACHE_DTYPES, INT4_GROUP, UNBOUNDED, AppendProblem, CacheProblem, storage_name
 
 PLANS = 16
@@ -68,6 +69,7 @@ class Store:
         value_dim = key_dim if value_dim is None else check_size(value_dim, "value_dim")
         self.backend, self.window = backend, window
         check.backend_module("decode", backend)
+        empty = check.backend_module("append", "cuda").empty if self.is_on_gpu else np.empty
         self.frequencies, self.interleaved = _check_rotary(key_dim, *rotary)
         storage, stored = _check_dtype(dtype)
         arrays: list[Any] = []
@@ -78,12 +80,17 @@ class Store:
             # A head's rows lie together, as (pages, heads, page_size, ...).
             shape = (pages, heads, page_size)
             bytes_or_numbers = width // 2 if storage == "int4" else width
-            arrays.append(np.empty((*shape, bytes_or_numbers), stored).swapaxes(1, 2))
+            arrays.append(_by_row(empty((*shape, bytes_or_numbers), stored)))
             scales = {"int8": shape, "int4": (*shape, width // INT4_GROUP)}.get(storage)
-            arrays.append(None if scales is None else np.empty(scales, np.float32).swapaxes(1, 2))
+            arrays.append(None if scales is None else _by_row(empty(scales, np.dtype(np.float32))))
         key, key_scales, value, value_scales = arrays
         self.pages = Pages(key, value, key_scales, value_scales, storage)
         self.checked: dict[Any, NDArray[np.int64]] = {}  # by layout: counts of appends that need no checks
+
+    @property
+    def is_on_gpu(self) -> bool:
+        """Whether its memory is a GPU's."""
+        return self.backend == "cuda"
 
     @property
     def nbytes(self) -> int:
@@ -97,7 +104,9 @@ class Store:
     ) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.int64]]:
         """New keys and values that fit the cache, and how many of them each sequence gets."""
         layout = None
-        if lengths is None and type(key) is type(value) is np.ndarray:
+        if self.is_on_gpu:
+            key, value = self._placed({"key": key, "value": value}, {})
+        elif lengths is None and type(key) is type(value) is np.ndarray:
             layout = (batch, key.shape, key.strides, key.dtype, key.flags.aligned,
                       value.shape, value.strides, value.dtype, value.flags.aligned)  # fmt: skip
             if (known := self.checked.get(layout)) is not None:
@@ -126,7 +135,20 @@ class Store:
         if array.ndim != 4 or (*array.shape[:2], array.shape[3]) != (batch, heads, width):
             msg = f"{name} has shape {array.shape}; expected ({batch}, {heads}, new positions, {width})"
             raise ValueError(msg)
-        return check.kernel_view(array.astype(np.float32, copy=False) if quantised else array)
+        as_it_is = self.is_on_gpu or not quantised
+        return check.kernel_view(array if as_it_is else array.astype(np.float32, copy=False))
+
+    def _placed(self, large: dict[str, Any], small: dict[str, Any]) -> tuple[Any, ...]:
+        """A call's arrays as they lie: all on the host, or all but small ones on this cache's GPU."""
+        found = device.placed(large, small)
+        ordinal: Any = self.pages.key
+        for name, x in found.items():
+            if type(x) is DeviceArray and x.device != ordinal.device:
+                msg = (
+                    f"{name} lives on GPU {x.device} and the cache on GPU {ordinal.device}; copy one of them"
+                )
+                raise ValueError(msg)
+        return tuple((found or large | small).values())
 
     def write(
         self, places: Places, key: NDArray[Any], value: NDArray[Any], counts: NDArray[np.int64]
@@ -152,6 +174,16 @@ class Store:
             places.writer = module.Plan(problem).append
         places.writer(key, value, places.lengths, counts)
 
+    def copy(self, page: int, own: int, filled: int, key: Any) -> None:
+        """Copy the first rows of a page to another one, on a GPU in the order of work on new keys."""
+        if self.is_on_gpu:
+            stream = key.stream if type(key) is DeviceArray else 0
+            check.backend_module("append", "cuda").copy_page(self.pages[:4], page, own, stream)
+            return
+        for array in self.pages[:4]:
+            if array is not None:
+                array[own, :filled] = array[page, :filled]
+
     # --- reading --------------------------------------------------------------------------------------------
 
     def attend(
@@ -166,7 +198,9 @@ class Store:
     ) -> NDArray[Any] | AttentionOutput:
         """Attention of the last positions' queries, as `KVCache.attend` says."""
         layout = None
-        if lengths is None and (backend is None or backend == (self.backend or "cpu")):
+        if self.is_on_gpu:
+            query, out, given = self._on_gpu(query, out, given, backend)
+        elif lengths is None and (backend is None or backend == (self.backend or "cpu")):
             layout = _layout(query, given, return_lse)
             if (known := places.readers.get(layout)) is not None:
                 return known(query, out, given)
@@ -175,10 +209,8 @@ class Store:
         q = check_query(query, self.pages, len(places.lengths))
         counts = check_counts(lengths, len(places.lengths), q.shape[2])
         offset = places.lengths - counts
-        # Queries of a quantised cache are float32, before they turn.
-        wide = q if self.pages.key_scales is None else q.astype(np.float32, copy=False)
         problem = cache_problem(
-            self.turned(wide, offset, backend),
+            self.turned(wide(q, self.pages), offset, backend),  # wide before they turn
             self.pages,
             page_table=places.table,
             ring=places.ring,
@@ -192,6 +224,11 @@ class Store:
             self._check_held(places, offset, problem.left)
         is_wanted = check.check_flag(return_lse, "return_lse")
         result, lse = run(module, problem, q.dtype, is_wanted, out, (query, *given))
+        if type(result) is DeviceArray:
+            if (counts < q.shape[2]).any():
+                check.backend_module("append", "cuda").clear(result, lse, counts)
+            result, lse = map(device.given_back, (result, lse))
+            return result if lse is None else AttentionOutput(result, None, lse)
         for b in np.flatnonzero(counts < q.shape[2]):
             result[b, :, counts[b] :] = 0
             if lse is not None:
@@ -199,6 +236,18 @@ class Store:
         if layout is not None and q.size <= PLAN_NUMBERS and check.kernel_view(q) is q:
             self._remember(places, layout, module, problem, result, return_lse)
         return result if lse is None else AttentionOutput(result, None, lse)
+
+    def _on_gpu(
+        self, query: Any, out: Any, given: tuple[Any, ...], backend: str | None
+    ) -> tuple[Any, Any, tuple[Any, ...]]:
+        """A call's arrays as they lie, of a cache on a GPU."""
+        if backend not in (None, "cuda"):
+            msg = f'the cache lives on a GPU, where backend={backend!r} cannot read it; pass "cuda" or None'
+            raise ValueError(msg)
+        mask, bias, *numbers, slopes, sinks = given
+        large = {"query": query, "mask": mask, "bias": bias, "out": out}
+        query, mask, bias, out, slopes, sinks = self._placed(large, {"alibi_slopes": slopes, "sinks": sinks})
+        return query, out, (mask, bias, *numbers, slopes, sinks)
 
     def _remember(
         self,
@@ -258,7 +307,7 @@ class Store:
             return query
         module = check.backend_module("append", backend or self.backend)
         source = check.kernel_view(query)
-        result = np.empty(source.shape, source.dtype)
+        result = check.new_array(source, source.shape, source.dtype)
         module.rotate(source, result, offset, self.frequencies, self.interleaved)
         return result
 
@@ -279,6 +328,11 @@ class Store:
                 f"{places.starts[b]} on; attend after every capacity - window + 1 new tokens or fewer"
             )
             raise ValueError(msg)
+
+
+def _by_row(array: Any) -> Any:
+    """(pages, heads, page_size, ...) as (pages, page_size, heads, ...)."""
+    return array.transpose(0, 2, 1, *range(3, array.ndim))
 
 
 _PLAIN = frozenset((bool, int, float, type(None)))

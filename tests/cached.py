@@ -1,6 +1,7 @@
 """A cache as plain arrays that grow, what each storage makes of a number, and poison for all the rest."""
 
 import numpy as np
+import simulated_gpu
 from ml_dtypes import bfloat16
 from oracle import hold
 
@@ -103,11 +104,12 @@ class Line:
 
 def poison(pages, used):
     """Fill what `used` (pages, page_size) leaves with NaN, quantised rows with a NaN scale."""
-    for numbers, scales in ((pages.key, pages.key_scales), (pages.value, pages.value_scales)):
+    arrays = (pages.key, pages.key_scales), (pages.value, pages.value_scales)
+    for numbers, scales in (map(simulated_gpu.view, pair) for pair in arrays):
         numbers[~used] = np.nan if scales is None else 77
         if scales is not None:
             scales[~used] = np.nan
 
 
 def snapshot(pages):
-    return [None if x is None else x.tobytes() for x in pages[:4]]
+    return [None if x is None else simulated_gpu.view(x).tobytes() for x in pages[:4]]

@@ -34,9 +34,10 @@ RESERVED_SHARED = 1 << 10
 
 def kernels():
     """Every kernel that a call may start."""
-    from nbattn.cuda import attention, decode, hopper, mma, softmax
+    from nbattn.cuda import append, attention, decode, hopper, mma, softmax
 
-    return [kernel for module in (mma, hopper, decode, attention, softmax) for kernel in module.kernels()]
+    modules = (mma, hopper, decode, append, attention, softmax)
+    return [kernel for module in modules for kernel in module.kernels()]
 
 
 def architectures(kernel):

@@ -1,14 +1,24 @@
-"""Decode on a GPU as the driver sees it: which kernel is asked for, and the memory its blocks share."""
+"""Decode and caches on a GPU: who gets which kernel, the caches of the CPU's tests, what fails."""
+
+import copy
+import gc
 
 import numpy as np
 import pytest
 import simulated_gpu
+import test_cache
+import test_decode
+import test_paged
+from cached import input_dtype, snapshot
 from ml_dtypes import bfloat16
+from oracle import assert_same_bits, normal
 from test_cuda_arrays import torch  # noqa: F401
 
 import nbattn
-from nbattn.cuda import decode, launch
+from nbattn import KVCache, PagedKVCache
+from nbattn.cuda import append, decode, launch
 from nbattn.cuda.workspace import workspace
+from nbattn.reference import append as reference
 
 pytestmark = pytest.mark.cuda_sim
 
@@ -123,3 +133,220 @@ class TestLater:
             nbattn.scaled_dot_product_attention(q, k, k)
         counters = [parameters[at] for parameters in made]
         assert counters[0] == counters[2] == counters[4] != counters[1] == counters[3]
+
+
+STORAGES = ("float32", "bfloat16", "int8", "int4")
+WALKS = (
+    {"storage": "float64"}, {"storage": "bfloat16"}, {"storage": "int8"}, {"storage": "int4", "window": 12},
+    {"storage": "float32", "window": 12, "rotary": test_cache.GPTJ},
+)  # fmt: skip
+
+
+@pytest.fixture
+def old_gpu():
+    """A simulated GPU without tensor cores, whose kernels run."""
+    with simulated_gpu.installed() as library:
+        yield library
+
+
+@pytest.mark.usefixtures("old_gpu")
+class TestCaches:
+    """The walks of the CPU's caches, and their pages."""
+
+    @pytest.mark.parametrize("options", WALKS, ids=repr)
+    def test_contiguous(self, options):
+        test_cache.Walk(1, backend="cuda", **options).go(10)
+
+    @pytest.mark.parametrize("storage", ["float32", "int8"])
+    def test_paged(self, storage):
+        walk = test_paged.Walk(3, backend="cuda", storage=storage)
+        for _ in range(3):
+            walk.add(), walk.append()
+        walk.go(20)
+
+    @pytest.mark.parametrize("storage", test_decode.STORAGES)
+    def test_paged_attention(self, storage, rng):
+        paged = test_decode.Paged(rng, storage, (20, 1, 0, 9), page_size=4)
+        query = test_decode.query_for(rng, storage, queries=2)
+        paged.check("cuda", query, window_size=(9, None))
+        paged.check("cuda", query[:, :2], rng.random((2, 20)) < 0.5, sinks=[0.0, 1.0])
+
+    def test_half_queries_of_quantised_pages(self, rng):
+        paged = test_decode.Paged(rng, "int8", (9, 4), page_size=4)
+        query = test_decode.query_for(rng, "float16", 2)
+        result = paged.attend(query, return_lse=True, backend="cuda")
+        exact = paged.attend(query.astype(np.float32), backend="cuda")
+        assert_same_bits(result.output, exact.astype(np.float16))
+        assert result.lse.dtype == np.float32
+
+
+class TestArrays:
+    """Caches and pages that are given arrays of a GPU's library."""
+
+    @pytest.fixture
+    def gpu(self):
+        with simulated_gpu.installed(capabilities=((7, 5), (7, 5))) as library:
+            yield library
+
+    @pytest.mark.parametrize("storage", STORAGES)
+    def test_tensors_in_and_out(self, torch, gpu, storage, rng):  # noqa: F811
+        dtype, dim = input_dtype(storage), 32
+        kinds = {"value_dim": 64, "rotary_base": 100.0}
+        here, there = (KVCache(2, 1, 12, dim, storage, backend=b, **kinds) for b in ("reference", "cuda"))
+        for tokens, counts in ((5, [5, 2]), (1, None)):
+            k, v = (normal(rng, (2, 1, tokens, n), dtype) for n in (dim, 64))
+            here.append(k, v, counts)
+            there.append(torch.to(k), torch.to(v), counts)
+            q = normal(rng, (2, 2, tokens, dim), dtype)
+            sinks = normal(rng, 2)
+            expected = here.attend(q, lengths=counts, sinks=sinks, return_lse=True)
+            got = there.attend(torch.to(q), lengths=counts, sinks=sinks, return_lse=True)
+            assert type(got.output) is type(got.lse) is type(torch.to(q))
+            assert got.output.numpy().dtype == dtype
+            tolerance = 1e-5 if dtype == np.float32 else 2e-2
+            for x, y in ((got.output, expected.output), (got.lse, expected.lse)):
+                np.testing.assert_allclose(
+                    x.numpy().astype(float), y.astype(float), rtol=tolerance, atol=tolerance
+                )
+            out = torch.to(np.full((2, 2, tokens, 64), np.nan, dtype))
+            assert there.attend(torch.to(q), lengths=counts, sinks=torch.to(sinks), out=out) is out
+            assert_same_bits(out.numpy(), got.output.numpy())
+        np.testing.assert_array_equal(here.lengths, there.lengths)
+        assert {launched.stream for launched in gpu.launches} == {70}
+
+    def test_pages(self, torch, gpu, rng):  # noqa: F811
+        paged = test_decode.Paged(rng, "int8", (20, 1, 0, 9), page_size=4)
+        query = test_decode.query_for(rng, "int8")
+        expected = paged.attend(query, return_lse=True, backend="reference")
+        (key, key_scales), (value, value_scales) = (
+            tuple(torch.to(np.ascontiguousarray(x)) for x in pair) for pair in paged.arrays
+        )
+        got = nbattn.paged_attention(
+            torch.to(query), key, value, paged.table, paged.lengths, key_scales=key_scales,
+            value_scales=value_scales, return_lse=True,
+        )  # fmt: skip
+        np.testing.assert_allclose(got.output.numpy(), expected.output, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(got.lse.numpy(), expected.lse, rtol=1e-5)
+        scales = {"key_scales": key_scales, "value_scales": value_scales}
+        with pytest.raises(ValueError, match="page_table lives on a GPU"):
+            nbattn.paged_attention(
+                torch.to(query), key, value, torch.to(paged.table), paged.lengths, **scales
+            )
+        paged.table[0, 1] = 10**6
+        launches = len(gpu.launches)
+        with pytest.raises(ValueError, match=r"page_table\[0, 1\] is 1000000"):
+            nbattn.paged_attention(torch.to(query), key, value, paged.table, paged.lengths, **scales)
+        assert len(gpu.launches) == launches
+
+    def test_forks_copy_on_the_caller_s_stream(self, torch, gpu, monkeypatch, rng):  # noqa: F811
+        cache = PagedKVCache(6, 4, 1, 8, backend="cuda")
+        x = torch.to(normal(rng, (1, 1, 3, 8)))
+        cache.append(first := cache.add(), x, x)
+        second = cache.fork(first)
+        streams = []
+        copy = gpu.cuMemcpyDtoDAsync_v2
+        monkeypatch.setattr(gpu, "cuMemcpyDtoDAsync_v2", lambda *a: streams.append(a[3]) or copy(*a))
+        cache.append(second, x, x)
+        assert streams == [70, 70]
+        outputs = [
+            cache.attend(s, torch.to(np.zeros((1, 1, 1, 8), np.float32))).numpy() for s in (first, second)
+        ]
+        np.testing.assert_allclose(outputs[0], outputs[1], rtol=1e-5)
+        assert cache.lengths == {first: 3, second: 6}
+
+
+class TestFailures:
+    """What is refused before any launch, and launches that fail: the cache is as it was."""
+
+    @pytest.fixture
+    def gpu(self):
+        with simulated_gpu.installed(capabilities=((7, 5), (7, 5))) as library:
+            yield library
+
+    def test_refused(self, torch, gpu, rng):  # noqa: F811
+        cache = KVCache(1, 1, 4, 8, backend="cuda")
+        x = normal(rng, (1, 1, 3, 8))
+        there = torch.to(x)
+        cache.append(there, there)
+        launches, before = len(gpu.launches), snapshot(cache._store.pages)
+        for call, message in (
+            (lambda: cache.append(there, there), "sequence 0 holds 3 of 4 positions; 3 more do not fit"),
+            (lambda: cache.append(there, x), "key lives on GPU 0 and value on the host"),
+            (lambda: cache.append(*[torch.to(x, 1)] * 2), "key lives on GPU 1 and the cache on GPU 0"),
+            (lambda: cache.append(there, torch.to(x[..., :7])), "value has shape"),
+            (lambda: cache.append(there, there, torch.to(np.array([1]))), "lengths lives on a GPU"),
+            (lambda: cache.attend(torch.to(x, 1)), "query lives on GPU 1 and the cache on GPU 0"),
+            (lambda: cache.attend(there, backend="cpu"), "the cache lives on a GPU, where backend='cpu'"),
+            (lambda: cache.attend(there, np.ones((3, 3), bool)), "mask on the host"),
+            (lambda: cache.attend(torch.to(x[..., :4])), "query has head_dim 4"),
+            (lambda: cache.truncate(5), "expected 0 to 3"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                call()
+        with pytest.raises(TypeError, match="cannot be copied or pickled"):
+            copy.deepcopy(cache)
+        with pytest.raises(ValueError, match="key lives on a GPU; pass a copy of it on the host"):
+            KVCache(1, 1, 4, 8).append(there, there)
+        assert len(gpu.launches) == launches
+        assert snapshot(cache._store.pages) == before
+        assert cache.lengths == [3]
+
+    @pytest.mark.parametrize("window", [None, 3])
+    def test_launch_of_an_append(self, gpu, window, rng):
+        cache = KVCache(1, 1, 8, 8, window=window, backend="cuda")
+        x = normal(rng, (1, 1, 7, 8))
+        cache.append(x, x)
+        before = snapshot(cache._store.pages), cache._places.starts.copy()
+        gpu.fail = {"cuLaunchKernel": 1}
+        with pytest.raises(RuntimeError, match="cuLaunchKernel fails"):
+            cache.append(x[:, :, :1], x[:, :, :1])
+        gpu.fail = {}
+        assert snapshot(cache._store.pages) == before[0]
+        np.testing.assert_array_equal(cache._places.starts, before[1])
+        assert cache.lengths == [7]
+        cache.append(x[:, :, :1], x[:, :, :1])
+
+    def test_launch_of_an_append_to_pages(self, gpu, rng):
+        cache = PagedKVCache(6, 2, 1, 8, backend="cuda")
+        first = cache.add()
+        x = normal(rng, (1, 1, 3, 8))
+        cache.append(first, x, x)
+        second = cache.fork(first)
+        q = normal(rng, (2, 1, 1, 8))
+        before = cache.attend([first, second], q), cache.free_pages, cache._uses.copy(), cache._holds
+        for fails in ("cuLaunchKernel", "cuMemcpyDtoDAsync_v2"):
+            gpu.fail = {fails: 1}
+            with pytest.raises(RuntimeError, match=f"{fails} fails"):
+                cache.append([first, second], *[np.repeat(x, 2, axis=0)[:, :, :2]] * 2)
+            gpu.fail = {}
+            assert cache.lengths == {first: 3, second: 3}
+            assert (cache.free_pages, cache._holds) == (before[1], before[3])
+            np.testing.assert_array_equal(cache._uses, before[2])
+            assert_same_bits(cache.attend([first, second], q), before[0])
+        cache.append(second, x[:, :, :2], x[:, :, :2])
+        assert_same_bits(cache.attend(first, q[:1]), before[0][:1])
+
+    def test_no_memory(self, gpu):
+        gpu.fail = {"cuMemAlloc_v2": 2}
+        with pytest.raises(RuntimeError, match="cuMemAlloc_v2 fails"):
+            KVCache(1, 1, 8, 8, backend="cuda")
+
+    def test_memory_is_given_back(self, gpu):
+        cache = KVCache(1, 1, 8, 32, "int8", backend="cuda")
+        assert len(gpu.memory) == 4
+        assert cache.nbytes == sum(map(len, gpu.memory.values())) == 2 * 8 * (32 + 4)
+        del cache
+        gc.collect()
+        assert not gpu.memory
+
+
+@pytest.mark.usefixtures("old_gpu")
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_turns(interleaved, rng):
+    """By angles of every quadrant, negative and far, to the last bits."""
+    query, frequencies = normal(rng, (2, 1, 9, 8), np.float64), np.array([1.0, 0.37, -1e-3])
+    for offset in ([0, -5], [10**7, 1 << 24]):
+        expected, got = np.empty_like(query), np.empty_like(query)
+        reference.rotate(query, expected, np.array(offset), frequencies, interleaved)
+        append.rotate(query, got, np.array(offset), frequencies, interleaved)
+        np.testing.assert_allclose(got, expected, rtol=0, atol=2.0**-49)

@@ -220,11 +220,13 @@ class TestWhatIsMissing:
         lambda x: nbattn.hard_attention(x, x, x, backend="cuda"),
         lambda x: nbattn.linear_attention(x, x, x, backend="cuda"),
         lambda x: nbattn.luong_attention(x, x, x, backend="cuda"),
-        lambda x: nbattn.KVCache(1, 1, 8, 4, backend="cuda"),
+        lambda x: nbattn.additive_attention(x, x, x, w_query=x, w_key=x, v=x, backend="cuda"),
     ],
 )
 def test_doors_without_a_gpu_say_which_have_one(call):
-    with pytest.raises(ValueError, match="has scaled_dot_product_attention, varlen_attention, softmax"):
+    with pytest.raises(
+        ValueError, match="has scaled_dot_product_attention, varlen_attention, paged_attention, softmax"
+    ):
         call(np.zeros((1, 1, 3, 4), np.float32))
 
 

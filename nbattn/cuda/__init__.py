@@ -1,12 +1,12 @@
-"""CUDA kernels for NVIDIA GPUs: attention of prompts and packed sequences, and softmax.
+"""CUDA kernels for NVIDIA GPUs: attention of prompts, packed sequences and caches, and softmax.
 
-`attention` and `softmax` are what the doors call; they fill the parameters of a kernel and start it.
-`compiler` makes machine code of kernels and keeps it, `launch` has the driver load and start them. `exchange`
-takes and gives arrays of other libraries, `arrays` copies NumPy's there and back.
+`attention`, `decode`, `append` and `softmax` are what the doors call; they fill a kernel's parameters and
+start it. `compiler` makes machine code of kernels and keeps it, `launch` has the driver load and start them.
+`exchange` takes and gives arrays of other libraries, `arrays` copies NumPy's there and back.
 
 The kernels: `rows` is that of softmax, `plain` that of attention with every feature and dtype; `numbers`
 reads and writes dtypes. `mma` says what goes to tensor cores: to `mma_kernel` with its parts `mma_scores` and
 `mma_mend`, cut as `mma_tiles` says, in the instructions of `ptx`. `decode` likewise says what are few queries
 over many keys, for `decode_kernel` with its parts `decode_products` and `decode_merge`, cut as `decode_tiles`
-says; `workspace` is the memory that its blocks share.
+says; `workspace` is the memory that its blocks share. `token_kernels` move tokens into caches and out.
 """

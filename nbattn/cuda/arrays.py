@@ -13,11 +13,14 @@ from . import launch
 
 
 class Copies(ExitStack):
-    """NumPy arrays on the current GPU for the time of one call: sent there, and results fetched."""
+    """NumPy arrays on a GPU for the time of one call: sent there, and results fetched.
 
-    def __init__(self) -> None:
+    On the current GPU unless another is named.
+    """
+
+    def __init__(self, ordinal: int | None = None) -> None:
         super().__init__()
-        self.device = launch.device(launch.current_device())
+        self.device = launch.device(launch.current_device() if ordinal is None else ordinal)
         self.stream = 0
         self._results: list[tuple[NDArray[Any], DeviceArray]] = []
 
@@ -26,10 +29,12 @@ class Copies(ExitStack):
         self.enter_context(self.device.current())
         return self
 
-    def send(self, array: NDArray[Any] | None) -> Any:
-        """A copy of the array on the GPU; axes that are broadcast stay so. None for None."""
-        if array is None:
-            return None
+    def send(self, array: Any) -> Any:
+        """A copy of the array on the GPU; axes that are broadcast stay so. What is there already, and None,
+        are themselves.
+        """
+        if array is None or type(array) is DeviceArray:
+            return array
         once = array[tuple(slice(1 if stride == 0 else None) for stride in array.strides)]
         once = np.ascontiguousarray(once).reshape(once.shape)
         there = self._room(once)

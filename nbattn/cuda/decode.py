@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..device import DeviceArray
 from ..problem import CacheProblem, Problem
-from . import compiler, launch
+from . import arrays, compiler, launch
+from .append import Sender, gather, is_in_order, turn
 from .decode_tiles import PARAMETERS, REACH, ROWS, STEP, Tile
 from .mma import CAPABILITY, STORAGES, _aligned, has_runs
 from .workspace import workspace
@@ -109,18 +111,129 @@ def _build(storage: str, tile: Tile) -> Any:
     return build(ptx, storage, tile)
 
 
+# --- calls of caches ----------------------------------------------------------------------------------------
+
+
+def forward(problem: CacheProblem, out: Any, lse: Any) -> None:
+    """Write attention to `out` (B, Hq, Sq, Dv), and where wanted `lse` (B, Hq, Sq), contiguous.
+
+    Each array of NumPy goes to the GPU for the call. Queries of a quantised cache, and `out` with them, may
+    have 16 bits.
+    """
+    p: Any = problem
+    if out.size == 0:
+        return
+    on_gpu = p.key_pages if type(p.key_pages) is DeviceArray else None
+    if type(p.query) is DeviceArray:
+        _attend(p, out, lse, p.query.stream)
+        return
+    with arrays.Copies(None if on_gpu is None else on_gpu.device) as copies:
+        names = ("query", "mask", "bias", "alibi_slopes", "sinks", "key_pages", "value_pages", "key_scales",
+                 "value_scales")  # fmt: skip
+        there = replace(p, **{name: copies.send(getattr(p, name)) for name in names})
+        _attend(there, copies.receive(out), copies.receive(lse), copies.stream)
+
+
+def _attend(p: Any, out: Any, lse: Any, stream: int) -> None:
+    with Sender(launch.device(p.query.device), stream) as send:
+        p = replace(p, **{name: _sent(send, getattr(p, name)) for name in ("alibi_slopes", "sinks")})
+        if p.key_scales is not None and p.query.dtype != np.float32:
+            query, wide = (send.empty(x.shape, np.dtype(np.float32)) for x in (p.query, out))
+            turn(p.query, query, stream)
+            _any(send, replace(p, query=query), wide, lse)
+            turn(wide, out, stream)
+        else:
+            _any(send, p, out, lse)
+
+
+def _sent(send: Sender, x: Any) -> Any:
+    if not isinstance(x, np.ndarray):
+        return x
+    return DeviceArray(send(x), x.shape, x.strides, x.dtype, send.place.ordinal, send.stream)
+
+
+def _any(send: Sender, p: Any, out: Any, lse: Any) -> None:
+    """By the decode kernel, or as attention without a cache: of pages as they lie, or of gathered rows."""
+    from . import attention
+
+    if is_few_of_cache(p) and covers(p, out):
+        prepared(p, out, lse, send)(send.place, send.stream)
+        return
+    batch, queries = len(p.page_table), p.query.shape[2]
+    in_order = is_in_order(p.page_table) and p.key_scales is None and not p.ring and not p.key_starts.any()
+    if in_order:
+        firsts, lasts = np.zeros(batch, np.int64), p.key_lengths
+        key, value = (
+            replace(x, shape=(batch, *x.shape[1:])).transpose(0, 2, 1, 3)
+            for x in (p.key_pages, p.value_pages)
+        )
+    else:
+        lasts = np.minimum(p.key_lengths, p.offset + queries + p.right)
+        firsts = np.minimum(np.maximum(p.key_starts, p.offset - p.left), np.maximum(lasts, 0))
+        lasts = np.maximum(firsts, lasts)
+        if (p.mask is not None or p.bias is not None) and (firsts != firsts[0]).any():
+            for b in range(batch):
+                _any(send, _alone(p, b), _part(out, b), None if lse is None else _part(lse, b))
+            return
+        bounds = firsts, lasts
+        key = gather(send, p, p.key_pages, p.key_scales, bounds)
+        value = gather(send, p, p.value_pages, p.value_scales, bounds)
+    first = int(firsts[0])
+    mask, bias = (
+        x if x is None else replace(x, address=x.address + first * x.strides[3]) for x in (p.mask, p.bias)
+    )
+    dense = Problem(
+        query=p.query,
+        key=key,
+        value=value,
+        storage="float32" if p.key_scales is not None else p.storage,
+        batch=batch,
+        max_queries=queries,
+        max_keys=key.shape[2],
+        scale=p.scale,
+        softcap=p.softcap,
+        left=p.left,
+        right=p.right,
+        offset=p.offset - firsts,
+        key_lengths=lasts - firsts,
+        mask=mask,
+        bias=bias,
+        alibi_slopes=p.alibi_slopes,
+        sinks=p.sinks,
+    )
+    attention.run(dense, out, lse, None, send.stream)
+
+
+def _alone(p: Any, b: int) -> Any:
+    """Sequence b's part of a problem, in pages that are all of it."""
+    names = ("query", "mask", "bias")
+    parts = {name: None if (x := getattr(p, name)) is None else _part(x, b) for name in names}
+    vectors = {name: getattr(p, name)[b : b + 1] for name in ("key_starts", "key_lengths", "offset")}
+    if not is_in_order(p.page_table):
+        return replace(p, **parts, **vectors, page_table=p.page_table[b : b + 1])
+    pages = {
+        name: None if (x := getattr(p, name)) is None else _part(x, b)
+        for name in ("key_pages", "value_pages", "key_scales", "value_scales")
+    }
+    return replace(p, **parts, **vectors, **pages, page_table=np.zeros((1, 1), np.int64))
+
+
+def _part(x: DeviceArray, b: int) -> DeviceArray:
+    return replace(x, address=x.address + b * x.strides[0], shape=(1, *x.shape[1:]))
+
+
+def is_few_of_cache(p: Any) -> bool:
+    queries = p.query.shape[2]
+    rows = p.query.shape[1] // max(p.key_pages.shape[2], 1) * queries
+    return 0 < queries <= FEW_QUERIES and rows <= FEW_ROWS
+
+
 # --- parameters ---------------------------------------------------------------------------------------------
-
-
-def is_in_order(p: CacheProblem) -> bool:
-    """Whether page b is all that sequence b has."""
-    table = p.page_table
-    return table.shape[1] == 1 and bool((table[:, 0] == np.arange(len(table))).all())
 
 
 def chunk_of(p: CacheProblem) -> int:
     """How many keys a block takes: by what a sequence has room for, so that no other sequence changes it."""
-    if not is_in_order(p):
+    if not is_in_order(p.page_table):
         return PAGED_CHUNK
     room = p.ring or p.key_pages.shape[1]
     return max(SHORTEST, 1 << (-(-room // CHUNKS) - 1).bit_length())
@@ -132,7 +245,7 @@ def vectors(p: CacheProblem) -> dict[str, NDArray[Any]]:
     found = {name: x for name, x in found.items() if (x != x[:1]).any()}
     if p.key_starts.any():
         found["key_starts"] = p.key_starts
-    if not is_in_order(p):
+    if not is_in_order(p.page_table):
         found["page_table"] = p.page_table.astype(np.int32)
     return found
 

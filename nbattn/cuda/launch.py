@@ -46,6 +46,7 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "cuMemsetD8Async": (_P, ctypes.c_ubyte, _Z, _P),
     "cuMemcpyHtoDAsync_v2": (_P, _P, _Z, _P),
     "cuMemcpyDtoHAsync_v2": (_P, _P, _Z, _P),
+    "cuMemcpyDtoDAsync_v2": (_P, _P, _Z, _P),
     "cuStreamSynchronize": (_P,),
     "cuStreamIsCapturing": (_P, _P),
     "cuPointerGetAttribute": (_P, _I, _P),

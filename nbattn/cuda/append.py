@@ -1,0 +1,304 @@
+"""Writing new tokens into caches on a GPU, and what else moves tokens: the kernels' parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..device import DeviceArray, _contiguous
+from ..problem import AppendProblem, storage_name
+from . import arrays, compiler, launch
+from .compiler import WORDS
+
+THREADS = 64
+PAGE_WORDS = {**WORDS, "int8": "int8", "int4": "uint8"}
+_PLACES = (("table", "*int32"), ("starts", "*int64"), ("counts", "*int64"), ("frequencies", "*float64"))
+_NUMBERS = ("has_table", "has_starts", "has_counts", "table_width", "page_size", "ring", "heads", "rows",
+            "pairs", "interleaved", "start", "count")  # fmt: skip
+
+
+# --- what comes from the host -------------------------------------------------------------------------------
+
+
+class Sender(ExitStack):
+    """Small NumPy arrays on a GPU for what is launched meanwhile."""
+
+    def __init__(self, place: launch.Device, stream: int) -> None:
+        super().__init__()
+        self.place, self.stream = place, stream
+        self.enter_context(place.current())
+
+    def __call__(self, array: NDArray[Any]) -> int:
+        array = np.ascontiguousarray(array)
+        address = self.room(array.nbytes)
+        if array.nbytes:
+            launch.ask("cuMemcpyHtoDAsync_v2", address, array.ctypes.data, array.nbytes, self.stream)
+        return address
+
+    def room(self, size: int) -> int:
+        """Memory of that many bytes."""
+        return self.enter_context(launch.room(self.place, size, self.stream))
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> DeviceArray:
+        """An array, whose elements may be anything."""
+        size = int(np.prod(shape)) * dtype.itemsize
+        strides = _contiguous(shape, dtype.itemsize)
+        return DeviceArray(self.room(size), shape, strides, dtype, self.place.ordinal, self.stream)
+
+
+class Owned:
+    """Memory of a GPU for as long as this lives."""
+
+    def __init__(self, place: launch.Device, size: int) -> None:
+        self.ordinal = place.ordinal
+        self.address = launch.allocate(place, max(size, 1))
+
+    def __del__(self) -> None:
+        if hasattr(self, "address"):
+            launch.free(self.address, self.ordinal)
+
+    def __reduce__(self) -> Any:
+        msg = "what lies on a GPU cannot be copied or pickled; make another cache and append to it"
+        raise TypeError(msg)
+
+
+def empty(shape: tuple[int, ...], dtype: Any) -> DeviceArray:
+    """An array of its own on the current GPU."""
+    place = launch.device(launch.current_device())
+    owner = Owned(place, int(np.prod(shape)) * dtype.itemsize)
+    strides = _contiguous(shape, dtype.itemsize)
+    return DeviceArray(owner.address, shape, strides, dtype, place.ordinal, 0, owner)
+
+
+def copy_page(pages: tuple[Any, ...], source: int, target: int, stream: int) -> None:
+    """Copy a page of every array to another one."""
+    with launch.device(pages[0].device).current():
+        for x in pages:
+            if x is not None:
+                at, size = x.address, x.strides[0]
+                launch.ask("cuMemcpyDtoDAsync_v2", at + target * size, at + source * size, size, stream)
+
+
+# --- appending ----------------------------------------------------------------------------------------------
+
+
+def append(problem: AppendProblem) -> None:
+    """Write the new keys and values into the pages."""
+    p = problem
+    Plan(p).append(p.key, p.value, p.starts, p.counts)
+
+
+class Plan:
+    """Appends to one cache again and again."""
+
+    def __init__(self, problem: AppendProblem) -> None:
+        self.problem = problem
+
+    def append(self, key: Any, value: Any, starts: NDArray[np.int64], counts: NDArray[np.int64]) -> None:
+        """Write keys and values (B, Hkv, S, D) to the positions from `starts` on."""
+        p: Any = self.problem
+        batch, heads, rows, head_dim = key.shape
+        blocks = 2 * batch * heads * rows
+        if blocks == 0:
+            return
+        place = launch.device(p.key_pages.device)
+        stream = key.stream if type(key) is DeviceArray else 0
+        with Sender(place, stream) as send:
+            there = [x if type(x) is DeviceArray else _sent(send, x) for x in (key, value)]
+            values = {
+                "heads": heads, "rows": rows, "head_dim": head_dim, "value_dim": value.shape[3],
+                **_vector(send, "start", starts), **_vector(send, "count", counts),
+                **_places(send, p), **_turns(send, p.frequencies, p.interleaved),
+            }  # fmt: skip
+            pages = {name: getattr(p, name) for name in
+                     ("key_pages", "value_pages", "key_scales", "value_scales")}  # fmt: skip
+            values |= _arrays(key=there[0], value=there[1], **pages)
+            given = str(storage_name(key.dtype))
+            launch.run(append_kernel(given, p.storage), values, blocks, place, stream)
+
+
+def rotate(
+    query: Any,
+    out: Any,
+    offset: NDArray[np.int64],
+    frequencies: NDArray[np.float64],
+    interleaved: bool,
+) -> None:
+    """Write `query` (B, Hq, Sq, D) to `out`, turned as keys are: query i of sequence b by offset[b] + i."""
+    if type(query) is DeviceArray:
+        turn(query, out, query.stream, offset=offset, frequencies=frequencies, interleaved=interleaved)
+        return
+    with arrays.Copies() as copies:
+        there = copies.send(query), copies.receive(out)
+        turn(*there, copies.stream, offset=offset, frequencies=frequencies, interleaved=interleaved)
+
+
+def clear(out: DeviceArray, lse: DeviceArray | None, counts: NDArray[np.int64]) -> None:
+    """Set the rows (B, Hq, Sq) from `counts` on to 0, and -inf in `lse`."""
+    turn(out, out, out.stream, lse=lse, counts=counts)
+
+
+def turn(
+    x: DeviceArray,
+    out: DeviceArray,
+    stream: int,
+    *,
+    lse: DeviceArray | None = None,
+    counts: NDArray[np.int64] | None = None,
+    offset: NDArray[np.int64] | None = None,
+    frequencies: NDArray[np.float64] | None = None,
+    interleaved: bool = False,
+) -> None:
+    """Write `x` (B, H, S, D) to `out`, in its dtype, turned by frequencies; with counts only clear rows."""
+    batch, heads, rows, dim = x.shape
+    place = launch.device(x.device)
+    with Sender(place, stream) as send:
+        values = {"heads": heads, "rows": rows, "dim": dim, **_turns(send, frequencies, interleaved)}
+        if offset is not None:
+            values |= {"starts": send(offset), "has_starts": 1}
+        if counts is not None:
+            values |= {"counts": send(counts), "has_counts": 1}
+        if lse is not None:
+            values["has_lse"] = 1
+        values |= _arrays(x=x, out=out, lse=lse)
+        kernel = turn_kernel(str(storage_name(x.dtype)), str(storage_name(out.dtype)))
+        launch.run(kernel, values, batch * heads * rows, place, stream)
+
+
+def gather(
+    send: Sender,
+    p: Any,
+    pages: DeviceArray,
+    scales: DeviceArray | None,
+    bounds: tuple[NDArray[np.int64], NDArray[np.int64]],
+) -> DeviceArray:
+    """The rows (B, Hkv, n, D) of each sequence's positions within bounds, quantised ones as float32."""
+    firsts, lasts = bounds
+    batch, heads = len(firsts), pages.shape[2]
+    dim = pages.shape[3] * (2 if p.storage == "int4" else 1)
+    dtype = pages.dtype if scales is None else np.dtype(np.float32)
+    rows = int((lasts - firsts).max(initial=0))
+    out = send.empty((batch, heads, rows, dim), dtype)
+    values = {
+        "heads": heads, "rows": rows, "dim": dim, "firsts": send(firsts), "lasts": send(lasts),
+        **_places(send, p), **_arrays(pages=pages, scales=scales), "out": out.address,
+    }  # fmt: skip
+    launch.run(gather_kernel(p.storage), values, batch * rows, send.place, send.stream)
+    return out
+
+
+def _sent(send: Sender, x: NDArray[Any]) -> DeviceArray:
+    once = np.ascontiguousarray(x)
+    return DeviceArray(send(once), once.shape, once.strides, once.dtype, send.place.ordinal, send.stream)
+
+
+def _vector(send: Sender, name: str, vector: NDArray[np.int64]) -> dict[str, int]:
+    """A number of each sequence, or of all."""
+    if (vector == vector[:1]).all():
+        return {name: int(vector[0])}
+    return {f"{name}s": send(vector), f"has_{name}s": 1}
+
+
+def _places(send: Sender, p: Any) -> dict[str, int]:
+    """Where positions lie."""
+    values = {"ring": p.ring, "page_size": p.key_pages.shape[1], "table_width": p.page_table.shape[1]}
+    if not is_in_order(p.page_table):
+        values |= {"has_table": 1, "table": send(p.page_table.astype(np.int32))}
+    return values
+
+
+def is_in_order(table: NDArray[np.int64]) -> bool:
+    """Whether page b is all that sequence b has."""
+    return table.shape[1] == 1 and bool((table[:, 0] == np.arange(len(table))).all())
+
+
+def _turns(send: Sender, frequencies: NDArray[np.float64] | None, interleaved: bool) -> dict[str, int]:
+    if frequencies is None or not len(frequencies):
+        return {}
+    return {"frequencies": send(frequencies), "pairs": len(frequencies), "interleaved": int(interleaved)}
+
+
+def _arrays(**given: DeviceArray | None) -> dict[str, Any]:
+    """Addresses, and strides in elements."""
+    values: dict[str, Any] = {}
+    for name, x in given.items():
+        if x is not None:
+            strides = tuple(stride // x.itemsize for stride in x.strides)
+            values |= {name: x.address, f"{name}_strides": (*strides, *(0,) * (4 - len(strides)))}
+    return values
+
+
+# --- kernels ------------------------------------------------------------------------------------------------
+
+
+def _number(storage: str) -> str:
+    return "float64" if storage == "float64" else "float32"
+
+
+def _kernel(
+    name: str, build: Callable[..., Any], pointers: dict[str, str], numbers: tuple[str, ...]
+) -> compiler.Kernel:
+    strided = ("key", "value", "key_pages", "value_pages", "key_scales", "value_scales", "x", "out", "lse",
+               "pages", "scales")  # fmt: skip
+    return compiler.Kernel(
+        name,
+        build,
+        (
+            *((pointer, f"*{kind}") for pointer, kind in pointers.items()),
+            *_PLACES,
+            *((number, "int64") for number in (*_NUMBERS, *numbers)),
+            *((f"{pointer}_strides", "int64x4") for pointer in pointers if pointer in strided),
+        ),
+        THREADS,
+    )
+
+
+@cache
+def append_kernel(given: str, storage: str) -> compiler.Kernel:
+    """The kernel that writes rows of a dtype into a cache."""
+    new, stored = WORDS[given], PAGE_WORDS[storage]
+    pointers = {"key": new, "value": new, "key_pages": stored, "value_pages": stored,
+                "key_scales": "float32", "value_scales": "float32"}  # fmt: skip
+    build = partial(_build, "build_append", given, storage, THREADS)
+    return _kernel(f"append-{given}-{storage}", build, pointers, ("head_dim", "value_dim"))
+
+
+@cache
+def gather_kernel(storage: str) -> compiler.Kernel:
+    """The kernel that collects a cache's rows."""
+    out = WORDS.get(storage, "float32")
+    pointers = {"pages": PAGE_WORDS[storage], "scales": "float32", "firsts": "int64", "lasts": "int64"}
+    build = partial(_build, "build_gather", storage, THREADS)
+    return _kernel(f"gather-{storage}", build, pointers | {"out": out}, ("dim",))
+
+
+@cache
+def turn_kernel(given: str, storage: str) -> compiler.Kernel:
+    """The kernel that turns rows, or writes them in another dtype."""
+    pointers = {"x": WORDS[given], "out": WORDS[storage], "lse": _number(storage)}
+    build = partial(_build, "build_turn", given, storage, THREADS)
+    return _kernel(f"turn-{given}-{storage}", build, pointers, ("dim", "has_lse"))
+
+
+def kernels() -> list[compiler.Kernel]:
+    """Every kernel that calls may start."""
+    quantised = [
+        (given, storage) for given in ("float32", "float16", "bfloat16") for storage in ("int8", "int4")
+    ]
+    casts = [("float16", "float32"), ("bfloat16", "float32"), ("float32", "float16"), ("float32", "bfloat16")]
+    return [
+        *(append_kernel(*pair) for pair in (*((s, s) for s in WORDS), *quantised)),
+        *map(gather_kernel, PAGE_WORDS),
+        *(turn_kernel(*pair) for pair in (*((s, s) for s in WORDS), *casts)),
+    ]
+
+
+def _build(name: str, *arguments: Any) -> Any:
+    from . import token_kernels
+
+    return getattr(token_kernels, name)(*arguments)
