@@ -4,6 +4,7 @@ It needs this repository and Python with numba-cuda and PyTorch; CuPy, JAX and c
 are. Every part runs in a process of its own, as a kernel that fails takes its process's GPU with it; the
 others go on. Inputs are drawn anew in every run, and every result is written over NaN.
 
+- units: tensor maps, descriptors and fragments of Hopper's own instructions, each alone
 - correctness: every option and dtype against float64, beside the plain formula's error in the same dtype
 - libraries: arrays of each library in and out, on streams other than the default
 - sanitizer: memcheck and racecheck of small calls
@@ -32,11 +33,14 @@ if not __package__:  # run as a file: Python has looked beside it, not above it
 
 from benchmarks.gpu_proofs import correctness, libraries, sanitizer, small
 from benchmarks.gpu_timing import overhead, timing
+from benchmarks.gpu_units import units
 from benchmarks.machine import ROOT, commit
 
-PARTS = {"correctness": 150, "libraries": 60, "sanitizer": 120, "timing": 150, "overhead": 60}
+PARTS = {"units": 30, "correctness": 140, "libraries": 50, "sanitizer": 120, "timing": 150, "overhead": 50}
 """Every part and the seconds that it may take."""
-FUNCTIONS = {part.__name__: part for part in (correctness, libraries, sanitizer, timing, overhead, small)}
+FUNCTIONS = {
+    part.__name__: part for part in (units, correctness, libraries, sanitizer, timing, overhead, small)
+}
 """What runs in a process of its own: the parts, and what the sanitizer watches."""
 TOTAL = 480
 """Seconds of a whole run; parts that have no time left are said to have been skipped."""

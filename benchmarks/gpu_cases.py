@@ -24,6 +24,7 @@ class Case(NamedTuple):
     value_dim: int = 64
     batch: int = 2
     options: tuple[str, ...] = ()
+    poisoned: bool = False  # whether keys beyond a sequence's length, and one value, are NaN
 
 
 def cases(seed: int) -> list[Case]:
@@ -35,6 +36,13 @@ def cases(seed: int) -> list[Case]:
             found.append(Case(f"{dtype} {option or 'plain'}", dtype, options=(option,) if option else ()))
         for head_dim in (1, 17, 80, 128, 160, 256, 300):
             found.append(Case(f"{dtype} head_dim {head_dim}", dtype, head_dim=head_dim, value_dim=head_dim))
+        for head_dim in (64, 128, 256) if dtype in ("float16", "bfloat16") else ():
+            # Several blocks of queries and steps of keys for whatever kernel takes prompts.
+            sizes = (4, 2, 700, 900, head_dim, head_dim)
+            found.append(Case(f"{dtype} prompt {head_dim}", dtype, *sizes, options=("end",)))
+            options = ("end", "lengths", "softcap", "sinks")
+            name = f"{dtype} prompt {head_dim} {' '.join(options)}, poisoned"
+            found.append(Case(name, dtype, *sizes, options=options, poisoned=True))
         for _ in range(6):
             sizes = [draw.choice((1, 2, 15, 16, 17, 63, 64, 65, 127, 129, 257)) for _ in range(2)]
             dims = [draw.choice((8, 33, 64, 96, 128)) for _ in range(2)]

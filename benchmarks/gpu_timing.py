@@ -22,7 +22,7 @@ def timing(seconds: float, seed: int) -> dict[str, Any]:
     rows = []
     end = time.perf_counter() + seconds
     for dtype, head_dim, length, causal in (
-        *(("bfloat16", d, s, c) for s in (4096, 8192, 16384) for d in (64, 128) for c in (True, False)),
+        *(("bfloat16", d, s, c) for s in (2048, 4096, 8192, 16384) for d in (64, 128) for c in (True, False)),
         ("float16", 128, 8192, True), ("float32", 64, 4096, True),
     ):  # fmt: skip
         name = f"{dtype} 16x{length} D {head_dim}{' causal' if causal else ''}"
@@ -47,6 +47,8 @@ def _timed(dtype: str, head_dim: int, length: int, causal: bool) -> dict[str, An
     for name in ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION"):
         backend = getattr(SDPBackend, name)
         calls[name.split("_")[0].lower()] = partial(_sdpa, sdpa_kernel, backend, x, causal)
+    if dtype != "float32":
+        calls["mma.sync"] = _mma_sync(x, causal)
     exact = None
     troubles = {}
     for label in list(calls):
@@ -70,6 +72,29 @@ def _timed(dtype: str, head_dim: int, length: int, causal: bool) -> dict[str, An
         "tflops": work / own / 1e12,
         "troubles": troubles,
     }
+
+
+def _mma_sync(x: Any, causal: bool) -> Callable[[], Any]:
+    """The kernel of older GPUs, where another is chosen too: the same call."""
+    import torch
+
+    from nbattn import device
+    from nbattn.cuda import attention, launch, mma
+    from nbattn.resolve import Options, resolve_batch
+
+    query, key, value = (device.describe(tensor, "tensor") for tensor in x)
+    options = Options(None, None, causal, None, 0, None, None, None, None, None, None)
+    out = torch.empty_like(x[0])
+    to = device.describe(out, "out")
+    prepared = mma.prepared(resolve_batch(query, key, value, options).problem, to, None, lambda _: 0)
+    call = launch.Call(*prepared, launch.device(query.device), attention.POINTERS)
+    addresses = query.address, key.address, value.address, to.address
+
+    def run() -> Any:
+        call(query.stream, *addresses)
+        return out
+
+    return run
 
 
 def _sdpa(sdpa_kernel: Any, backend: Any, x: Any, causal: bool) -> Any:

@@ -84,6 +84,7 @@ def device(monkeypatch):
 
 
 PARTS = {
+    "units": {"rows": [], "skipped": "GPU 0 has no wgmma"},
     "correctness": {"rows": [{"name": "plain", "passed": True, "error": 1e-7, "allowed": 2e-6}]},
     "libraries": {"failure": "Traceback\nCUDA_ERROR_700"},
     "sanitizer": {"rows": [], "skipped": "compute-sanitizer is not on the PATH"},
@@ -123,6 +124,7 @@ class TestCommand:
         assert written["seed"] == 7
         lines = capsys.readouterr().out.splitlines()
         assert lines[:-1] == [
+            "units: 0 of 0 passed in 1 s; GPU 0 has no wgmma",
             "correctness: 1 of 1 passed in 1 s",
             "libraries: 0 of 0 passed in 1 s; CUDA_ERROR_700",
             "sanitizer: 0 of 0 passed in 1 s; compute-sanitizer is not on the PATH",
@@ -181,5 +183,5 @@ class TestPartOfItsOwn:
 
     def test_rows_come_back(self):
         part = gpu.run_part("small", 10, 1)  # no GPU, or no PyTorch: each row says so
-        assert len(part["rows"]) == 16
+        assert len(part["rows"]) == 18
         assert not gpu.passed(part) or all(row["passed"] for row in part["rows"])

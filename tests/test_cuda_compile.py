@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -72,6 +73,19 @@ def test_table(architecture, compiled, table):
     if versions != table["compilers"]:
         pytest.skip(f"the table was made with {table['compilers']}, here are {versions}")
     assert compiled[architecture] == listed
+
+
+def test_units_compile(compiled):
+    """Those of `benchmarks/gpu.py`, as what proves the kernels' ground must stand itself."""
+    program = (
+        "from benchmarks import gpu_units; from nbattn.cuda import compiler\n"
+        "for check in gpu_units.checks(1):\n"
+        "    print(compiler.binary(gpu_units.kernel_of(check), (9, 0)).report)"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "0 bytes spill stores" in done.stdout
+    assert not re.search(r"C7\d\d\d|[1-9]\d* bytes stack", done.stdout)
 
 
 class TestWithoutCompilers:

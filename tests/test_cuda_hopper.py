@@ -18,6 +18,7 @@ from oracle import inputs, normal
 from test_cuda_mma import NOTHING, DeviceArray, aligned, on_gpu, poisoned
 
 import nbattn
+from benchmarks import gpu_units
 from nbattn.cuda import attention, compiler, hopper, hopper_kernel, launch, mma
 from nbattn.cuda.hopper_tiles import PARAMETERS, Tile
 from nbattn.resolve import check_starts, resolve, resolve_batch
@@ -681,3 +682,45 @@ class TestMaps:
         offsets = hopper.kernel("float16", hopper.TILES[0], False).offsets
         assert [offsets[f"{name}_map"] for name in ("query", "key", "value")] == [0, 128, 256]
         assert compiler.MAP_WORDS * 8 == 128
+
+
+UNITS = gpu_units.checks(5)
+
+
+class TestUnits:
+    """The checks that a GPU does first, in the emulator."""
+
+    def run(self, check):
+        gpu = warpgroup.Gpu(256, check.shared)
+        values = dict(check.numbers)
+        for name, array in check.inputs.items():
+            values[name] = address = gpu.place(array)
+            if name in check.maps:
+                values[name] = warpgroup.tensor_map(address, *check.maps[name], check.storage)
+        results = {name: x.copy() for name, x in check.results.items()}
+        values |= {name: gpu.place(x, output=True) for name, x in results.items()}
+        # Whatever a kernel calls its maps.
+        maps = [values[name] for name, kind in check.parameters if kind == "map"]
+        names = ("query_map", "key_map", "value_map")
+        parameters = SimpleNamespace(**values)
+        vars(parameters).update(zip(names, maps, strict=False))
+        gpu.run(lambda isa: check.build(isa, isa), parameters, [0])
+        gpu.fetch()
+        return results
+
+    @pytest.mark.parametrize("number", range(len(UNITS)))
+    def test_check(self, number):
+        check = UNITS[number]
+        for name, x in self.run(check).items():
+            np.testing.assert_array_equal(x, check.expected[name], err_msg=name)
+
+    def test_without_the_swizzle_they_fail(self, monkeypatch):
+        swizzled = warpgroup.swizzled
+        monkeypatch.setattr(warpgroup, "swizzled", lambda address: address)
+        tile = self.run(UNITS[0])
+        assert (tile["out"] != UNITS[0].expected["out"]).any()
+        lies = warpgroup.descriptor_places
+        monkeypatch.setattr(warpgroup, "descriptor_places", lambda *x: swizzled(lies(*x) * 2) // 2)
+        products = self.run(UNITS[-1])
+        for name, x in products.items():
+            assert (x != UNITS[-1].expected[name]).any(), name
