@@ -43,7 +43,9 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
 
     parts = queries.build(form, jit, inline)
     find, set_up, transpose_queries, panel = parts.find, parts.set_up, parts.transpose_queries, parts.panel
-    score, mend_scores = parts.score, parts.mend_scores
+    score, score_seen, count_seen, mend_scores = (
+        parts.score, parts.score_seen, parts.count_seen, parts.mend_scores,
+    )  # fmt: skip
     trim = jit(trim_words)
     look, adjust, visible = parts.look, parts.adjust, parts.visible
     load, store, get, put = simd.loads("float64" if size == 8 else "float32")
@@ -54,6 +56,7 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
         accumulate = product(jit, number, rescale=True, pairs=pairs)
     as_operand = simd.round_bfloat16 if rounds else simd.same
     low_weights = KEYS * ROW_BYTES  # where the second plane of weights lies behind the first
+    get_int = simd.scalars(types.int64)[0]
     get_operand, put_operand = simd.loads("bfloat16")[2:] if pairs else (get, put)
     sub, add, mul, greater, splat = simd.sub, simd.add, simd.mul, simd.greater, simd.splat
     exp2_product = simd.exp2_product_short if pairs else simd.exp2_product
@@ -71,20 +74,35 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
             panels.pack_weights(t, x, y)
 
     @jit
-    def soften(p, w, keys, vectors):
-        """s^T -> unnormalised weights; moves the maximum and total, leaves the factor for older sums."""
+    def ask_for(p, w, first, last):
+        """Ask for the rows that the block writes; row by row, a line each, no processor foresees them."""
+        for r in range(first, last):
+            out = get_int(w.outs + 8 * r)
+            for c in range(0, p.value_dim * stored, 64):
+                simd.prefetch(out + c)
+
+    @jit
+    def soften(p, w, all_keys, vectors, ragged, topped):
+        """s^T -> unnormalised weights; moves the maximum and total, leaves the factor for older sums.
+
+        Where scores are `topped`, the products have left their maxima.
+        """
         scale = splat(dtype(p.log2_scale))
         floor, margin = splat(dtype(lowest / p.log2_scale)), splat(dtype(8 / p.log2_scale))
         for v in range(vectors):
             c = w.s + v * register
+            keys = get_int(w.selected + 8 * v) if ragged else all_keys
             before = load(w.maximum + v * register)
             # Two chains: one waits four cycles for each step.
             top = other = before
-            for j in range(0, keys - 1, 2):
-                top = greater(load(c + j * ROW_BYTES), top)
-                other = greater(load(c + (j + 1) * ROW_BYTES), other)
-            if keys % 2 == 1:
-                top = greater(load(c + (keys - 1) * ROW_BYTES), top)
+            if topped:
+                top = greater(load(w.tops + v * register), top)
+            else:
+                for j in range(0, keys - 1, 2):
+                    top = greater(load(c + j * ROW_BYTES), top)
+                    other = greater(load(c + (j + 1) * ROW_BYTES), other)
+                if keys % 2 == 1:
+                    top = greater(load(c + (keys - 1) * ROW_BYTES), top)
             # Older sums stay as they are until the maximum has grown by much: weights up to 2**8 do no harm.
             top = simd.if_above(greater(top, other), before, margin)
             zero_point = simd.finite_or_zero(top)
@@ -132,8 +150,15 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
         return Operand(a + first * 8, 2 * KEYS, 1, 2)
 
     @jit
-    def add_values(p, w, x, keys, vectors):
+    def add_values(p, w, x, keys, vectors, ragged):
         """o^T = o^T * rescale + v^T p^T"""
+        if ragged and not tiled:
+            for v in range(vectors):
+                depth = (get_int(w.selected + 8 * v) + per_operand - 1) // per_operand
+                c = v * register
+                accumulate(x.address, x.two, x.column, x.key, p.value_dim, w.s + c, w.o + c, 1, depth,
+                           w.rescale + c)  # fmt: skip
+            return
         if tiled:
             for v in range(vectors):
                 rescale = load(w.rescale + v * register)
@@ -155,7 +180,7 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
         return x.address + words * size + j % per_operand * 2
 
     @jit
-    def add_visible_values(p, w, value, operand, key0, keys, rows, vectors):
+    def add_visible_values(p, w, value, operand, key0, keys, rows, vectors, ragged):
         """`add_values`, where what is not finite reaches only the rows that see it."""
         finite = Operand(w.finite, KEYS, KEYS // 2, 1) if tiled else Operand(w.finite, 2, 1, p.value_dim)
         multiplied = (keys + 31) // 32 * 32 if tiled else keys + keys % per_operand
@@ -165,7 +190,7 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
                 for d in range(p.value_dim):
                     y = get_operand(number_at(operand, j, d) + shift) if j < keys else dtype(0)
                     put_operand(number_at(finite, j, d) + shift, y if y - y == 0 else dtype(0))
-        add_values(p, w, finite, keys, vectors)
+        add_values(p, w, finite, keys, vectors, ragged)
         for j in range(keys):
             for d in range(p.value_dim):
                 y = get_stored(value + ((key0 + j) * p.value_s + d) * stored)
@@ -208,7 +233,8 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
                 for d in range(p.value_dim):
                     for v in range(vectors):
                         store(w.o + d * ROW_BYTES + v * register, zero)
-            key0 = any_first
+            key0, asked = any_first, 0
+            ahead = rows * KEYS // max(any_last - any_first, KEYS) + 1
             while key0 < any_last:
                 seen, keys = look(p, w, key0, any_last, vectors * lanes)
                 if seen == NOTHING:
@@ -217,19 +243,30 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
                 if seen == SOME:
                     key0, keys = trim(w, key0, keys)
                 converted = panel(p, w, head, key0 // KEYS, key, value, length) if p.slots > 0 else 0
-                score(p, w, key, converted, key0, keys, vectors)
+                if asked < rows:
+                    ask_for(p, w, asked, min(asked + ahead, rows))
+                    asked += ahead
+                # Rows of a vector that see less of the run than others: on a causal mask's diagonal.
+                ragged = False
+                if key0 + keys > all_last and stage != WEIGHTS:
+                    ragged = count_seen(w, key0, keys, vectors) < keys
+                if ragged:
+                    score_seen(p, w, key, converted, key0, keys, vectors)
+                else:
+                    score(p, w, key, converted, key0, keys, vectors)
                 if split and careful:
                     mend_scores(p, w, key, key0, keys, rows)
                 adjust(p, w, key0, keys, rows, vectors, all_first, all_last, seen, careful)
                 if stage == WEIGHTS:
                     write_weights(p, w, key0, keys, rows, vectors)
                 else:
-                    soften(p, w, keys, vectors)
+                    sees_all = seen != SOME and key0 >= all_first and key0 + keys <= all_last
+                    soften(p, w, keys, vectors, ragged, sees_all and p.plain and not tiled)
                     operand = operand_of(p, value, converted, key0)
                     if stage == SUMS:
-                        add_values(p, w, operand, keys, vectors)
+                        add_values(p, w, operand, keys, vectors, ragged)
                     else:
-                        add_visible_values(p, w, value, operand, key0, keys, rows, vectors)
+                        add_visible_values(p, w, value, operand, key0, keys, rows, vectors, ragged)
                 key0 += keys
             # A non-finite value meets a weight of 0 where it is masked, and 0 * inf is NaN. It shows in the
             # sums: only then the block is done again, with every masked value left out.

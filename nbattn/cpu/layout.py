@@ -11,7 +11,7 @@ import numpy as np
 from . import emitters, runtime, simd
 from .panels import KEYS
 
-STATE_ROWS = 8
+STATE_ROWS = 9
 """Rows of per-query numbers in a block's scratch."""
 TABLES = 5
 """Tables of per-query addresses."""
@@ -70,7 +70,8 @@ class Scratch(NamedTuple):
     last: int  # one past the last,
     slope: int  # of ALiBi,
     position: int  # of the query among the keys
-    selected: int  # the key that hard attention selects, an integer
+    selected: int  # the key that hard attention selects, an integer; else of each vector a `counts`
+    tops: int  # the maxima of a run's raw products
     queries: int  # one table each of addresses: where the query lies,
     outs: int  # its output,
     masks: int  # its mask, or of a block mask the row of the table, and the bit of the first query,

@@ -41,19 +41,22 @@ def build(jit: Any, storage: str, exp2_product: Any) -> tuple[Any, Any, Any]:
         # 0 times what is finite adds up to 0.
         zero, one = splat(dtype(0)), splat(dtype(1))
         for v in range(vectors):
-            seen = one
-            for d in range(p.value_dim):
-                seen = simd.fma(load(w.o + d * ROW_BYTES + v * register), zero, seen)
-            if not simd.all_ones(seen):
+            seen = other = one  # two chains: one waits four cycles for each step
+            for d in range(0, p.value_dim - 1, 2):
+                t = w.o + d * ROW_BYTES + v * register
+                seen, other = simd.fma(load(t), zero, seen), simd.fma(load(t + ROW_BYTES), zero, other)
+            if p.value_dim % 2 == 1:
+                seen = simd.fma(load(w.o + (p.value_dim - 1) * ROW_BYTES + v * register), zero, seen)
+            if not simd.all_ones(mul(seen, other)):
                 return False
         return True
 
     @jit
     def write_rows(p, w, rows):
         divisor = w.rescale
-        for r in range((rows + lanes - 1) // lanes * lanes):
-            total = get(w.total + r * size)
-            put(divisor + r * size, dtype(1) if total == 0 else total)
+        for r in range(0, rows, lanes):
+            total = load(w.total + r * size)
+            store(divisor + r * size, simd.if_equal(total, splat(dtype(0)), splat(dtype(1)), total))
         whole = p.value_dim // lanes * lanes
         for r in range(0, rows, lanes):
             for c in range(0, whole, lanes):

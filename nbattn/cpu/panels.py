@@ -157,27 +157,17 @@ def rows_out(lanes: int, storage: str) -> tuple[Any, Any]:
     return divide, write
 
 
-def _pair_words(b: Any, low: Any, high: Any) -> Any:
-    """float32 low and high -> 32-bit words of two bfloat16, rounded to nearest even."""
-    t = I32 if not isinstance(low.type, ir.VectorType) else ir.VectorType(I32, low.type.count)
-    first = b.lshr(emitters.round_bits(b, low, 16), const(t, 16))
-    return b.or_(first, b.and_(emitters.round_bits(b, high, 16), const(t, -0x10000)))
+@intrinsic
+def pair_words(typingctx: Any, address: Any, low: Any, high: Any) -> Any:
+    """Store two float32 numbers as a word of two bfloat16, rounded to nearest even."""
 
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        first = b.lshr(emitters.round_bits(b, args[1], 16), const(I32, 16))
+        word = b.or_(first, b.and_(emitters.round_bits(b, args[2], 16), const(I32, -0x10000)))
+        store_value(b, word, pointer(b, args[0], I32))
+        return context.get_dummy_value()
 
-def pair_words(vector: bool) -> Any:
-    """``pack(address, low, high)``: store float32 vectors or numbers as words of two bfloat16."""
-    numba_type = simd.vector(types.float32) if vector else types.float32
-
-    @intrinsic
-    def pack(typingctx: Any, address: Any, low: Any, high: Any) -> Any:
-        def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-            words = _pair_words(b, args[1], args[2])
-            store_value(b, words, pointer(b, args[0], words.type))
-            return context.get_dummy_value()
-
-        return types.void(types.int64, numba_type, numba_type), codegen
-
-    return pack
+    return types.void(types.int64, types.float32, types.float32), codegen
 
 
 @intrinsic
@@ -244,6 +234,21 @@ def pack_columns(typingctx: Any, address: Any, low: Any, high: Any) -> Any:
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         x = emitters.narrow_halves_value(b, *args[1:])
         store_value(b, x, pointer(b, args[0], x.type))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, low, high), codegen
+
+
+@intrinsic
+def pack_rows(typingctx: Any, address: Any, low: Any, high: Any) -> Any:
+    """Store the float32 vectors of two rows as words of two bfloat16."""
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        both = emitters.narrow_halves_value(b, *args[1:])
+        n = both.type.count // 2
+        order = ir.Constant(ir.VectorType(I32, 2 * n), [c // 2 + n * (c % 2) for c in range(2 * n)])
+        words = b.shuffle_vector(both, ir.Constant(both.type, ir.Undefined), order)
+        store_value(b, words, pointer(b, args[0], words.type))
         return context.get_dummy_value()
 
     return types.void(types.int64, low, high), codegen
@@ -316,7 +321,7 @@ def build(jit: Any, storage: str, operands: str, converts: bool, as_operand: Any
     turn_rest: Any = square_of_pairs(storage, planes[-1][0]) if tiled else None
     split, first, second = operands == "split", planes[0][1], planes[-1][1]
     get_int, put_int = simd.scalars(types.int64)
-    pack, pack_vectors = pair_words(vector=False), pair_words(vector=True)
+    pack = pair_words
 
     @jit
     def convert(source, stride, rows, columns, target):
@@ -352,7 +357,11 @@ def build(jit: Any, storage: str, operands: str, converts: bool, as_operand: Any
         """rows x columns -> words of two columns that lie side by side."""
         for r in range(rows):
             a, t = source + r * stride * stored, target + r * ((columns + 1) // 2) * size
-            for c in range(0, columns, 2):
+            whole = columns // (2 * lanes) * (2 * lanes)
+            for c in range(0, whole, 2 * lanes):
+                pack_columns(t + c // 2 * size, load_stored(a + c * stored),
+                             load_stored(a + (c + lanes) * stored))  # fmt: skip
+            for c in range(whole, columns, 2):
                 high = get_stored(a + (c + 1) * stored) if c + 1 < columns else np.float32(0)
                 pack(t + c // 2 * size, get_stored(a + c * stored), high)
 
@@ -416,8 +425,8 @@ def build(jit: Any, storage: str, operands: str, converts: bool, as_operand: Any
                     interleave(t + c * size, a + c * stored, second + c * stored)
                 else:
                     for half in range(c, c + 2 * lanes, lanes):
-                        pack_vectors(t + half * size, load_stored(a + half * stored),
-                                     load_stored(second + half * stored))  # fmt: skip
+                        pack_rows(t + half * size, load_stored(a + half * stored),
+                                  load_stored(second + half * stored))  # fmt: skip
                 c += 2 * lanes
             while c < columns:
                 high = get_stored(second + c * stored) if r + 1 < rows else np.float32(0)

@@ -42,7 +42,13 @@ class Queries(NamedTuple):
     transpose_queries: Any
     """``transpose_queries(p, w, vectors)``: q^T."""
     score: Any
-    """``score(p, w, key, converted, key0, keys, vectors)``: the raw products with a run of keys."""
+    """``score(p, w, key, converted, key0, keys, vectors)``: the raw products with a run of keys, and but for
+    AMX their maxima."""
+    score_seen: Any
+    """The same of the keys that each vector's rows see, after `count_seen`."""
+    count_seen: Any
+    """``count_seen(w, key0, keys, vectors)``: puts for each vector how many keys of a run its rows need, up
+    to the last that any of them sees; returns the least of the numbers."""
     mend_scores: Any
     """``mend_scores(p, w, key, key0, keys, rows)``: what a split of inf made NaN is multiplied anew."""
     look: Any
@@ -71,11 +77,11 @@ def build(form: Form, jit: Any, inline: Any) -> Queries:
     load, store, get, put = simd.loads("float64" if size == 8 else "float32")
     get_stored = simd.loads(storage)[2]
     get_int, put_int = simd.scalars(types.int64)
-    put_index = simd.scalars(types.int64 if size == 8 else types.int32)[1]
+    get_index, put_index = simd.scalars(types.int64 if size == 8 else types.int32)
     index = np.int64 if size == 8 else np.int32
     fresh: Any = amx.product(jit, False, len_planes) if tiled else None
     if not tiled:
-        fresh = product(jit, number, rescale=False, pairs=pairs)
+        fresh = product(jit, number, rescale=False, pairs=pairs, tops=True)
     as_operand = simd.round_bfloat16 if rounds else simd.same
     panel = panels.build(jit, storage, operands, converts, as_operand)
     look, adjust, visible, place = scores.build(jit, inline, dtype, storage)
@@ -83,7 +89,7 @@ def build(form: Form, jit: Any, inline: Any) -> Queries:
     read_words: Any = panels.words_in(lanes, storage, planes[0][0]) if pairs else None
     read_rest: Any = panels.words_in(lanes, storage, planes[-1][0]) if pairs else None
     first, second = planes[0][1], planes[-1][1]
-    pack = panels.pair_words(vector=False)
+    pack = panels.pair_words
     splat = simd.splat
 
     @jit
@@ -98,6 +104,7 @@ def build(form: Form, jit: Any, inline: Any) -> Queries:
         converted = tags + 64 * ((p.slots + 7) // 8)
         return Scratch(q, o, s, row, row + ROW_BYTES, row + 2 * ROW_BYTES, row + 3 * ROW_BYTES,
                        row + 4 * ROW_BYTES, row + 5 * ROW_BYTES, row + 6 * ROW_BYTES, row + 7 * ROW_BYTES,
+                       row + 8 * ROW_BYTES,
                        table, table + step, table + 2 * step, table + 3 * step, table + 4 * step,
                        seen, call, tags, converted, converted + p.slots * p.slot_bytes)  # fmt: skip
 
@@ -142,38 +149,16 @@ def build(form: Form, jit: Any, inline: Any) -> Queries:
                      get_int(p.key_lengths + 8 * b))  # fmt: skip
 
     @jit
-    def set_up(p, w, b, unit, row0, rows, queries, start):
-        """Fill the per-row state; (first, last) key that any row sees, (first, last) that all rows see.
-
-        Lanes beyond the last row repeat it.
-        """
-        pb = 0 if p.query_starts != 0 else b
-        offset, length = get_int(p.offset + 8 * b), get_int(p.key_lengths + 8 * b)
-        any_first, any_last, all_first, all_last = length, 0, 0, length
+    def place_more(p, w, b, unit, row0, padded, rows, queries, offset):
+        """What `set_up` fills in for calls with sinks, ALiBi, a mask, weights or a bias."""
         h, i = unit * p.packed_heads + row0 // queries, row0 % queries
-        for r in range((rows + lanes - 1) // lanes * lanes):
-            first = min(max(i + offset - p.left, 0), length)
-            last = min(max(i + offset + p.right + 1, 0), length)
-            if first < last:
-                any_first, any_last = min(any_first, first), max(any_last, last)
-                all_first, all_last = max(all_first, first), min(all_last, last)
-            else:
-                first, last, all_last = 0, 0, 0
-            put_index(w.first + r * size, index(first))
-            put_index(w.last + r * size, index(last))
-            put(w.maximum + r * size, get(p.sinks + h * size) if p.sinks != 0 else -infinity)
-            put(w.total + r * size, dtype(1) if p.sinks != 0 else dtype(0))
-            put(w.slope + r * size, get(p.alibi_slopes + h * size) if p.alibi_slopes != 0 else dtype(0))
-            put(w.position + r * size, dtype(i + offset))
-            query = p.query + (pb * p.query_b + h * p.query_h + (start + i) * p.query_s) * stored
-            out = p.out + (pb * p.out_b + h * p.out_h + (start + i) * p.out_s) * stored
-            put_int(w.queries + 8 * r, query)
-            put_int(w.outs + 8 * r, out)
-            # Rows are read and written in turns of a line each, which no processor foresees.
-            for c in range(0, p.head_dim * stored, 64):
-                simd.prefetch(query + c)
-            for c in range(0, p.value_dim * stored, 64):
-                simd.prefetch(out + c)
+        for r in range(padded):
+            if p.sinks != 0:
+                put(w.maximum + r * size, get(p.sinks + h * size))
+                put(w.total + r * size, dtype(1))
+            if p.alibi_slopes != 0:
+                put(w.slope + r * size, get(p.alibi_slopes + h * size))
+                put(w.position + r * size, dtype(i + offset))
             put_int(w.masks + 8 * r, p.mask + b * p.mask_b + h * p.mask_h + i * p.mask_q)
             put_int(
                 w.weights + 8 * r, p.weights + (b * p.weights_b + h * p.weights_h + i * p.weights_s) * size
@@ -183,6 +168,48 @@ def build(form: Form, jit: Any, inline: Any) -> Queries:
                 i += 1
                 if i == queries:
                     h, i = h + 1, 0
+
+    @jit
+    def set_up(p, w, b, unit, row0, rows, queries, start):
+        """Fill the per-row state; (first, last) key that any row sees, (first, last) that all rows see.
+
+        Lanes beyond the last row repeat it.
+        """
+        pb = 0 if p.query_starts != 0 else b
+        offset, length = get_int(p.offset + 8 * b), get_int(p.key_lengths + 8 * b)
+        any_first, any_last, all_first, all_last = length, 0, 0, length
+        h, i = unit * p.packed_heads + row0 // queries, row0 % queries
+        padded = (rows + lanes - 1) // lanes * lanes
+        # What the loop reads of p it would read again for each row, as it also writes memory.
+        left, right, query_bytes = p.left, p.right, p.head_dim * stored
+        query_step, out_step, query, out = p.query_s * stored, p.out_s * stored, 0, 0
+        for r in range(padded):
+            if r == 0 or i == 0:
+                query = p.query + (pb * p.query_b + h * p.query_h + (start + i) * p.query_s) * stored
+                out = p.out + (pb * p.out_b + h * p.out_h + (start + i) * p.out_s) * stored
+            first = min(max(i + offset - left, 0), length)
+            last = min(max(i + offset + right + 1, 0), length)
+            if first < last:
+                any_first, any_last = min(any_first, first), max(any_last, last)
+                all_first, all_last = max(all_first, first), min(all_last, last)
+            else:
+                first, last, all_last = 0, 0, 0
+            put_index(w.first + r * size, index(first))
+            put_index(w.last + r * size, index(last))
+            put_int(w.queries + 8 * r, query)
+            put_int(w.outs + 8 * r, out)
+            # Rows are read in turns of a line each, which no processor foresees.
+            for c in range(0, query_bytes, 64):
+                simd.prefetch(query + c)
+            if r < rows - 1:
+                i, query, out = i + 1, query + query_step, out + out_step
+                if i == queries:
+                    h, i = h + 1, 0
+        for r in range(0, padded, lanes):
+            store(w.maximum + r * size, splat(-infinity))
+            store(w.total + r * size, splat(dtype(0)))
+        if p.sinks != 0 or p.alibi_slopes != 0 or p.mask != 0 or p.weights != 0 or p.bias != 0:
+            place_more(p, w, b, unit, row0, padded, rows, queries, offset)
         if p.table != 0:
             row = b * p.table_b + unit * p.table_h + row0 // BLOCK * p.table_q
             put_int(w.masks, p.table + row)
@@ -234,6 +261,13 @@ def build(form: Form, jit: Any, inline: Any) -> Queries:
                     store(a, as_operand(load(a)))
 
     @jit
+    def keys_at(p, key, converted, key0):
+        """Where keys lie for the tiles, and how many numbers or words from one to the next."""
+        if converts and p.key_panel_bytes > 0:
+            return converted + key0 % KEYS * p.query_rows * size, p.query_rows
+        return key + key0 * p.key_s * stored, p.key_s // 2 if pairs else p.key_s
+
+    @jit
     def score(p, w, key, converted, key0, keys, vectors):
         """The raw products of one run of keys."""
         if tiled:
@@ -242,12 +276,38 @@ def build(form: Form, jit: Any, inline: Any) -> Queries:
             rows = (keys + 15) // 16 * 16
             fresh(a, row, KEYS * row, rows, w.q, p.query_rows * ROW_BYTES, w.s, vectors, p.query_rows)
             return
-        depth = p.query_rows
-        if converts and p.key_panel_bytes > 0:
-            a, stride = converted + key0 % KEYS * depth * size, depth
-        else:
-            a, stride = key + key0 * p.key_s * stored, p.key_s // 2 if pairs else p.key_s
-        fresh(a, 2 * stride, stride, 1, keys, w.q, w.s, vectors, depth, 0)
+        a, stride = keys_at(p, key, converted, key0)
+        for v in range(vectors):
+            store(w.tops + v * register, splat(-infinity))
+        fresh(a, 2 * stride, stride, 1, keys, w.q, w.s, vectors, p.query_rows, w.tops)
+
+    @jit
+    def count_seen(w, key0, keys, vectors):
+        least = keys
+        for v in range(vectors if not tiled else 0):
+            end = 0
+            for r in range(v * lanes, (v + 1) * lanes):
+                end = max(end, get_index(w.last + r * size) - key0)
+            count = min((end + 1) // 2 * 2, keys)
+            put_int(w.selected + 8 * v, count)
+            least = min(least, count)
+        return least
+
+    @jit
+    def score_seen(p, w, key, converted, key0, keys, vectors):
+        if tiled:
+            return
+        a, stride = keys_at(p, key, converted, key0)
+        least = keys
+        for v in range(vectors):
+            least = min(least, get_int(w.selected + 8 * v))
+        fresh(a, 2 * stride, stride, 1, least, w.q, w.s, vectors, p.query_rows, w.tops)
+        a += least * stride * size
+        for v in range(vectors):
+            count = get_int(w.selected + 8 * v) - least
+            column = v * register
+            t = w.s + least * ROW_BYTES + column
+            fresh(a, 2 * stride, stride, 1, count, w.q + column, t, 1, p.query_rows, w.tops + column)
 
     @jit
     def mend_scores(p, w, key, key0, keys, rows):
@@ -287,4 +347,7 @@ def build(form: Form, jit: Any, inline: Any) -> Queries:
 
         return run
 
-    return Queries(find, set_up, transpose_queries, score, mend_scores, look, adjust, visible, panel, kernel)
+    return Queries(
+        find, set_up, transpose_queries, score, score_seen, count_seen, mend_scores, look, adjust, visible,
+        panel, kernel,
+    )  # fmt: skip

@@ -167,9 +167,10 @@ def build(jit: Any, inline: Any, dtype: Any, storage: str) -> tuple[Any, Any, An
         if seen == masks.SOME:
             hide(w, keys, vectors)
         if key0 < all_first or key0 + keys > all_last:
+            from_key = max(all_last - key0, 0) if key0 >= all_first else 0
             for v in range(vectors):
                 first, last = w.first + v * register, w.last + v * register
-                for j in range(keys):
+                for j in range(from_key, keys):
                     t = s + j * ROW_BYTES + v * register
                     store(t, simd.outside(load(t), key0 + j, first, last))
 

@@ -25,12 +25,12 @@ NARROW_ROWS = 12
 """Rows of a tile that is one vector wide: enough sums under way to hide the latency of an FMA."""
 
 
-def _tile(number: Any, rows: int, vectors: int, rescale: bool, pairs: bool) -> Any:
+def _tile(number: Any, rows: int, vectors: int, rescale: bool, pairs: bool, tops: bool) -> Any:
     """``c[:rows, :] = a[:rows, :depth] @ b``; with `rescale`, ``c * factor +`` that.
 
     a[r, k] lies at ``a + (r // 2 * a_two + r % 2 * a_row + k * a_col) * itemsize``; `factor` is the address
-    of one number per column. With `pairs` each element of a and b is a word of two bfloat16, multiplied and
-    added as two steps.
+    of one number per column, with `tops` of the columns' maxima, which are moved while registers hold the
+    sums. With `pairs` each element of a and b is a word of two bfloat16, multiplied and added as two steps.
     """
     size = number.bitwidth // 8
 
@@ -98,6 +98,12 @@ def _tile(number: Any, rows: int, vectors: int, rescale: bool, pairs: bool) -> A
                     )
             for total, place in zip(totals, places, strict=True):
                 store_value(builder, total, place)
+            for j in range(vectors if tops else 0):
+                place = at(factor, 0, j)
+                top = load_value(builder, place)
+                for total in totals[j::vectors]:
+                    top = emitters.greater_value(builder, total, top)
+                store_value(builder, top, place)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 8), codegen
@@ -109,15 +115,17 @@ def _multiply_add(b: Any, total: Any, x: Any, y: Any) -> Any:
     return fma_value(b, x, y, total)
 
 
-def product(jit: Any, number: Any, rescale: bool, pairs: bool) -> Any:
+def product(jit: Any, number: Any, rescale: bool, pairs: bool, tops: bool = False) -> Any:
     """The compiled function ``product(a, a_two, a_row, a_col, rows, b, c, vectors, depth, factor)``.
 
     ``c[rows, :] = a[rows, depth] @ b[depth, :]`` over `vectors` vectors of columns, plus ``c * factor`` with
     `rescale`. Rows of a lie two by two, `a_two` elements from one two to the next; a, the addresses b, c and
-    factor, and `pairs` as in `_tile`.
+    factor, `pairs` and `tops` as in `_tile`.
     """
-    wide6, wide4, wide1 = (_tile(number, rows, WIDE, rescale, pairs) for rows in (6, 4, 1))
-    narrow12, narrow4, narrow1 = (_tile(number, rows, 1, rescale, pairs) for rows in (NARROW_ROWS, 4, 1))
+    wide6, wide4, wide1 = (_tile(number, rows, WIDE, rescale, pairs, tops) for rows in (6, 4, 1))
+    narrow12, narrow4, narrow1 = (
+        _tile(number, rows, 1, rescale, pairs, tops) for rows in (NARROW_ROWS, 4, 1)
+    )
     size = number.bitwidth // 8
 
     @jit
