@@ -7,6 +7,7 @@ a store of one page for each sequence.
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -20,6 +21,8 @@ from .decode import Options, Pages, cache_problem, check_query, run, wide
 from .device import DeviceArray
 from .problem import CACHE_DTYPES, INT4_GROUP, UNBOUNDED, AppendProblem, CacheProblem, storage_name
 
+LINE = 64
+"""Bytes of a cache line."""
 PLANS = 16
 """Layouts of calls that a cache remembers, and groups of sequences."""
 PLAN_NUMBERS = 1 << 16
@@ -69,7 +72,7 @@ class Store:
         value_dim = key_dim if value_dim is None else check_size(value_dim, "value_dim")
         self.backend, self.window = backend, window
         check.backend_module("decode", backend)
-        empty = check.backend_module("append", "cuda").empty if self.is_on_gpu else np.empty
+        empty = check.backend_module("append", "cuda").empty if self.is_on_gpu else _empty
         self.frequencies, self.interleaved = _check_rotary(key_dim, *rotary)
         storage, stored = _check_dtype(dtype)
         arrays: list[Any] = []
@@ -367,6 +370,14 @@ def _layout(query: Any, options: tuple[Any, ...], return_lse: Any) -> Any:
         else:
             heads += (None,)
     return layout, numbers, types, heads
+
+
+def _empty(shape: tuple[int, ...], dtype: np.dtype[Any] | type) -> NDArray[Any]:
+    """An array that begins at a cache line: NumPy's large ones begin 16 bytes behind, and cut each vector."""
+    count = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(count + LINE, np.uint8)
+    start = -memory.ctypes.data % LINE
+    return memory[start : start + count].view(dtype).reshape(shape)
 
 
 def check_counts(lengths: ArrayLike | None, batch: int, most: int) -> NDArray[np.int64]:

@@ -63,11 +63,12 @@ TABLES, ROW_TABLES, VECTORS = 4, 5, 4
 class Scratch(NamedTuple):
     """Addresses of what one thread works in."""
 
-    keys: int  # one table each with an entry for each of a chunk's keys: addresses of keys,
-    values: int  # of values,
-    key_scales: int  # of scales; for int8 the scales themselves
+    keys: (
+        int  # one table each with an entry for each of a chunk's keys, and the next chunk's first: addresses
+    )
+    values: int  # of keys, of values,
+    key_scales: int  # of scales; for int8 a tile's scales themselves come in the place of their addresses
     value_scales: int
-    next_keys: int  # addresses of the next chunk's first keys
     wide_keys: int  # where a tile's keys are widened to,
     wide_values: int  # and its values
     first: int  # one table each with an entry per row: the first key that is seen,
@@ -92,7 +93,7 @@ def scratch_bytes(storage: str, dtype: Any, head_dim: int, value_dim: int) -> in
     size = np.dtype(dtype).itemsize
     vectors = VECTORS * ROWS * emitters.REGISTER_BYTES
     rows = ROWS * (head_dim * size + KEYS * (size + 2)) + KEYS * (max(head_dim, value_dim) + value_dim) * size
-    tables = TABLES * CHUNK * 8 + ROW_TABLES * ROWS * 8 + 3 * KEYS * 8
+    tables = TABLES * (CHUNK + KEYS) * 8 + ROW_TABLES * ROWS * 8 + 2 * KEYS * 8
     of_nibbles = nibbles.scratch_bytes(ROWS, head_dim, value_dim) if storage == "int4" else 0
     return tables + vectors + rows + of_nibbles
 
@@ -125,13 +126,12 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
     load, store, get, put = simd.loads("float64" if size == 8 else "float32")
     _, store_outer, _, put_outer = simd.loads(outer)
     get_int, put_int = simd.scalars(types.int64)
-    scale_bytes = size if int8 else 8
     stored_bits = {"int8": 8, "int4": 4}.get(storage, 8 * outer_bytes)  # of a number
     add, sub, mul, fma, greater, splat = simd.add, simd.sub, simd.mul, simd.fma, simd.greater, simd.splat
     exp2_product = simd.exp2_product
     narrow = kinds.narrow_fours(outer) if in_fours else kinds.narrow_parities
     sum1, sum2, sum4 = (dots.across(number, n, lambda b, x, y: b.fadd(x, y)) for n in (1, 2, wide_rows))
-    padded, filled, find, find_keys, widen, widen_query = lookup.build(jit, storage)
+    padded, filled, find, fetch_scales, widen, widen_query = lookup.build(jit, storage)
     adjust, visible, place = seen.build(jit, storage, filled)
     as_nibbles = kind == "nibbles"
     of_nibbles = nibbles.build(jit) if as_nibbles else nibbles.Nibbles(None, None, None, None)
@@ -150,21 +150,20 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
 
     @jit
     def scratch_at(p, w):
-        table = CHUNK * 8
+        table = (CHUNK + KEYS) * 8
         rows = w + TABLES * table
         vectors = rows + ROW_TABLES * ROWS * 8
         vector = ROWS * register
-        q = vectors + VECTORS * vector + 24 * KEYS
+        q = vectors + VECTORS * vector + 16 * KEYS
         s = q + ROWS * padded(p.head_dim) * size
         narrow_at = s + ROWS * KEYS * size
         wide = narrow_at + ROWS * KEYS * 2
         aside = wide + KEYS * padded(max(p.head_dim, p.value_dim)) * size
         scales = aside + KEYS * padded(p.value_dim) * size
         spread = scales + max(p.head_dim, p.value_dim) // INT4_GROUP * KEYS * 4
-        next_keys = vectors + VECTORS * vector
-        wide_keys = next_keys + 8 * KEYS
+        wide_keys = vectors + VECTORS * vector
         wide_values = wide_keys + 8 * KEYS
-        return Scratch(w, w + table, w + 2 * table, w + 3 * table, next_keys, wide_keys, wide_values,
+        return Scratch(w, w + table, w + 2 * table, w + 3 * table, wide_keys, wide_values,
                        rows, rows + 8 * ROWS, rows + 16 * ROWS, rows + 24 * ROWS, rows + 32 * ROWS,
                        vectors, vectors + 2 * vector, vectors + 3 * vector,
                        q, s, narrow_at, wide, aside, scales, spread)  # fmt: skip
@@ -189,26 +188,33 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
     def attend_chunk(
         p, w, state, b, head, first, last, groups, together, all_first, all_last, next_keys, careful
     ):
-        """The sums over the keys from `first` to `last`; asks for the first keys of the next chunk, too."""
+        """The sums over the keys from `first` to `last`; asks for the first of the next chunk, too, of which
+        there are `next_keys` in the tables.
+        """
         for g in range(groups):
             store(state + 2 * g * register, splat(-infinity))
             store(state + (2 * g + 1) * register, splat(dtype(0)))
         o = state + 2 * groups * register
         for t in range(o, o + groups * together * padded(p.value_dim) * size, register):
             store(t, splat(dtype(0)))
-        find(p, w, b, head, first, last - first)
+        find(p, w, 0, b, head, first, last - first)
         wide_keys, fours = not in_place(p, together), in_fours and p.value_dim % value_unit == 0
         wide_values = p.value_dim % value_unit != 0 or (careful and not fours)
         for k0 in range(first, last, KEYS):
             t, keys = k0 - first, min(KEYS, last - k0)
             padding = filled(keys)
             keys_at, values_at = w.keys + 8 * t, w.values + 8 * t
-            key_scales, value_scales = w.key_scales + scale_bytes * t, w.value_scales + scale_bytes * t
+            key_scales, value_scales = w.key_scales + 8 * t, w.value_scales + 8 * t
             wanted, count = keys_at + 8 * KEYS, min(KEYS, last - k0 - KEYS)
-            if count <= 0:  # the chunk's last; with no other to follow, it asks for what is there
-                wanted, count = (w.next_keys, next_keys) if next_keys > 0 else (keys_at, 1)
-            # Values that one row takes come as they lie; of others a tile asks for the next tile's keys.
-            ahead, ahead_bytes = values_at, p.value_bytes
+            if count <= 0:  # the chunk's last
+                count = next_keys
+            if count <= 0:  # with no other to follow, it asks for what is there
+                wanted, count = keys_at, 1
+            if int8:
+                fetch_scales(key_scales, padding)
+                fetch_scales(value_scales, padding)
+            # Values that one row takes come as they lie; else a tile asks for the next one's keys and values.
+            ahead, ahead_bytes = values_at + (wanted - keys_at), p.value_bytes
             if together == 1 and groups == 1 and not as_nibbles and not wide_values and is_foreseen(p):
                 ahead, ahead_bytes = wanted, p.key_bytes
             if wide_keys:
@@ -371,7 +377,8 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
                     next_b, next_head, _, _, next_chunks, next_begin, next_end = locate(p, following)
                     if following % p.chunks < next_chunks:
                         next_keys = min(KEYS, next_end - next_begin)
-                        find_keys(p, w.next_keys, next_b, next_head, next_begin, next_keys)
+                        tiles = (end - begin + KEYS - 1) // KEYS
+                        find(p, w, tiles * KEYS, next_b, next_head, next_begin, next_keys)
                 state = p.partials + task * p.partial_bytes
                 careful = False
                 while True:

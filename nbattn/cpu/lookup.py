@@ -40,7 +40,7 @@ class Lookup(NamedTuple):
     padded: Any
     filled: Any
     find: Any
-    find_keys: Any
+    fetch_scales: Any
     widen: Any
     widen_query: Any
 
@@ -71,23 +71,23 @@ def build(jit: Any, storage: str) -> Lookup:
         return (keys + portion - 1) // portion * portion
 
     @jit
-    def find_keys(p, table, b, head, k0, keys):
-        """Fill a table with the addresses of keys alone."""
-        walk(p, table, p.key + head * p.key_h, p.key_p, p.key_s, b, k0, keys)
-
-    @jit
-    def find(p, w, b, head, k0, keys):
-        """Fill the tables for `keys` positions from k0 on, padded with the last one."""
-        walk(p, w.keys, p.key + head * p.key_h, p.key_p, p.key_s, b, k0, keys)
-        walk(p, w.values, p.value + head * p.value_h, p.value_p, p.value_s, b, k0, keys)
+    def find(p, w, place, b, head, k0, keys):
+        """Fill the tables from an entry on for `keys` positions from k0 on, padded with the last one."""
+        t = 8 * place
+        walk(p, w.keys + t, p.key + head * p.key_h, p.key_p, p.key_s, b, k0, keys)
+        walk(p, w.values + t, p.value + head * p.value_h, p.value_p, p.value_s, b, k0, keys)
         if int8 or int4:
             a, c = p.key_scales + head * p.key_scales_h, p.value_scales + head * p.value_scales_h
-            walk(p, w.key_scales, a, p.key_scales_p, p.key_scales_s, b, k0, keys)
-            walk(p, w.value_scales, c, p.value_scales_p, p.value_scales_s, b, k0, keys)
-        if int8:
-            for scales in (w.key_scales, w.value_scales):
-                for j in range(filled(keys)):
-                    put(scales + size * j, dtype(get_float32(get_int(scales + 8 * j))))
+            walk(p, w.key_scales + t, a, p.key_scales_p, p.key_scales_s, b, k0, keys)
+            walk(p, w.value_scales + t, c, p.value_scales_p, p.value_scales_s, b, k0, keys)
+
+    @jit
+    def fetch_scales(scales, keys):
+        """A tile's scales in place of their addresses; asks for the next tile's."""
+        for j in range(0, keys, portion):
+            simd.prefetch(get_int(scales + 8 * (dots.KEYS + j)))
+        for j in range(keys):
+            put(scales + size * j, dtype(get_float32(get_int(scales + 8 * j))))
 
     @jit
     def walk(p, table, base, page_bytes, row_bytes, b, k0, keys):
@@ -132,4 +132,4 @@ def build(jit: Any, storage: str) -> Lookup:
         for c in range(whole, padded(columns)):
             put(t + c * size, get_outer(a + c * outer_bytes) if c < columns else dtype(0))
 
-    return Lookup(padded, filled, find, find_keys, widen, widen_query)
+    return Lookup(padded, filled, find, fetch_scales, widen, widen_query)
