@@ -113,6 +113,34 @@ class TestWho:
         assert len(chosen) == 8
         assert not any(name.startswith("decode") for name, *_ in chosen)
 
+    @pytest.mark.parametrize("storage", ["float16", "bfloat16", "int8"])
+    def test_caches(self, torch, chosen, storage):  # noqa: F811
+        """A token's attention is the decode kernel's; what it lacks, and prompts, are others'."""
+        dtype = input_dtype(storage)
+        for cache, more in (
+            (KVCache(2, 2, 70, 32, storage, backend="cuda"), ()),
+            (KVCache(2, 2, 70, 32, storage, window=9, backend="cuda"), ()),
+            (PagedKVCache(9, 16, 2, 32, storage, backend="cuda"), ([0, 1],)),
+        ):
+            if more:
+                cache.add(), cache.add()
+            x = torch.to(np.zeros((2, 2, 20, 32), dtype))
+            cache.append(*more, x, x)
+            for queries, options, decodes in ((1, {}, True), (2, {"sinks": np.ones(4)}, True),
+                                              (1, {"bias": torch.to(np.zeros((20,), dtype))}, False),
+                                              (17, {}, False)):  # fmt: skip
+                if cache.__class__ is KVCache and cache.window and queries == 17:
+                    continue
+                chosen.clear()
+                cache.attend(*more, torch.to(np.zeros((2, 4, queries, 32), dtype)), **options)
+                assert any(name.startswith(f"decode-mma-{storage}-") for name, *_ in chosen) == decodes
+                assert len(chosen) == 1 or not decodes
+            halves = torch.to(np.zeros((2, 4, 1, 32), np.float16))
+            if storage == "int8":
+                cache.attend(*more, halves)
+                assert chosen[-1][0].startswith("decode-mma-int8-")
+                assert chosen[-1][1]["query_kind"] == 1
+
     def test_chunks_are_of_the_room_for_keys(self, torch, chosen):  # noqa: F811
         for keys, chunk, chunks in ((40, 128, 1), (4096, 128, 32), (4100, 256, 17), (32768, 1024, 32)):
             self.call(torch, keys=keys, key_lengths=[1, 7])

@@ -18,7 +18,7 @@ from nbattn.resolve import resolve_batch
 pytestmark = pytest.mark.cuda_emu
 
 halves = pytest.mark.parametrize("dtype", [np.float16, bfloat16], ids=["float16", "bfloat16"])
-SMALL = Tile(32, 3)
+SMALL, SMALL_BYTES = Tile(32, 3), Tile(32, 4, 1)
 Record = namedtuple("Record", [name for name, _ in PARAMETERS])
 NUMBERS = {"float32": np.float32, "int32": int, "int64": int}
 
@@ -251,3 +251,71 @@ class TestPages:
         out, lse = poisoned((2, 2, 2, 32), dtype), poisoned((2, 2, 2), np.float32)
         emulate(p, out, lse, SMALL)
         oracle.hold(out, lse, q, k, v, **options)
+
+
+class TestBytes:
+    """int8 keys and values with a scale for each token and head."""
+
+    def problem(self, rng, lengths, dtype=np.float32, heads=4, queries=2, dims=(32, 24), page_size=0):
+        """A problem, and its keys and values in float32."""
+        batch, most = len(lengths), max(lengths)
+        query = normal(rng, (batch, heads, queries, dims[0]), dtype)
+        pages, scales, dense = [], [], []
+        size = page_size or most
+        wide = -(-most // size)
+        table = rng.permutation(batch * wide).reshape(batch, wide) if page_size else np.arange(batch)[:, None]
+        position = np.arange(most)
+        at = table[:, position // size], position % size
+        for dim in dims:
+            room = -(-dim // 16) * 16
+            numbers = rng.integers(-127, 128, (batch * wide, 2, size, room)).astype(np.int8)[..., :dim]
+            scale = (rng.random((batch * wide, 2, size)) * 0.02).astype(np.float32)
+            pages.append(numbers.swapaxes(1, 2))
+            scales.append(scale.swapaxes(1, 2))
+            dense.append((pages[-1] * scales[-1][..., None])[at].transpose(0, 2, 1, 3))
+        for b, length in enumerate(lengths):
+            for scale in scales:
+                scale[at[0][b, length:], at[1][length:]] = np.nan
+        options = {"is_causal": True, "query_offset": "end", "key_lengths": np.array(lengths)}
+        p = decode.as_cache(
+            resolve_batch(query.astype(np.float32), *dense, NOTHING._replace(**options)).problem
+        )
+        p = replace(
+            p, query=query, key_pages=pages[0], value_pages=pages[1], key_scales=scales[0],
+            value_scales=scales[1], storage="int8", page_table=table,
+        )  # fmt: skip
+        return p, dense, options
+
+    def run(self, p, tile=SMALL_BYTES):
+        out = poisoned((*p.query.shape[:3], p.value_pages.shape[3]), p.query.dtype)
+        lse = poisoned(p.query.shape[:3], np.float32)
+        emulate(p, out, lse, tile)
+        return out, lse
+
+    @pytest.mark.parametrize("dtype", [np.float32, np.float16, bfloat16], ids=["f32", "f16", "bf16"])
+    @pytest.mark.parametrize("page_size", [0, 5])
+    def test_options(self, dtype, page_size, rng):
+        p, dense, options = self.problem(rng, [130, 0, 33], dtype, page_size=page_size)
+        more = {"sinks": normal(rng, 4), "alibi_slopes": rng.random(4), "softcap": 4.0, "scale": 0.4}
+        oracle.hold(*self.run(p), p.query, *dense, rounds=True, **options)
+        p = replace(p, **(more | {name: np.float32(more[name]) for name in ("sinks", "alibi_slopes")}))
+        oracle.hold(*self.run(p), p.query, *dense, rounds=True, **options, **more)
+
+    @pytest.mark.parametrize("number", range(len(decode.BYTE_TILES)))
+    def test_every_tile(self, number, rng):
+        tile = decode.BYTE_TILES[number]
+        p, dense, options = self.problem(rng, [100], dims=(tile.width, tile.width - 16), queries=1)
+        assert decode.tile_of(p) == tile
+        assert tile.shared_bytes <= 99 << 10
+        oracle.hold(*self.run(p, tile), p.query, *dense, rounds=True, **options)
+
+    def test_scales_that_are_no_numbers(self, rng):
+        p, *_ = self.problem(rng, [100, 70])
+        expected, _ = self.run(p)
+        p.value_scales[0, 99, 0] = p.key_scales[1, 69, 1] = np.nan
+        out, _ = self.run(p)
+        broken = np.isnan(out).any(-1)
+        assert broken[0, :2, 1].all()
+        assert broken[1, 2:, 1].all()
+        assert broken.sum() == 4
+        oracle.assert_same_bits(out[~broken], expected[~broken])

@@ -315,6 +315,22 @@ class Machine:
     def pack_bf16(self, low, high):
         return self._pack(ml_dtypes.bfloat16, low, high)
 
+    def _two_bytes(self, word, i, j):
+        data = self._lanes(word).astype(np.int32)[:, None].view(np.int8)
+        return self._pack(ml_dtypes.bfloat16, data[:, i], data[:, j])
+
+    def bytes_01(self, word):
+        return self._two_bytes(word, 0, 1)
+
+    def bytes_23(self, word):
+        return self._two_bytes(word, 2, 3)
+
+    def bytes_02(self, word):
+        return self._two_bytes(word, 0, 2)
+
+    def bytes_13(self, word):
+        return self._two_bytes(word, 1, 3)
+
     def low_f16(self, word):
         return self._half(np.float16, word, 0)
 
@@ -426,6 +442,15 @@ class Machine:
         data[part] = self._global((address[:, None] + np.arange(16))[part])
         self._conflict("copy", self._lanes(shared), 16)
         words = self._claim(self._lanes(shared), 16, self.ids)
+        self.pending[words] = True
+        self.open.append((words, data))
+
+    def copy_word_async(self, shared, address, size, wanted):
+        wanted, shared, address, size, threads = self._wanted(wanted, shared, address, size, self.ids)
+        assert np.isin(size, (0, 4)).all()
+        data = np.zeros((len(size), 4), np.uint8)
+        data[size > 0] = self._global(address[size > 0, None] + np.arange(4))
+        words = self._claim(shared, 4, threads)
         self.pending[words] = True
         self.open.append((words, data))
 

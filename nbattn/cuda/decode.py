@@ -14,12 +14,14 @@ from ..device import DeviceArray
 from ..problem import CacheProblem, Problem
 from . import arrays, compiler, launch
 from .append import Sender, gather, is_in_order, turn
-from .decode_tiles import PARAMETERS, REACH, ROWS, STEP, Tile
+from .decode_tiles import KINDS, PARAMETERS, REACH, ROWS, STEP, Tile
 from .mma import CAPABILITY, STORAGES, _aligned, has_runs
 from .workspace import workspace
 
 TILES = (Tile(64, 6), Tile(128, 6), Tile(256, 3))
+BYTE_TILES = (Tile(64, 8, 1), Tile(128, 8, 1))
 """A problem takes the first that is wide enough. At most 99 KB of shared memory."""
+DECODE_STORAGES = (*STORAGES, "int8")
 CHUNKS = 32
 """Into how many chunks the keys that a cache has room for are cut."""
 SHORTEST = 2 * STEP
@@ -67,7 +69,7 @@ def covers(problem: CacheProblem, out: Any) -> bool:
     """Whether the kernel computes this problem, which lies on a GPU."""
     p: Any = problem
     return (
-        p.storage in STORAGES
+        p.storage in DECODE_STORAGES
         and tile_of(p) is not None
         and p.mask is None
         and p.bias is None
@@ -76,7 +78,9 @@ def covers(problem: CacheProblem, out: Any) -> bool:
         and int(p.key_lengths.max(initial=0)) + p.query.shape[2] < REACH
         and p.page_table.size < REACH
         and has_runs(out)
-        and all(has_runs(x) and _aligned(x) for x in (p.query, p.key_pages, p.value_pages))
+        and all(has_runs(x) and _aligned(x) for x in (p.key_pages, p.value_pages))
+        and has_runs(p.query)
+        and (p.storage == "int8" or _aligned(p.query))
         and launch.device(p.query.device).capability >= CAPABILITY
     )
 
@@ -84,7 +88,11 @@ def covers(problem: CacheProblem, out: Any) -> bool:
 def tile_of(p: CacheProblem) -> Tile | None:
     """The tile for a problem, None where none is wide enough."""
     widest = max(p.query.shape[3], p.value_pages.shape[3])
-    return next((t for t in TILES if t.width >= widest), None)
+    return next((t for t in _tiles(p.storage) if t.width >= widest), None)
+
+
+def _tiles(storage: str) -> tuple[Tile, ...]:
+    return BYTE_TILES if storage == "int8" else TILES
 
 
 @cache
@@ -101,7 +109,7 @@ def kernel(storage: str, tile: Tile) -> compiler.Kernel:
 
 def kernels() -> list[compiler.Kernel]:
     """Every kernel that calls may start."""
-    return [kernel(storage, tile) for storage in STORAGES for tile in TILES]
+    return [kernel(storage, tile) for storage in DECODE_STORAGES for tile in _tiles(storage)]
 
 
 def _build(storage: str, tile: Tile) -> Any:
@@ -137,7 +145,9 @@ def forward(problem: CacheProblem, out: Any, lse: Any) -> None:
 def _attend(p: Any, out: Any, lse: Any, stream: int) -> None:
     with Sender(launch.device(p.query.device), stream) as send:
         p = replace(p, **{name: _sent(send, getattr(p, name)) for name in ("alibi_slopes", "sinks")})
-        if p.key_scales is not None and p.query.dtype != np.float32:
+        if is_few_of_cache(p) and covers(p, out):
+            prepared(p, out, lse, send)(send.place, send.stream)
+        elif p.key_scales is not None and p.query.dtype != np.float32:
             query, wide = (send.empty(x.shape, np.dtype(np.float32)) for x in (p.query, out))
             turn(p.query, query, stream)
             _any(send, replace(p, query=query), wide, lse)
@@ -153,12 +163,9 @@ def _sent(send: Sender, x: Any) -> Any:
 
 
 def _any(send: Sender, p: Any, out: Any, lse: Any) -> None:
-    """By the decode kernel, or as attention without a cache: of pages as they lie, or of gathered rows."""
+    """As attention without a cache: of pages as they lie, or of gathered rows."""
     from . import attention
 
-    if is_few_of_cache(p) and covers(p, out):
-        prepared(p, out, lse, send)(send.place, send.stream)
-        return
     batch, queries = len(p.page_table), p.query.shape[2]
     in_order = is_in_order(p.page_table) and p.key_scales is None and not p.ring and not p.key_starts.any()
     if in_order:
@@ -302,6 +309,7 @@ def start(
     values: dict[str, Any] = dict(addresses)
     for name, x, axes in (
         ("query", p.query, "bhs"), ("key", p.key_pages, "psh"), ("value", p.value_pages, "psh"),
+        ("key_scales", p.key_scales, "psh"), ("value_scales", p.value_scales, "psh"),
         ("out", out, "bhs"), ("lse", lse, "bhs"), ("alibi_slopes", p.alibi_slopes, ""),
         ("sinks", p.sinks, ""),
     ):  # fmt: skip
@@ -315,6 +323,7 @@ def start(
     chunks = -(-p.max_keys // chunk) + bool(p.key_starts.any())
     chunks = max(1, min(chunks, (p.left + p.right + queries - 1) // chunk + 2))
     values |= {
+        "query_kind": KINDS.index(p.query.dtype.name),
         "key_length": int(p.key_lengths[0]),
         "offset": int(p.offset[0]),
         "table_width": p.page_table.shape[1],

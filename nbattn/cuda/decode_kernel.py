@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from . import decode_merge, decode_products
+from . import decode_bytes, decode_merge, decode_products
 from .decode_tiles import KEYS, REACH, ROWS, STEP, WEIGHTS, Place, Tile
 
 LOG2_E = 1 / math.log(2)
@@ -29,16 +29,17 @@ def build(isa: Any, storage: str, tile: Tile) -> Callable[[Any], None]:
     cuda, jit, unroll, thread, block = isa.cuda, isa.jit, isa.unroll, isa.thread, isa.block
     int32, int64, float32, same, quotient = isa.int32, isa.int64, isa.float32, isa.same, isa.quotient
     warp_barrier, shared_memory, any_lane = isa.warp_barrier, isa.shared_memory, isa.any_lane
-    copy_async, commit_copies = isa.copy_async, isa.commit_copies
+    copy_async, commit_copies, copy_word_async = isa.copy_async, isa.commit_copies, isa.copy_word_async
     wait_queries, wait_slot = isa.wait_older(tile.slots - 1), isa.wait_older(tile.slots - 2)
-    load_matrices, flip = isa.load_matrices, isa.flip
     select, select_int, smaller, larger = isa.select, isa.select_int, isa.smaller, isa.larger
     exp2, fma, maximum, exchange, tanh = isa.exp2, isa.fma, isa.maximum, isa.exchange, isa.tanh
     load_int64, load_float, load_word = isa.load_int64, isa.load_float, isa.load_word
-    score, add_values, add_exactly, not_finite, column = decode_products.halves(isa, storage, tile)
-    finish = decode_merge.build(isa, storage, tile, column)
+    of_bytes = storage == "int8"
+    products = decode_bytes.build(isa, tile) if of_bytes else decode_products.build(isa, storage, tile)
+    begin_queries, take_queries, n_kept, score, weigh, add_values, add_exactly, not_finite = products[:-2]
+    finish = decode_merge.build(isa, storage, tile, *products[-2:])
 
-    n_sums, n_kept, steps = tile.width // 2, tile.width // 4, tile.width // 16
+    n_sums, scales_at = tile.width // 2, tile.scales_at
     pitch, slot, warp_bytes, weights_at = tile.pitch, tile.slot, tile.warp_bytes, tile.weights_at
     panels, row_unit, slots = pitch // 128, tile.unit, tile.slots
     # Copies alternate: keys and values of the first tile, of the second and so on. When a tile's keys are
@@ -82,30 +83,22 @@ def build(isa: Any, storage: str, tile: Tile) -> Callable[[Any], None]:
             larger(start, int32(low + last)), smaller(length, high), low, high, start, length, offset,
             p.key + page * p.key_p + h * p.key_h,
             p.value + page * p.value_p + h * p.value_h,
+            p.key_scales + page * p.key_scales_p + h * p.key_scales_h,
+            p.value_scales + page * p.value_scales_p + h * p.value_scales_h,
         )  # fmt: skip
 
     @jit
-    def copy_queries(p, x, target):
-        """Start to copy the block's rows; what lies beyond the last one or its end is zeros."""
-        lane = int32(thread() & 31)
-        r, c, row_bytes = int32(lane >> 3), int32(lane & 7), int32(2 * p.head_dim)
-        for i in range(ROWS // 4):
-            unroll()
-            row = int32(r + 4 * i)
-            number = int32(x.row0 + row)
-            head = quotient(number, int32(p.queries))
-            source = (
-                p.query + x.b * p.query_b + int64(x.h + head) * p.query_h
-                + int64(number - head * p.queries) * p.query_s + int64(c * 16)
-            )  # fmt: skip
-            for panel in range(panels):
-                unroll()
-                size = smaller(larger(int32(row_bytes - panel * 128 - c * 16), 0), 16)
-                copy_async(
-                    int32(target + row * pitch + panel * 128 + ((c ^ (row & 7)) << 4)),
-                    source + panel * 128,
-                    select_int(row < x.rows, size, 0),
-                )
+    def locate_row(p, x, position, wanted):
+        """The page after `x.key`'s own that a position lies in, and the row in it."""
+        page, place = int64(0), position
+        if p.ring != 0:
+            place = int32(place - quotient(place, int32(p.ring)) * p.ring)
+        if p.page_table != 0:
+            index = quotient(place, int32(p.page_size))
+            entry = p.page_table + 4 * (int64(x.b) * p.table_width + int64(index))
+            page = int64(load_word(entry, wanted))
+            place = int32(place - index * p.page_size)
+        return page, place
 
     @jit
     def copy(p, x, target, address, page_stride, row_stride, position, row_bytes):
@@ -117,16 +110,8 @@ def build(isa: Any, storage: str, tile: Tile) -> Callable[[Any], None]:
             row = int32(r + 4 * i)
             place = int32(position + row)
             inside = (place >= x.begin) & (place < x.end)
-            place = larger(place, 0)
-            if p.ring != 0:
-                place = int32(place - quotient(place, int32(p.ring)) * p.ring)
-            source = address + int64(c * 16)
-            if p.page_table != 0:
-                index = quotient(place, int32(p.page_size))
-                entry = p.page_table + 4 * (int64(x.b) * p.table_width + int64(index))
-                source += int64(load_word(entry, inside)) * page_stride
-                place = int32(place - index * p.page_size)
-            source += int64(place) * row_stride
+            page, place = locate_row(p, x, larger(place, 0), inside)
+            source = address + page * page_stride + int64(place) * row_stride + int64(c * 16)
             for panel in range(panels):
                 unroll()
                 size = smaller(larger(int32(row_bytes - panel * 128 - c * 16), 0), 16)
@@ -137,17 +122,29 @@ def build(isa: Any, storage: str, tile: Tile) -> Callable[[Any], None]:
                 )
 
     @jit
+    def copy_scales(p, x, target, address, page_stride, row_stride, position):
+        """Likewise the scales of 16 rows."""
+        lane = int32(thread() & 31)
+        place = int32(position + lane)
+        inside = (place >= x.begin) & (place < x.end)
+        page, place = locate_row(p, x, larger(place, 0), inside & (lane < KEYS))
+        source = address + page * page_stride + int64(place) * row_stride
+        copy_word_async(int32(target + scales_at + 4 * lane), source, select_int(inside, 4, 0), lane < KEYS)
+
+    @jit
     def begin_copy(p, x, target, number, position, last):
         """Start copy `number` of the warp, 2 t of the keys and 2 t + 1 of the values of tile t."""
         row = int32(position + (number // 2) * STEP)
         if row < last:
+            row = int32(row + own())
             if number % 2 == 0:
-                copy(p, x, target, x.key, p.key_p, p.key_s, int32(row + own()), int32(row_unit * p.head_dim))
+                copy(p, x, target, x.key, p.key_p, p.key_s, row, int32(row_unit * p.head_dim))
+                if of_bytes:
+                    copy_scales(p, x, target, x.key_scales, p.key_scales_p, p.key_scales_s, row)
             else:
-                copy(
-                    p, x, target, x.value, p.value_p, p.value_s, int32(row + own()),
-                    int32(row_unit * p.value_dim),
-                )  # fmt: skip
+                copy(p, x, target, x.value, p.value_p, p.value_s, row, int32(row_unit * p.value_dim))
+                if of_bytes:
+                    copy_scales(p, x, target, x.value_scales, p.value_scales_p, p.value_scales_s, row)
         commit_copies()
 
     @jit
@@ -198,8 +195,8 @@ def build(isa: Any, storage: str, tile: Tile) -> Callable[[Any], None]:
         o = cuda.local.array(n_sums, float32)
         top = cuda.local.array(2, float32)
         total = cuda.local.array(2, float32)
-        a = cuda.local.array(4, int32)
-        b = cuda.local.array(4, int32)
+        a = cuda.local.array(8, int32)
+        b = cuda.local.array(6, int32)
         kept = cuda.local.array(n_kept, int32)
         x = locate(p)
         if x.part >= x.parts:
@@ -210,7 +207,7 @@ def build(isa: Any, storage: str, tile: Tile) -> Callable[[Any], None]:
         weights = int32(shared_memory() + weights_at + warp * WEIGHTS)
         # Whole steps before the first key that is seen are left out.
         position = int32(x.key0 + quotient(larger(int32(x.begin - x.key0), 0), STEP) * STEP)
-        copy_queries(p, x, int32(slots_end - slot))
+        begin_queries(p, x, int32(slots_end - slot))
         commit_copies()
         for number in range(slots - 1):
             unroll()
@@ -223,10 +220,7 @@ def build(isa: Any, storage: str, tile: Tile) -> Callable[[Any], None]:
             top[r], total[r] = float32(-infinity), float32(0)
         wait_queries()
         warp_barrier()
-        query_address = int32(slots_end - slot + (lane & 15) * pitch + (((lane >> 4) ^ (lane & 7)) << 4))
-        for step in range(steps):
-            unroll()
-            load_matrices(kept, 4 * step, int32(flip(query_address, (step % 4) * 32) + (step // 4) * 128))
+        take_queries(p, x, kept, int32(slots_end - slot))
         # The thread's rows, and the keys that their queries see.
         row = int32(x.row0 + (lane >> 2))
         query = int32(row - quotient(row, int32(p.queries)) * p.queries)
@@ -240,7 +234,7 @@ def build(isa: Any, storage: str, tile: Tile) -> Callable[[Any], None]:
             wait_slot()
             warp_barrier()
             begin_copy(p, x, free, key_turn, position, x.end)
-            score(s, kept, b, filled)
+            score(s, kept, a, b, filled)
             key = int32(position + own() + 2 * (lane & 3))
             for i in range(8):
                 unroll()
@@ -265,8 +259,11 @@ def build(isa: Any, storage: str, tile: Tile) -> Callable[[Any], None]:
             wait_slot()
             warp_barrier()
             begin_copy(p, x, free, value_turn, position, x.end)
+            if of_bytes:
+                weigh(s, seen, filled)
+                add_values(o, s, a, b, filled)
             # What no row sees is 0; where some do and some do not, 0 * NaN would be NaN.
-            if (not whole) and p.queries > 1 and any_lane(not_finite(filled)):
+            elif (not whole) and p.queries > 1 and any_lane(not_finite(filled)):
                 add_exactly(o, s, seen, filled, weights)
             else:
                 add_values(o, s, a, b, filled)

@@ -13,8 +13,13 @@ AHEAD = 4
 """Chunks whose sums a thread reads at a time."""
 
 
-def build(isa: Any, storage: str, tile: Tile, column: Callable[..., Any]) -> Callable[..., None]:
-    """The function `finish` of a kernel; `column` is that of its products."""
+def build(
+    isa: Any, storage: str, tile: Tile, column: Callable[..., Any], columns: int
+) -> Callable[..., None]:
+    """The function `finish` of a kernel.
+
+    `column` is its products', and `columns` what is between neighbouring threads' first ones.
+    """
     cuda, jit, unroll, thread = isa.cuda, isa.jit, isa.unroll, isa.thread
     int32, int64, float32, quotient = isa.int32, isa.int64, isa.float32, isa.quotient
     barrier, barrier_any, wait_copies = isa.barrier, isa.barrier_any, isa.wait_copies
@@ -26,7 +31,8 @@ def build(isa: Any, storage: str, tile: Tile, column: Callable[..., Any]) -> Cal
         isa.load_float, isa.store_float, isa.store_half, isa.store_word,
     )  # fmt: skip
     fence, add_global = isa.fence, isa.add_global
-    pack = isa.pack_f16 if storage == "float16" else isa.pack_bf16
+    pack_f16, pack_bf16, of_bytes = isa.pack_f16, isa.pack_bf16, storage == "int8"
+    pack = pack_f16 if storage == "float16" else pack_bf16
     width, sum_pitch, warp_bytes, states_at = tile.width, tile.sum_pitch, tile.warp_bytes, tile.states_at
     parts = width // 32  # columns of a lane
     n_read = AHEAD * parts
@@ -63,7 +69,15 @@ def build(isa: Any, storage: str, tile: Tile, column: Callable[..., Any]) -> Cal
         head = quotient(number, int32(p.queries))
         at = p.out + x.b * p.out_b + int64(x.h + head) * p.out_h + int64(number - head * p.queries) * p.out_s
         wanted = (r < x.rows) & (c < p.value_dim)
-        store_half(at + 2 * int64(c), pack(y, y), wanted)
+        if of_bytes:
+            if p.query_kind == 0:
+                store_float(at + 4 * int64(c), y, wanted)
+            elif p.query_kind == 1:
+                store_half(at + 2 * int64(c), pack_f16(y, y), wanted)
+            else:
+                store_half(at + 2 * int64(c), pack_bf16(y, y), wanted)
+        else:
+            store_half(at + 2 * int64(c), pack(y, y), wanted)
 
     @jit
     def join(x, o, top, total):
@@ -91,7 +105,7 @@ def build(isa: Any, storage: str, tile: Tile, column: Callable[..., Any]) -> Cal
             for k in range(width // 4):
                 unroll()
                 y = float32(o[k // 2 * 4 + 2 * r + k % 2] * factor)
-                store_shared_float(int32(sums + row * sum_pitch + 4 * (2 * q + column(k))), y, True)
+                store_shared_float(int32(sums + row * sum_pitch + 4 * (columns * q + column(k))), y, True)
         barrier()
 
     @jit

@@ -1,33 +1,65 @@
-"""The two products of the decode kernel: of queries and a tile of keys, of weights and a tile of values."""
+"""The two products of `decode_kernel`: of queries and a tile of keys, of weights and a tile of values."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-from .decode_tiles import KEYS, Tile
+from .decode_tiles import KEYS, ROWS, Tile
 
 HALF = KEYS // 2
 
 
-def halves(isa: Any, storage: str, tile: Tile) -> tuple[Callable[..., Any], ...]:
-    """`score`, `add_values`, `add_exactly`, `not_finite` and `column` for float16 or bfloat16."""
+def build(isa: Any, storage: str, tile: Tile) -> tuple[Any, ...]:
+    """What `decode_kernel` needs for float16 or bfloat16, in the order of the last line."""
     jit, unroll, thread, flip = isa.jit, isa.unroll, isa.thread, isa.flip
-    int32, float32 = isa.int32, isa.float32
+    int32, int64, float32 = isa.int32, isa.int64, isa.float32
     load_matrices, load_matrices_turned = isa.load_matrices, isa.load_matrices_turned
     load_shared, load_shared_float = isa.load_shared, isa.load_shared_float
     store_shared_float, warp_barrier = isa.store_shared_float, isa.warp_barrier
     select, select_int, fma = isa.select, isa.select_int, isa.fma
+    smaller, larger, quotient, copy_async = isa.smaller, isa.larger, isa.quotient, isa.copy_async
     half = storage == "float16"
     multiply = isa.multiply_f16 if half else isa.multiply_bf16
     pack = isa.pack_f16 if half else isa.pack_bf16
     low, high = (isa.low_f16, isa.high_f16) if half else (isa.low_bf16, isa.high_bf16)
     exponent = 0x7C00 if half else 0x7F80  # all of its bits
     steps, value_tiles, pitch = tile.width // 16, tile.width // 8, tile.pitch
-    words = pitch // 4
+    words, panels = pitch // 4, pitch // 128
 
     @jit
-    def score(s, kept, b, keys):
+    def begin_queries(p, x, target):
+        """Start to copy the block's rows; what lies beyond the last one or its end is zeros."""
+        lane = int32(thread() & 31)
+        r, c, row_bytes = int32(lane >> 3), int32(lane & 7), int32(2 * p.head_dim)
+        for i in range(ROWS // 4):
+            unroll()
+            row = int32(r + 4 * i)
+            number = int32(x.row0 + row)
+            head = quotient(number, int32(p.queries))
+            source = (
+                p.query + x.b * p.query_b + int64(x.h + head) * p.query_h
+                + int64(number - head * p.queries) * p.query_s + int64(c * 16)
+            )  # fmt: skip
+            for panel in range(panels):
+                unroll()
+                size = smaller(larger(int32(row_bytes - panel * 128 - c * 16), 0), 16)
+                copy_async(
+                    int32(target + row * pitch + panel * 128 + ((c ^ (row & 7)) << 4)),
+                    source + panel * 128,
+                    select_int(row < x.rows, size, 0),
+                )
+
+    @jit
+    def take_queries(p, x, kept, source):
+        """The rows as left operands."""
+        lane = int32(thread() & 31)
+        first = int32(source + (lane & 15) * pitch + (((lane >> 4) ^ (lane & 7)) << 4))
+        for step in range(steps):
+            unroll()
+            load_matrices(kept, 4 * step, int32(flip(first, (step % 4) * 32) + (step // 4) * 128))
+
+    @jit
+    def score(s, kept, a, b, keys):
         """s = queries @ keys.T"""
         lane = int32(thread() & 31)
         row = int32((lane & 7) + ((lane >> 4) << 3))
@@ -104,4 +136,6 @@ def halves(isa: Any, storage: str, tile: Tile) -> tuple[Callable[..., Any], ...]
         """Of the numbers of a row that a thread has, in which column number k lies, after its first."""
         return (k // 2) * 8 + k % 2
 
-    return score, add_values, add_exactly, not_finite, column
+    return (
+        begin_queries, take_queries, 4 * steps, score, None, add_values, add_exactly, not_finite, column, 2,
+    )  # fmt: skip

@@ -32,9 +32,14 @@ class Tile(NamedTuple):
         return -(-self.width * self.unit // 128) * 128
 
     @property
+    def scales_at(self) -> int:
+        """Where in a slot the rows' scales are, of bytes."""
+        return KEYS * self.pitch
+
+    @property
     def slot(self) -> int:
         """Bytes of a slot."""
-        return KEYS * self.pitch
+        return self.scales_at + (128 if self.unit == 1 else 0)
 
     @property
     def warp_bytes(self) -> int:
@@ -61,13 +66,16 @@ class Tile(NamedTuple):
         return self.states_at + 8 * WARPS * ROWS
 
 
+KINDS = ("float32", "float16", "bfloat16")
 _ARRAYS = ("query", "query_b", "query_h", "query_s", "key", "key_p", "key_h", "key_s", "value", "value_p",
-           "value_h", "value_s", "out", "out_b", "out_h", "out_s", "lse", "lse_b", "lse_h",
-           "lse_s")  # fmt: skip
+           "value_h", "value_s", "key_scales", "key_scales_p", "key_scales_h", "key_scales_s", "value_scales",
+           "value_scales_p", "value_scales_h", "value_scales_s", "out", "out_b", "out_h", "out_s", "lse",
+           "lse_b", "lse_h", "lse_s")  # fmt: skip
 PARAMETERS = (
     # Addresses, 0 where there is none, and strides in bytes; those of keys and values along pages, heads and
     # the rows of a page. lse is float32.
     *((name, "int64") for name in _ARRAYS),
+    ("query_kind", "int32"),  # of bytes' queries and output, among KINDS
     ("page_table", "int64"),  # address of int32 (B, table_width); where it is 0, sequence b has page b alone
     ("alibi_slopes", "int64"),  # address of a float32 for each head, as sinks
     ("sinks", "int64"),
@@ -124,3 +132,5 @@ class Place(NamedTuple):
     offset: int
     key: int  # addresses of the head's first rows: of the sequence's, or of page 0
     value: int
+    key_scales: int
+    value_scales: int

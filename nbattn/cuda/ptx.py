@@ -226,6 +226,12 @@ def copy_async(shared: int32, address: int64, size: int32) -> None:
     """
 
 
+@_line("{ .reg .pred p; setp.ne.b32 p, $3, 0; @p cp.async.ca.shared.global [$0], [$1], 4, $2; }", "r,l,r,r",
+       stays=True)  # fmt: skip
+def copy_word_async(shared: int32, address: int64, size: int32, wanted: boolean) -> None:
+    """`copy_async` of 4 bytes: ``@p cp.async.ca.shared.global [shared], [address], 4, size;``"""
+
+
 @_line("cp.async.commit_group;", "", stays=True)
 def commit_copies() -> None:
     """The thread's copies so far are a group: ``cp.async.commit_group;``"""
@@ -380,6 +386,26 @@ def low_bf16(word: int32) -> float32:
 @_line("{ .reg .b32 x; and.b32 x, $1, 0xffff0000; mov.b32 $0, x; }", "=f,r")
 def high_bf16(word: int32) -> float32:
     """The bfloat16 in the upper half: ``and.b32 d, word, 0xffff0000;``"""
+
+
+def _two_bytes(name: str, i: int, j: int) -> Any:
+    # A byte b, its sign turned, in the low bits of 2**23 is 2**23 + 128 + b; and no bfloat16 rounds it.
+    text = (
+        "{ .reg .b32 u, x, y; .reg .f32 a, b; xor.b32 u, $1, 0x80808080; "
+        f"prmt.b32 x, u, 0x4b000000, 0x754{i}; prmt.b32 y, u, 0x4b000000, 0x754{j}; "
+        "mov.b32 a, x; mov.b32 b, y; add.f32 a, a, 0fcb000080; add.f32 b, b, 0fcb000080; "
+        "mov.b32 x, a; mov.b32 y, b; prmt.b32 $0, x, y, 0x7632; }"
+    )
+
+    def bytes_of(word: int32) -> int32: ...
+
+    bytes_of.__name__ = name
+    bytes_of.__doc__ = f"The signed bytes {i} and {j} of a word as two bfloat16, by ``prmt`` and ``add.f32``."
+    return _line(text, "=r,r")(bytes_of)
+
+
+bytes_01, bytes_23 = _two_bytes("bytes_01", 0, 1), _two_bytes("bytes_23", 2, 3)
+bytes_02, bytes_13 = _two_bytes("bytes_02", 0, 2), _two_bytes("bytes_13", 1, 3)
 
 
 @_line("shfl.sync.bfly.b32 $0, $1, $2, 0x1f, 0xffffffff;", "=f,f,r", stays=True)
