@@ -126,8 +126,10 @@ def build_products(isa: Any, hopper: Any, kind: str) -> Callable[[Any], None]:
             fence_registers()
             for k in range(WIDTH // 16):
                 unroll()
-                left = int64(eights | int64((memory + (k // 4) * query_panel + k % 4 * 32) >> 4))
-                right = int64(eights | int64((memory + key_at + (k // 4) * panel + k % 4 * 32) >> 4))
+                left = int64(eights | 1 << 16 | int64((memory + (k // 4) * query_panel + k % 4 * 32) >> 4))
+                right = int64(
+                    eights | 1 << 16 | int64((memory + key_at + (k // 4) * panel + k % 4 * 32) >> 4)
+                )
                 multiply(s, left, right, k > 0)
             commit_products()
             wait_scores(s)

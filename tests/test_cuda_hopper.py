@@ -3,6 +3,7 @@
 import ast
 import ctypes
 import inspect
+import struct
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
@@ -678,10 +679,34 @@ class TestMaps:
         assert parameters != made[0].packed(made[1])
         assert call.parameters == made[0].packed(made[1])
 
-    def test_maps_lie_where_the_gpu_wants_them(self):
-        offsets = hopper.kernel("float16", hopper.TILES[0], False).offsets
-        assert [offsets[f"{name}_map"] for name in ("query", "key", "value")] == [0, 128, 256]
-        assert compiler.MAP_WORDS * 8 == 128
+    def test_the_driver_takes_each_parameter_by_itself(self, monkeypatch):
+        """A map is aligned to 64 bytes among a GPU's constants, where all bytes at once would lie beside."""
+        kernel = hopper.kernel("float16", hopper.TILES[0], False)
+        values = {name: 3 + i for i, (name, kind) in enumerate(PARAMETERS) if kind != "map"}
+        values |= {
+            f"{name}_map": range(9 * i, 9 * i + 16) for i, name in enumerate(("query", "key", "value"))
+        }
+        found = []
+
+        def ask(function, *arguments):
+            assert function == "cuLaunchKernel"
+            *sizes, places, extra = arguments
+            assert sizes == [7, 5, 1, 1, kernel.threads, 1, 1, kernel.shared, 9]
+            assert extra is None
+            for place, (_, kind) in zip(places, PARAMETERS, strict=True):
+                form = compiler._format(kind)
+                found.append(struct.unpack(form, ctypes.string_at(place, struct.calcsize(form))))
+
+        monkeypatch.setattr(launch, "ask", ask)
+        launch.launch(kernel, 7, kernel.packed(values), 5, 9)
+        for (name, _), numbers in zip(PARAMETERS, found, strict=True):
+            assert numbers == (tuple(values[name]) if name.endswith("_map") else (values[name],)), name
+
+    def test_no_parameter_is_several(self):
+        for kernel in hopper.kernels():
+            assert kernel.has_maps
+            assert not any("x" in kind for _, kind in kernel.parameters)
+        assert not mma.kernels()[0].has_maps
 
 
 UNITS = gpu_units.checks(5)

@@ -96,7 +96,7 @@ class Repeat:
             self.call: Any = decode.Again(few, place, POINTERS)
             return
         prepared = _prepared(p, out, None, None, send)
-        has_maps = "query_map" in prepared[0].offsets
+        has_maps = prepared[0].has_maps
         self.call = hopper.Call(p, prepared, place) if has_maps else launch.Call(*prepared, place, POINTERS)
 
     def forward(self, query: int, key: int, value: int, out: int, stream: int) -> None:

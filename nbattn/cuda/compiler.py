@@ -64,6 +64,11 @@ class Kernel:
         return dict(zip((name for name, _ in self.parameters), starts, strict=True))
 
     @cached_property
+    def has_maps(self) -> bool:
+        """Whether there are tensor maps among the parameters."""
+        return any(kind == "map" for _, kind in self.parameters)
+
+    @cached_property
     def record(self) -> Any:
         """The named tuple's class."""
         return namedtuple("Parameters", [name for name, _ in self.parameters])

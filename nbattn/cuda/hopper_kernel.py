@@ -256,11 +256,11 @@ def build(isa: Any, hopper: Any, storage: str, tile: Tile, full: bool) -> Callab
         last_row = int32(min(x.row0 + block_rows, x.queries) - 1)
         all_first, all_last = int32(last_row + x.low), int32(min(x.row0 + x.high, x.length))
         leader = (thread() & 31) == 0
-        # Descriptors: where a matrix begins, from one panel to the next (of values alone), and from 8 rows to
-        # the next 8, in units of 16 bytes; the bits say the swizzle.
+        # Descriptors: where a matrix begins, from one panel to the next (of values alone, else 1), from 8
+        # rows to the next 8, in units of 16 bytes; and the swizzle.
         eights = int64(swizzled | (1024 // 16) << 32)
-        queries = int64(eights | int64((memory + group * 64 * 128) >> 4))
-        keys = int64(eights | int64((memory + key_at) >> 4))
+        queries = int64(eights | 1 << 16 | int64((memory + group * 64 * 128) >> 4))
+        keys = int64(eights | 1 << 16 | int64((memory + key_at) >> 4))
         values = int64(eights | (panel // 16) << 16 | int64((memory + value_at) >> 4))
         for i in range(n_sums):
             unroll()

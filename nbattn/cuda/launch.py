@@ -226,9 +226,15 @@ def launch(kernel: compiler.Kernel, function: int, parameters: bytearray, blocks
     """Start a loaded kernel on so many blocks, with the parameters' bytes as they are now."""
     size = len(parameters)
     address = ctypes.addressof((ctypes.c_char * size).from_buffer(parameters))
-    length = ctypes.c_size_t(size)
-    extra = (ctypes.c_void_p * 5)(BUFFER, address, BUFFER_SIZE, ctypes.addressof(length), 0)
-    ask("cuLaunchKernel", function, blocks, 1, 1, kernel.threads, 1, 1, kernel.shared, stream, None, extra)
+    if kernel.has_maps:
+        # Where their alignment puts them is the driver's to know: it takes each parameter by itself.
+        each: Any = (ctypes.c_void_p * len(kernel.offsets))(*[address + x for x in kernel.offsets.values()])
+        together: Any = None
+    else:
+        length = ctypes.c_size_t(size)
+        each = None
+        together = (ctypes.c_void_p * 5)(BUFFER, address, BUFFER_SIZE, ctypes.addressof(length), 0)
+    ask("cuLaunchKernel", function, blocks, 1, 1, kernel.threads, 1, 1, kernel.shared, stream, each, together)
 
 
 def run(
