@@ -1,4 +1,4 @@
-"""Attention of float16 and bfloat16 on tensor cores: which problems, which tiles, which parameters."""
+"""Attention on tensor cores: which problems, which tiles, which parameters."""
 
 from __future__ import annotations
 
@@ -25,7 +25,14 @@ TILES = (
 """By what they cost: a problem takes the first that is wide enough. At most 99 KB of shared memory."""
 FULL_TILES = tuple(tile._replace(keys=32) if tile.width in (96, 128) else tile for tile in TILES)
 """The same where options change scores, which takes registers."""
-STORAGES = ("float16", "bfloat16")
+WIDE_TILES = (
+    Tile(64, 64, 128, 32, 4, keep=False, unit=4),
+    Tile(96, 96, 64, 32, 4, keep=False, unit=4),
+    Tile(128, 128, 64, 32, 4, keep=False, unit=4),
+)
+"""Of float32. Beyond 128 columns the sums and what three products need are more than the registers hold."""
+FULL_WIDE_TILES = (WIDE_TILES[0]._replace(rows=64), *WIDE_TILES[1:])
+STORAGES = ("float16", "bfloat16", "float32")
 CAPABILITY = (8, 0)
 
 
@@ -35,6 +42,7 @@ def covers(problem: Problem) -> bool:
     return (
         p.storage in STORAGES
         and tile_of(p) is not None
+        and not p.bfloat16_products
         and p.blocks is None
         and p.score_mod is None
         and p.mask_mod is None
@@ -72,8 +80,15 @@ def _aligned(x: Any) -> bool:
 
 def tile_of(p: Problem) -> Tile | None:
     """The tile for a problem, None where none is wide enough."""
-    tiles, head_dim, value_dim = FULL_TILES if is_full(p) else TILES, p.query.shape[3], p.value.shape[3]
+    head_dim, value_dim = p.query.shape[3], p.value.shape[3]
+    tiles = tiles_of(p.storage, is_full(p))
     return next((t for t in tiles if t.width >= head_dim and t.value_width >= value_dim), None)
+
+
+def tiles_of(storage: str, full: bool) -> tuple[Tile, ...]:
+    if storage == "float32":
+        return FULL_WIDE_TILES if full else WIDE_TILES
+    return FULL_TILES if full else TILES
 
 
 def is_full(p: Problem) -> bool:
@@ -98,8 +113,7 @@ def kernel(storage: str, tile: Tile, full: bool) -> compiler.Kernel:
 
 def kernels() -> list[compiler.Kernel]:
     """Every kernel that calls may start."""
-    lists = ((False, TILES), (True, FULL_TILES))
-    return [kernel(s, tile, full) for s in STORAGES for full, tiles in lists for tile in tiles]
+    return [kernel(s, t, full) for s in STORAGES for full in (False, True) for t in tiles_of(s, full)]
 
 
 def _build(storage: str, tile: Tile, full: bool) -> Any:
@@ -146,7 +160,7 @@ def values(p: Any, out: Any, lse: Any, tile: Tile, vectors: Mapping[str, int]) -
         "queries": p.max_queries,
         "head_dim": p.query.shape[3],
         "value_dim": value_dim,
-        "aligned": int(value_dim % 8 == 0 and _aligned(out)),
+        "aligned": int(value_dim % (16 // tile.unit) == 0 and _aligned(out)),
         "left": p.left,
         "right": p.right,
         "scale": scale,

@@ -1,6 +1,7 @@
 """Attention on tensor cores: a block of threads takes a block of queries through all keys that they see.
 
-Products are ``mma.sync`` of 16 queries by 8 keys (or value columns) by 16. A warp holds its 16 or 32 queries'
+Products are ``mma.sync`` of 16 queries by 8 keys (or value columns), as `mma_products` and, for float32,
+`mma_split` make them. A warp holds its 16 or 32 queries'
 scores S, sums O, running maximum and total in registers, as fragments: thread ``4 g + q`` has of each 16 x 8
 matrix the elements (g, 2 q), (g, 2 q + 1), (g + 8, 2 q), (g + 8, 2 q + 1). Four threads share a row. Scores
 become the left operand of the second product without leaving the registers.
@@ -21,7 +22,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from . import mma_mend, mma_scores
+from . import mma_mend, mma_products, mma_scores, mma_split
 from .mma_scores import LOG2_E
 from .mma_tiles import REACH, Place, Tile
 
@@ -29,29 +30,28 @@ LN2 = math.log(2)
 
 
 def build(isa: Any, storage: str, tile: Tile, full: bool) -> Callable[[Any], None]:
-    """The kernel for float16 or bfloat16, without the options that change scores or with them (`full`)."""
-    cuda, jit, unroll, thread, block = isa.cuda, isa.jit, isa.unroll, isa.thread, isa.block
+    """The kernel for a dtype, without the options that change scores or with them (`full`)."""
+    cuda, jit, unroll, thread = isa.cuda, isa.jit, isa.unroll, isa.thread
+    block, reread_block = isa.block, isa.reread_block
     int32, int64, float32, same, quotient = isa.int32, isa.int64, isa.float32, isa.same, isa.quotient
     barrier, barrier_any, warp_barrier = isa.barrier, isa.barrier_any, isa.warp_barrier
     shared_memory, store_shared, copy_out = isa.shared_memory, isa.store_shared, isa.copy_out
     copy_async, commit_copies, wait_copies = isa.copy_async, isa.commit_copies, isa.wait_copies
-    load_matrices, load_matrices_turned, flip = isa.load_matrices, isa.load_matrices_turned, isa.flip
     select, select_int, smaller, larger = isa.select, isa.select_int, isa.smaller, isa.larger
     exp2, log2, reciprocal, fma = isa.exp2, isa.log2, isa.reciprocal, isa.fma
     maximum, exchange = isa.maximum, isa.exchange
     load_int64, load_float, store_float, store_half = (
         isa.load_int64, isa.load_float, isa.store_float, isa.store_half,
     )  # fmt: skip
-    half = storage == "float16"
-    multiply = isa.multiply_f16 if half else isa.multiply_bf16
-    pack = isa.pack_f16 if half else isa.pack_bf16
+    wide, pack = storage == "float32", isa.pack_f16 if storage == "float16" else isa.pack_bf16
+    products = mma_split.build(isa, tile) if wide else mma_products.build(isa, storage, tile)
+    value_place, load_queries, score, add_values, n_left, n_right, n_parts = products
     change, hide, soften = mma_scores.build(isa, storage, tile)
     mend, not_finite = mma_mend.build(isa, storage, tile)
 
     threads, block_rows, block_keys, keep = tile.threads, tile.rows, tile.keys, tile.keep
     warp_tiles, rows, words = tile.warp_tiles, tile.thread_rows, tile.words
-    key_tiles, value_tiles = block_keys // 8, tile.value_width // 8
-    steps, value_steps = tile.width // 16, block_keys // 16
+    unit, value_tiles, steps = tile.unit, tile.value_width // 8, tile.pitch // 32
     scores_of, sums_of = tile.scores, tile.sums
     # Registers of a thread; `cuda.local.array` wants plain names.
     n_scores, n_sums, n_queries = warp_tiles * scores_of, warp_tiles * sums_of, 4 * warp_tiles
@@ -81,9 +81,9 @@ def build(isa: Any, storage: str, tile: Tile, full: bool) -> Callable[[Any], Non
                 )
 
     @jit
-    def locate(p):
+    def locate(p, number):
         """The block's sequence, head and rows, and where their arrays begin."""
-        number, per_head, heads = int32(block()), int32(p.blocks), int32(p.heads)
+        per_head, heads = int32(p.blocks), int32(p.heads)
         unit = quotient(number, per_head)
         b = quotient(unit, heads)
         h = int32(unit - b * heads)
@@ -111,59 +111,6 @@ def build(isa: Any, storage: str, tile: Tile, full: bool) -> Callable[[Any], Non
         )  # fmt: skip
 
     @jit
-    def load_queries(fragment, index, address, step):
-        """The warp's queries, columns 16 * step and on, as left operands."""
-        for t in range(warp_tiles):
-            unroll()
-            x = int32(flip(address, (step % 4) * 32) + (step // 4) * 128 + t * 16 * pitch)
-            load_matrices(fragment, index + 4 * t, x)
-
-    @jit
-    def score(s, a, b, kept, query_address, key_address):
-        """s = queries @ keys.T"""
-        for i in range(n_scores):
-            unroll()
-            s[i] = float32(0)
-        for step in range(steps):
-            unroll()
-            if not keep:
-                load_queries(a, 0, query_address, step)
-            address = int32(flip(key_address, (step % 4) * 32) + (step // 4) * 128)
-            for j in range(key_tiles // 2):
-                unroll()
-                load_matrices(b, 0, int32(address + j * 16 * pitch))
-                for t in range(warp_tiles):
-                    unroll()
-                    for e in range(2):
-                        unroll()
-                        c = t * scores_of + (2 * j + e) * 4
-                        if keep:
-                            multiply(s, c, kept, step * n_queries + 4 * t, b, 2 * e)
-                        else:
-                            multiply(s, c, a, 4 * t, b, 2 * e)
-
-    @jit
-    def add_values(o, s, a, b, value_address):
-        """o += weights @ values"""
-        for step in range(value_steps):
-            unroll()
-            for t in range(warp_tiles):
-                unroll()
-                for e in range(4):
-                    unroll()
-                    c = t * scores_of + 8 * step + 2 * e
-                    a[4 * t + e] = pack(s[c], s[c + 1])
-            for j in range(value_tiles // 2):
-                unroll()
-                address = flip(value_address, (j % 4) * 32) + (j // 4) * 128 + step * 16 * value_pitch
-                load_matrices_turned(b, 0, int32(address))
-                for t in range(warp_tiles):
-                    unroll()
-                    for e in range(2):
-                        unroll()
-                        multiply(o, t * sums_of + (2 * j + e) * 4, a, 4 * t, b, 2 * e)
-
-    @jit
     def finish(p, x, o, top, total, memory):
         """Sums / total -> out, and lse. The queries' place in shared memory is free."""
         lane, warp = int32(thread() & 31), int32(thread() >> 5)
@@ -187,11 +134,17 @@ def build(isa: Any, storage: str, tile: Tile, full: bool) -> Callable[[Any], Non
                 natural = float32((largest + log2(amount)) * float32(LN2))
                 natural = select(amount == float32(0), float32(-infinity), natural)
                 store_float(x.lse + int64(i) * p.lse_s, natural, (i < x.queries) & (q == 0))
-            target = x.out + int64(i) * p.out_s + 4 * q
+            target = x.out + int64(i) * p.out_s + 2 * unit * q
             place = int32(memory + (first + g + 8 * r) * value_pitch + 4 * q)
             for j in range(value_tiles):
                 unroll()
-                word = pack(float32(o[at + 4 * j] * factor), float32(o[at + 4 * j + 1] * factor))
+                y, z = float32(o[at + 4 * j] * factor), float32(o[at + 4 * j + 1] * factor)
+                if wide:  # four threads write the 32 bytes that memory takes at a time
+                    column = int32(8 * j + 2 * q)
+                    store_float(target + 32 * j, y, (i < x.queries) & (column < p.value_dim))
+                    store_float(target + 32 * j + 4, z, (i < x.queries) & (column + 1 < p.value_dim))
+                    continue
+                word = pack(y, z)
                 if p.aligned != 0:
                     store_shared(int32(place + j // 8 * 128 + ((j % 8 ^ g) << 4)), word, True)
                 else:
@@ -199,7 +152,7 @@ def build(isa: Any, storage: str, tile: Tile, full: bool) -> Callable[[Any], Non
                     store_half(target + 16 * j, word, (i < x.queries) & (column < p.value_dim))
                     inside = (i < x.queries) & (column + 1 < p.value_dim)
                     store_half(target + 16 * j + 2, int32(word >> 16), inside)
-        if p.aligned == 0:
+        if wide or p.aligned == 0:
             return
         warp_barrier()
         chunks = value_pitch // 16
@@ -219,11 +172,12 @@ def build(isa: Any, storage: str, tile: Tile, full: bool) -> Callable[[Any], Non
         o = cuda.local.array(n_sums, float32)
         top = cuda.local.array(rows, float32)
         total = cuda.local.array(rows, float32)
-        a = cuda.local.array(n_queries, int32)
-        b = cuda.local.array(4, int32)
+        a = cuda.local.array(n_left, int32)
+        b = cuda.local.array(n_right, int32)
+        parts = cuda.local.array(n_parts, float32)
         kept = cuda.local.array(n_kept, int32)
         seen = cuda.local.array(n_seen, int32)
-        x = locate(p)
+        x = locate(p, int32(block()))
         if x.row0 >= x.queries:
             return
         last_row = int32(min(x.row0 + block_rows, x.queries) - 1)
@@ -241,8 +195,8 @@ def build(isa: Any, storage: str, tile: Tile, full: bool) -> Callable[[Any], Non
         )
         key_row = int32((lane & 7) + ((lane >> 4) << 3))
         key_address = int32(memory + key_at + key_row * pitch + ((((lane >> 3) & 1) ^ swizzle) << 4))
-        value_address = int32(memory + value_at + (lane & 15) * value_pitch + (((lane >> 4) ^ swizzle) << 4))
-        row_bytes, value_bytes = int32(2 * p.head_dim), int32(2 * p.value_dim)
+        value_address = int32(memory + value_at + value_place(lane))
+        row_bytes, value_bytes = int32(unit * p.head_dim), int32(unit * p.value_dim)
         copy(memory, x.query, p.query_s, x.row0, x.queries, row_bytes, pitch, block_rows, panels)
         careful = int32(0)
         while True:
@@ -272,7 +226,7 @@ def build(isa: Any, storage: str, tile: Tile, full: bool) -> Callable[[Any], Non
                     block_keys, value_panels,
                 )  # fmt: skip
                 commit_copies()
-                score(s, a, b, kept, query_address, key_address)
+                score(s, a, b, kept, parts, query_address, key_address)
                 wait_copies()
                 barrier()
                 if step > first_step:
@@ -288,13 +242,15 @@ def build(isa: Any, storage: str, tile: Tile, full: bool) -> Callable[[Any], Non
                 if careful != 0:
                     mend(s, o, seen, memory)
                 soften(s, o, top, total, p.log2_scale)
-                add_values(o, s, a, b, value_address)
+                add_values(o, s, a, b, parts, value_address)
                 step = int32(step - 1)
             wait_copies()  # of the queries, where there was no step
             bad = same(select_int(barrier_any(not_finite(o)), 1, 0))
             if careful != 0 or bad == 0:
                 break
             careful = int32(1)
+        if wide:
+            x = locate(p, int32(reread_block()))
         finish(p, x, o, top, total, memory)
 
     return kernel

@@ -14,9 +14,11 @@ def build(isa: Any, storage: str, tile: Tile) -> tuple[Callable[..., Any], ...]:
     int32, float32, barrier, same = isa.int32, isa.float32, isa.barrier, isa.same
     load_shared, store_shared, or_shared = isa.load_shared, isa.store_shared, isa.or_shared
     select, select_int, fma, exchange_word = isa.select, isa.select_int, isa.fma, isa.exchange_word
-    half = storage == "float16"
-    low, high = (isa.low_f16, isa.high_f16) if half else (isa.low_bf16, isa.high_bf16)
-    exponent = 0x7C00 if half else 0x7F80  # all of its bits
+    half, wide = storage == "float16", storage == "float32"
+    low, high, number_of = isa.low_bf16, isa.high_bf16, isa.number_of
+    if half:
+        low, high = isa.low_f16, isa.high_f16
+    exponent = 0x7C00 if half else 0x7F800000 if wide else 0x7F80  # all of its bits
     rows, scores_of, sums_of, words = tile.thread_rows, tile.scores, tile.sums, tile.words
     n_seen, n_sums, value_tiles = rows * words, tile.warp_tiles * sums_of, tile.value_width // 8
     value_at, flags_at, value_pitch = tile.value_at, tile.flags_at, tile.value_pitch
@@ -25,8 +27,10 @@ def build(isa: Any, storage: str, tile: Tile) -> tuple[Callable[..., Any], ...]:
     infinity = float("inf")
 
     @jit
-    def full_halves(word):
-        """All bits of each half that is no finite number."""
+    def not_finite_bits(word):
+        """All bits of each number of a word that is not finite."""
+        if wide:
+            return select_int((word & exponent) == exponent, -1, 0)
         lower = select_int((word & exponent) == exponent, 0xFFFF, 0)
         return int32(lower | select_int((word >> 16 & exponent) == exponent, -0x10000, 0))
 
@@ -36,6 +40,16 @@ def build(isa: Any, storage: str, tile: Tile) -> tuple[Callable[..., Any], ...]:
         r, c = int32(reread_thread() >> 3), int32(reread_thread() & 7)
         row = int32(r + i // panels * copy_rows)
         return row, int32(row * value_pitch + i % panels * 128 + ((c ^ (r & 7)) << 4))
+
+    @jit
+    def pair_of(address, row, j, lane):
+        """The thread's two numbers of the j-th eight columns of a row."""
+        if wide:
+            chunk = (j % 4 * 2 + (lane >> 1 & 1)) ^ (row & 7)
+            place = int32(address + j // 4 * 128 + (chunk << 4))
+            return number_of(load_shared(place)), number_of(load_shared(int32(place + 4)))
+        word = load_shared(int32(address + j // 8 * 128 + ((j % 8 ^ (row & 7)) << 4)))
+        return low(word), high(word)
 
     @jit
     def mend(s, o, seen, memory):
@@ -59,7 +73,7 @@ def build(isa: Any, storage: str, tile: Tile) -> tuple[Callable[..., Any], ...]:
             row, place = part(i)
             bad = int32(0)
             for k in range(4):
-                bad |= full_halves(load_shared(int32(values + place + 4 * k)))
+                bad |= not_finite_bits(load_shared(int32(values + place + 4 * k)))
             or_shared(int32(flags + 4 * (row >> 5)), select_int(bad != 0, int32(1 << (row & 31)), 0))
         barrier()
         for w in range(words):
@@ -68,13 +82,13 @@ def build(isa: Any, storage: str, tile: Tile) -> tuple[Callable[..., Any], ...]:
             for bit in range(32):
                 if (flag >> bit) & 1:
                     row = 32 * w + bit
-                    address = int32(values + row * value_pitch + 4 * (lane & 3))
+                    address = int32(values + row * value_pitch + (8 * (lane & 1) if wide else 4 * (lane & 3)))
                     for j in range(value_tiles):
                         unroll()
-                        word = load_shared(int32(address + j // 8 * 128 + ((j % 8 ^ (row & 7)) << 4)))
+                        first, second = pair_of(address, row, j, lane)
                         for e in range(2):
                             unroll()
-                            x = high(word) if e else low(word)
+                            x = second if e else first
                             x = select(x - x == float32(0), float32(0), x)
                             for r in range(rows):
                                 unroll()
@@ -86,7 +100,7 @@ def build(isa: Any, storage: str, tile: Tile) -> tuple[Callable[..., Any], ...]:
             row, place = part(i)
             for k in range(4):
                 word = load_shared(int32(values + place + 4 * k))
-                full = full_halves(word)
+                full = not_finite_bits(word)
                 store_shared(int32(values + place + 4 * k), int32(word & ~full), full != 0)
         barrier()
 

@@ -17,13 +17,18 @@ def build(isa: Any, storage: str, tile: Tile) -> tuple[Callable[..., None], ...]
     """The functions `change`, `hide` and `soften` of a kernel."""
     jit, unroll, reread_thread = isa.jit, isa.unroll, isa.reread_thread
     int32, int64, float32 = isa.int32, isa.int64, isa.float32
-    select, smaller, any_lane = isa.select, isa.smaller, isa.any_lane
+    select, smaller, any_lane, flip = isa.select, isa.smaller, isa.any_lane, isa.flip
     exp2, fma, maximum, exchange, tanh = isa.exp2, isa.fma, isa.maximum, isa.exchange, isa.tanh
     load_float, load_half, load_byte = isa.load_float, isa.load_half, isa.load_byte
-    low = isa.low_f16 if storage == "float16" else isa.low_bf16
+    low = isa.low_f16 if storage == "float16" else isa.low_bf16  # float32's bias is float32
     rows, scores_of, sums_of, warp_rows = tile.thread_rows, tile.scores, tile.sums, 16 * tile.warp_tiles
     columns, value_columns = tile.keys // 4, tile.value_width // 4  # a thread's of a row
-    tile_scores, infinity = tile.warp_tiles * scores_of, float("inf")
+    wide, tile_scores, infinity = storage == "float32", tile.warp_tiles * scores_of, float("inf")
+
+    @jit
+    def again(x):
+        """x, and what follows from it is not kept from one step to the next where registers are few."""
+        return flip(x, 0) if wide else x
 
     @jit
     def first_row(x):
@@ -62,7 +67,7 @@ def build(isa: Any, storage: str, tile: Tile) -> tuple[Callable[..., None], ...]
             for r in range(rows):
                 unroll()
                 i = int32(row + 8 * r)
-                start = p.bias + x.b * p.bias_b + x.h * p.bias_h + int64(i) * p.bias_q
+                start = p.bias + again(x.b) * p.bias_b + again(x.h) * p.bias_h + int64(i) * p.bias_q
                 for k in range(columns):
                     unroll()
                     at = place(r, k)
@@ -75,7 +80,7 @@ def build(isa: Any, storage: str, tile: Tile) -> tuple[Callable[..., None], ...]
                     # Nor does a NaN of the product's get past -inf.
                     s[at] = select(y == float32(-infinity), y, float32(s[at] + y))
         if p.alibi_slopes != 0:
-            slope = load_float(p.alibi_slopes + 4 * x.h, True)
+            slope = load_float(p.alibi_slopes + 4 * again(x.h), True)
             for r in range(rows):
                 unroll()
                 distance = float32(int64(column) - int64(row + 8 * r) - x.offset)
@@ -87,7 +92,7 @@ def build(isa: Any, storage: str, tile: Tile) -> tuple[Callable[..., None], ...]
             for r in range(rows):
                 unroll()
                 i = int32(row + 8 * r)
-                start = p.mask + x.b * p.mask_b + x.h * p.mask_h + int64(i) * p.mask_q
+                start = p.mask + again(x.b) * p.mask_b + again(x.h) * p.mask_h + int64(i) * p.mask_q
                 for k in range(columns):
                     unroll()
                     at = place(r, k)

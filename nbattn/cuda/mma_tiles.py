@@ -18,6 +18,7 @@ class Tile(NamedTuple):
     keys: int  # keys of a step, a multiple of 32
     warps: int
     keep: bool  # whether queries stay in registers
+    unit: int = 2  # bytes of a number
 
     @property
     def threads(self) -> int:
@@ -49,11 +50,11 @@ class Tile(NamedTuple):
     @property
     def pitch(self) -> int:
         """Bytes from a row of queries or keys in shared memory to the next."""
-        return -(-self.width // 64) * 128
+        return -(-self.width * self.unit // 128) * 128
 
     @property
     def value_pitch(self) -> int:
-        return -(-self.value_width // 64) * 128
+        return -(-self.value_width * self.unit // 128) * 128
 
     # Where in shared memory lies what; queries, and in the end the output, come first.
 

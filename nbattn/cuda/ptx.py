@@ -161,6 +161,11 @@ def block() -> int32:
     """The block's number: ``mov.u32 d, %ctaid.x;``"""
 
 
+@_line("mov.u32 $0, %ctaid.x;", "=r", stays=True)
+def reread_block() -> int32:
+    """`block`, read where it stands."""
+
+
 @_line("shfl.sync.idx.b32 $0, $1, 0, 0x1f, 0xffffffff;", "=r,r", stays=True)
 def same(x: int32) -> int32:
     """x, which is the same in all threads, so that the compiler knows: ``shfl.sync.idx.b32 d, x, 0, 31, ~0;``
@@ -406,6 +411,24 @@ def _two_bytes(name: str, i: int, j: int) -> Any:
 
 bytes_01, bytes_23 = _two_bytes("bytes_01", 0, 1), _two_bytes("bytes_23", 2, 3)
 bytes_02, bytes_13 = _two_bytes("bytes_02", 0, 2), _two_bytes("bytes_13", 1, 3)
+
+
+@_line("and.b32 $0, $1, 0xffffe000;", "=f,f", stays=True)
+def cut(x: float32) -> float32:
+    """x without its last 13 bits, which tf32 lacks: ``and.b32 d, x, 0xffffe000;``
+
+    ``cvt.rna.tf32.f32`` rounds, in four instructions.
+    """
+
+
+@_line("mov.b32 $0, $1;", "=r,f")
+def word_of(x: float32) -> int32:
+    """The bits of a float32: ``mov.b32 d, x;``"""
+
+
+@_line("mov.b32 $0, $1;", "=f,r")
+def number_of(word: int32) -> float32:
+    """The float32 of these bits: ``mov.b32 d, word;``"""
 
 
 @_line("shfl.sync.bfly.b32 $0, $1, $2, 0x1f, 0xffffffff;", "=f,f,r", stays=True)
