@@ -6,9 +6,11 @@ others go on. Inputs are drawn anew in every run, and every result is written ov
 
 - units: tensor maps, descriptors and fragments of Hopper's own instructions, each alone
 - correctness: every option and dtype against float64, beside the plain formula's error in the same dtype
+- caches: every kind of cache, and a graph of its calls, likewise
 - libraries: arrays of each library in and out, on streams other than the default
 - sanitizer: memcheck and racecheck of small calls
 - timing: beside each of PyTorch's SDPA back ends, the calls interleaved, by events
+- decode: a token over long caches, as a share of what copying reaches
 - overhead: how long a later call takes until it returns, and the first one
 """
 
@@ -31,15 +33,18 @@ from typing import Any
 if not __package__:  # run as a file: Python has looked beside it, not above it
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from benchmarks.gpu_decode import caches, decode
 from benchmarks.gpu_proofs import correctness, libraries, sanitizer, small
 from benchmarks.gpu_timing import overhead, timing
 from benchmarks.gpu_units import units
 from benchmarks.machine import ROOT, commit
 
-PARTS = {"units": 30, "correctness": 140, "libraries": 50, "sanitizer": 120, "timing": 150, "overhead": 50}
+PARTS = {"units": 30, "correctness": 110, "caches": 40, "libraries": 45, "sanitizer": 105, "timing": 120,
+         "decode": 45, "overhead": 45}  # fmt: skip
 """Every part and the seconds that it may take."""
 FUNCTIONS = {
-    part.__name__: part for part in (units, correctness, libraries, sanitizer, timing, overhead, small)
+    part.__name__: part
+    for part in (units, correctness, caches, libraries, sanitizer, timing, decode, overhead, small)
 }
 """What runs in a process of its own: the parts, and what the sanitizer watches."""
 TOTAL = 480
@@ -115,6 +120,10 @@ def summary(name: str, part: dict[str, Any]) -> str:
             lines.append(
                 f"  {row['name']}: {row['tflops']:.0f} TFLOP/s; times over nbattn's: {ratios or 'none'}"
             )
+        elif "share" in row:
+            ratios = ", ".join(f"{label} {median:.2f}" for label, (median, _) in row["ratios"].items())
+            rate = f"{row['bytes_per_second'] / 1e12:.2f} TB/s, {row['share']:.2f} of a copy's"
+            lines.append(f"  {row['name']}: {rate}; times over nbattn's: {ratios or 'none'}")
         elif "microseconds" in row:
             lines.append(f"  {row['name']}: {row['microseconds']:.1f} us")
     return "\n".join(lines)

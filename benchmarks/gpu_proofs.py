@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_cases import FLOOR, OPTIONS, Case, cases, judged, relative_error
+from benchmarks.gpu_decode import small_caches
 
 COMMAND = Path(__file__).with_name("gpu.py")
 
@@ -243,4 +244,4 @@ def small(seconds: float, seed: int) -> dict[str, Any]:
             case = Case(f"{dtype} prompt", dtype, 2, 1, 150, 300, 128, 128, 1, ("end", "lengths"), True)
             rows.append(judged(case.name, partial(_compare, case, seed)))
         rows.append(judged(f"softmax {dtype}", partial(_softmax, dtype, seed)))
-    return {"rows": rows}
+    return {"rows": rows + small_caches(seed)}

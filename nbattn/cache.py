@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from . import check
+from . import check, device
 from .attention import AttentionOutput
 from .store import Places, Store, check_size, refuse
 
@@ -124,6 +124,8 @@ class KVCache:
         rotary = (rotary_base, rotary_interleaved, rotary_dim)
         self._store = Store(sizes, dtype, rotary, self._window, backend)
         self._places = Places(np.arange(batch)[:, None], capacity if window is not None else 0)
+        if self._store.is_on_gpu:
+            self._places.there = check.backend_module("append", "cuda").empty((batch,), np.dtype(np.int64))
 
     @property
     def batch(self) -> int:
@@ -177,6 +179,12 @@ class KVCache:
         """
         places = self._places
         k, v, counts = self._store.check_new(key, value, lengths, len(places.lengths))
+        if self._store.lengths_in_a_graph(places, k) is not None:
+            if lengths is not None:
+                msg = "a graph cannot hold lengths; leave them out"
+                raise ValueError(msg)
+            self._store.write(places, k, v, counts)
+            return
         if not places.ring and places.longest + k.shape[2] > self._capacity:
             self._check_room(counts)
         before = places.starts.copy() if self._store.is_on_gpu else None
@@ -192,6 +200,50 @@ class KVCache:
             places.longest += k.shape[2]
         else:
             places.measure()
+
+    def advance(self, count: int = 1) -> None:
+        """Have every sequence be longer, before a CUDA graph fills the new positions and attends.
+
+        While a graph is captured, `append` and `attend` of a cache on a GPU record what every launch of the
+        graph does: write the last S positions, and attend from the sequences' ends. `lengths` stay as they
+        are. Before each launch `advance` checks that there is room, counts the positions that the graph will
+        write, and tells the GPU on the current stream (PyTorch's, or CuPy's). What the recorded calls are
+        given must lie on the GPU, and `attend` be of few queries, on tensor cores.
+
+        Parameters
+        ----------
+        count : int
+            How many positions each sequence gets: S.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For a cache on the host, and where the positions do not fit; the cache is then as it was.
+
+        Examples
+        --------
+        A decoder's step, with tensors of PyTorch::
+
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                cache.append(key, value)         # (B, Hkv, 1, D), filled anew before each launch
+                output = cache.attend(query)
+            for _ in range(100):
+                cache.advance()
+                graph.replay()
+        """
+        places = self._places
+        if places.there is None:
+            msg = 'advance is for graphs of a cache with backend="cuda"; append to others'
+            raise ValueError(msg)
+        counts = np.full(len(places.lengths), check_size(count, "count", least=0))
+        if not places.ring:
+            self._check_room(counts)
+        write = check.backend_module("append", "cuda").write
+        write(places.lengths + counts, places.there, device.current_stream(places.there.device))
+        places.make_room(counts)
+        places.lengths += counts
+        places.measure()
 
     def attend(
         self,

@@ -162,6 +162,16 @@ def _torch_stream(torch: Any, ordinal: int) -> int:
     return raw(ordinal) if raw else torch.cuda.current_stream(ordinal).cuda_stream
 
 
+def current_stream(ordinal: int) -> int:
+    """The stream that is current on a GPU: PyTorch's where it is loaded, or CuPy's, else the default one."""
+    if (torch := sys.modules.get("torch")) is not None and hasattr(torch, "cuda"):
+        return _torch_stream(torch, ordinal)
+    if (cupy := sys.modules.get("cupy")) is not None:
+        with cupy.cuda.Device(ordinal):
+            return cupy.cuda.get_current_stream().ptr
+    return 0
+
+
 def dtype_of(name: str, itemsize: int) -> Any:
     """The dtype of this name."""
     if name == "bfloat16":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -39,6 +40,7 @@ class Places:
         self.lengths = np.zeros(len(table), np.int64)  # (B,)
         self.longest = 0
         self.went_back = False  # a ring, which then may hold less than its size
+        self.there: Any = None  # the lengths on a GPU, as of the last `advance`, for graphs
         self.writer: Any = None  # the plan of an append, which serves all layouts
         self.readers: dict[Any, Callable[[Any, Any, Any], Any] | None] = {}  # by layout
 
@@ -73,7 +75,10 @@ class Store:
         self.backend, self.window = backend, window
         check.backend_module("decode", backend)
         empty = check.backend_module("append", "cuda").empty if self.is_on_gpu else _empty
-        self.frequencies, self.interleaved = _check_rotary(key_dim, *rotary)
+        frequencies, self.interleaved = _check_rotary(key_dim, *rotary)
+        self.frequencies: Any = frequencies
+        if frequencies is not None and self.is_on_gpu:
+            self.frequencies = check.backend_module("append", "cuda").placed(frequencies)
         storage, stored = _check_dtype(dtype)
         arrays: list[Any] = []
         for width, name in ((key_dim, "head_dim"), (value_dim, "value_dim")):
@@ -175,7 +180,16 @@ class Store:
                 interleaved=self.interleaved,
             )
             places.writer = module.Plan(problem).append
-        places.writer(key, value, places.lengths, counts)
+        places.writer(key, value, self.lengths_in_a_graph(places, key) or places.lengths, counts)
+
+    def lengths_in_a_graph(self, places: Places, array: Any) -> Any:
+        """The lengths in the GPU's memory where a graph is captured on the array's stream, else None."""
+        if not self.is_on_gpu or not check.backend_module("append", "cuda").is_captured(array):
+            return None
+        if places.there is None:
+            msg = "a graph cannot hold calls of a PagedKVCache, whose pages change; use a KVCache"
+            raise ValueError(msg)
+        return places.there
 
     def copy(self, page: int, own: int, filled: int, key: Any) -> None:
         """Copy the first rows of a page to another one, on a GPU in the order of work on new keys."""
@@ -212,8 +226,13 @@ class Store:
         q = check_query(query, self.pages, len(places.lengths))
         counts = check_counts(lengths, len(places.lengths), q.shape[2])
         offset = places.lengths - counts
+        in_graph = self.lengths_in_a_graph(places, q)
+        if in_graph is not None and lengths is not None:
+            msg = "a graph cannot hold lengths; leave them out"
+            raise ValueError(msg)
         problem = cache_problem(
-            self.turned(wide(q, self.pages), offset, backend),  # wide before they turn
+            # Wide before they turn.
+            self.turned(wide(q, self.pages), in_graph or offset, backend),
             self.pages,
             page_table=places.table,
             ring=places.ring,
@@ -223,7 +242,15 @@ class Store:
             offset=offset,
             options=options._replace(window_size=self.within_window(options.window_size)),
         )
-        if places.ring:
+        if in_graph is not None:
+            room = self.pages.key.shape[1]
+            if places.ring and problem.left + q.shape[2] > room:
+                seen = problem.left + q.shape[2]
+                msg = f"{q.shape[2]} queries see {seen} positions, and the ring holds {room}"
+                raise ValueError(msg)
+            starts = np.zeros_like(places.starts)
+            problem = replace(problem, key_lengths=in_graph, key_starts=starts, max_keys=room)
+        elif places.ring:
             self._check_held(places, offset, problem.left)
         is_wanted = check.check_flag(return_lse, "return_lse")
         result, lse = run(module, problem, q.dtype, is_wanted, out, (query, *given))
@@ -304,7 +331,7 @@ class Store:
 
         readers[layout] = again
 
-    def turned(self, query: NDArray[Any], offset: NDArray[np.int64], backend: str | None) -> NDArray[Any]:
+    def turned(self, query: NDArray[Any], offset: Any, backend: str | None) -> NDArray[Any]:
         """Queries of a rotary cache, turned by their positions."""
         if self.frequencies is None:
             return query

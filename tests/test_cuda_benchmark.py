@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import simulated_gpu
 
-from benchmarks import gpu, gpu_cases, gpu_timing
+from benchmarks import gpu, gpu_cases, gpu_decode, gpu_timing
 
 pytestmark = pytest.mark.cuda_sim
 SCRIPT = Path(gpu.__file__)
@@ -61,6 +61,19 @@ class TestStatistics:
         assert gpu_cases.relative_error([0.0], [0.0]) == 0
 
 
+class TestCacheCases:
+    def test_every_storage_and_kind(self):
+        found = gpu_decode.cases()
+        assert len({case.name for case in found}) == len(found)
+        for storage in gpu_decode.ALLOWED:
+            own = [case for case in found if case.storage == storage]
+            assert {option for case in own for option in case.options} == set(gpu_decode.OPTIONS)
+            assert (
+                {bool(case.page_size) for case in own} == {bool(case.window) for case in own} == {True, False}
+            )
+        assert {case.heads % case.kv_heads for case in found} == {0}
+
+
 class TestCases:
     def test_every_option_and_dtype(self):
         found = gpu_cases.cases(1)
@@ -92,6 +105,19 @@ PARTS = {
         "rows": [
             {"name": "bf16", "passed": True, "tflops": 400.0, "ratios": {"flash": [1.1, 0.1]}, "seconds": {}},
             {"name": "f32", "passed": False, "failure": "RuntimeError: no memory"},
+        ]
+    },
+    "caches": {"rows": []},
+    "decode": {
+        "rows": [
+            {"name": "copy", "passed": True, "bytes_per_second": 3e12},
+            {
+                "name": "int8",
+                "passed": True,
+                "bytes_per_second": 2.4e12,
+                "share": 0.8,
+                "ratios": {"sdpa": [3, 0]},
+            },
         ]
     },
     "overhead": {"rows": [{"name": "softmax", "passed": True, "microseconds": 12.34}]},
@@ -126,11 +152,14 @@ class TestCommand:
         assert lines[:-1] == [
             "units: 0 of 0 passed in 1 s; GPU 0 has no wgmma",
             "correctness: 1 of 1 passed in 1 s",
+            "caches: 0 of 0 passed in 1 s",
             "libraries: 0 of 0 passed in 1 s; CUDA_ERROR_700",
             "sanitizer: 0 of 0 passed in 1 s; compute-sanitizer is not on the PATH",
             "timing: 1 of 2 passed in 1 s",
             "  bf16: 400 TFLOP/s; times over nbattn's: flash 1.10",
             "  f32: RuntimeError: no memory",
+            "decode: 2 of 2 passed in 1 s",
+            "  int8: 2.40 TB/s, 0.80 of a copy's; times over nbattn's: sdpa 3.00",
             "overhead: 1 of 1 passed in 1 s",
             "  softmax: 12.3 us",
         ]
@@ -183,5 +212,5 @@ class TestPartOfItsOwn:
 
     def test_rows_come_back(self):
         part = gpu.run_part("small", 10, 1)  # no GPU, or no PyTorch: each row says so
-        assert len(part["rows"]) == 18
+        assert len(part["rows"]) == 22
         assert not gpu.passed(part) or all(row["passed"] for row in part["rows"])

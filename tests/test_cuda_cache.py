@@ -242,6 +242,27 @@ class TestArrays:
         np.testing.assert_array_equal(here.lengths, there.lengths)
         assert {launched.stream for launched in gpu.launches} == {70}
 
+    @pytest.mark.parametrize("window", [None, 5])
+    def test_append_in_a_graph(self, torch, gpu, window, rng):  # noqa: F811
+        """The simulated GPU makes captured launches at once."""
+        kinds = {"window": window, "rotary_base": 100.0}
+        here, there = (KVCache(2, 1, 8, 8, backend=b, **kinds) for b in ("reference", "cuda"))
+        x = normal(rng, (2, 1, 4, 8))
+        here.append(x, x, [4, 2]), there.append(x, x, [4, 2])
+        for _ in range(3):
+            x = normal(rng, (2, 1, 1, 8))
+            here.append(x, x)
+            there.advance()
+            np.testing.assert_array_equal(here.lengths, there.lengths)
+            gpu.captured = {70}
+            sent = gpu.calls.count("cuMemcpyHtoDAsync_v2")
+            there.append(torch.to(x), torch.to(x))
+            assert gpu.calls.count("cuMemcpyHtoDAsync_v2") == sent
+            gpu.captured = set()
+            np.testing.assert_array_equal(here.lengths, there.lengths)
+            got = there.attend(torch.to(x)).numpy()
+            np.testing.assert_allclose(got, here.attend(x), rtol=1e-5, atol=1e-6)
+
     def test_pages(self, torch, gpu, rng):  # noqa: F811
         paged = test_decode.Paged(rng, "int8", (20, 1, 0, 9), page_size=4)
         query = test_decode.query_for(rng, "int8")
@@ -361,8 +382,8 @@ class TestFailures:
 
     def test_memory_is_given_back(self, gpu):
         cache = KVCache(1, 1, 8, 32, "int8", backend="cuda")
-        assert len(gpu.memory) == 4
-        assert cache.nbytes == sum(map(len, gpu.memory.values())) == 2 * 8 * (32 + 4)
+        assert cache.nbytes == 2 * 8 * (32 + 4)
+        assert sum(map(len, gpu.memory.values())) == cache.nbytes + 8  # and the length
         del cache
         gc.collect()
         assert not gpu.memory
@@ -378,3 +399,59 @@ def test_turns(interleaved, rng):
         reference.rotate(query, expected, np.array(offset), frequencies, interleaved)
         append.rotate(query, got, np.array(offset), frequencies, interleaved)
         np.testing.assert_allclose(got, expected, rtol=0, atol=2.0**-49)
+
+
+class TestGraphs:
+    """Calls while a graph is captured: what they would record, and what they refuse."""
+
+    @pytest.mark.parametrize("storage", ["bfloat16", "int8"])
+    @pytest.mark.parametrize("window", [None, 65])
+    def test_attend(self, gpu, torch, storage, window, monkeypatch):  # noqa: F811
+        """Nothing comes from the host, and the kernel reads lengths where `advance` leaves them."""
+        made = []
+        monkeypatch.setattr(launch, "run", lambda *x: made.append((x[0].name, x[1], x[2])))
+        cache = KVCache(2, 2, 70, 32, storage, window=window, rotary_base=10.0, backend="cuda")
+        q = torch.to(np.zeros((2, 4, 2, 32), input_dtype(storage)))
+        sinks = torch.to(np.zeros(4, np.float32))
+        cache.advance(30)
+        gpu.captured, gpu.fail = {70}, {"cuMemcpyHtoDAsync_v2": 1}
+        cache.attend(q, sinks=sinks)
+        (_, turned, _), (name, values, blocks) = made
+        lengths = cache._places.there.address
+        assert (turned["starts"], turned["start"]) == (lengths, -2)
+        assert name.startswith(f"decode-mma-{storage}")
+        assert (values["key_lengths"], values["from_end"]) == (lengths, 1)
+        assert blocks == 4 * (1 if window is None else 2)
+        np.testing.assert_array_equal(simulated_gpu.view(cache._places.there), [30, 30])
+
+    def test_refused(self, gpu, torch):  # noqa: F811
+        x = torch.to(np.zeros((2, 2, 1, 32), np.float16))
+        cache, ring = (KVCache(2, 2, 9, 32, "float16", window=w, backend="cuda") for w in (None, 8))
+        paged = PagedKVCache(9, 4, 2, 32, "float16", backend="cuda")
+        handles = [paged.add(), paged.add()]
+        cache.advance(8)
+        for count, kind, message in (
+            (2, ValueError, "sequence 0 holds 8 of 9"), (-1, ValueError, "count is -1"),
+            (1.0, TypeError, "count must be an integer"),
+        ):  # fmt: skip
+            with pytest.raises(kind, match=message):
+                cache.advance(count)
+        gpu.fail = {"cuMemcpyHtoDAsync_v2": 1}
+        with pytest.raises(RuntimeError, match="fails"):
+            cache.advance()
+        gpu.fail, gpu.captured = {}, {70}
+        three = torch.to(np.zeros((2, 2, 3, 32), np.float16))
+        for call, message in (
+            (lambda: cache.append(x, x, [1, 1]), "cannot hold lengths"),
+            (lambda: cache.attend(x, lengths=[1, 1]), "cannot hold lengths"),
+            (lambda: cache.attend(x, sinks=np.ones(2)), "cannot hold what lies on the host"),
+            (lambda: cache.attend(x, bias=torch.to(np.ones(1, np.float16))), "this is another call"),
+            (lambda: ring.attend(three), "3 queries see 10 positions, and the ring holds 9"),
+            (lambda: paged.append(handles, x, x), "cannot hold calls of a PagedKVCache"),
+            (lambda: paged.attend(handles, x), "cannot hold calls of a PagedKVCache"),
+            (lambda: KVCache(1, 1, 4, 8, backend="cpu").advance(), "is for graphs of a cache with backend"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                call()
+        assert (cache.lengths == 8).all()
+        assert paged.free_pages == 9

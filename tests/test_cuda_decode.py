@@ -13,6 +13,7 @@ from test_cuda_mma import NOTHING, aligned, on_gpu, poisoned
 
 from nbattn.cuda import decode, decode_kernel
 from nbattn.cuda.decode_tiles import PARAMETERS, Tile
+from nbattn.device import DeviceArray
 from nbattn.resolve import resolve_batch
 
 pytestmark = pytest.mark.cuda_emu
@@ -23,12 +24,15 @@ Record = namedtuple("Record", [name for name, _ in PARAMETERS])
 NUMBERS = {"float32": np.float32, "int32": int, "int64": int}
 
 
-def emulate(problem, out, lse=None, tile=None, launches=1):
+def emulate(problem, out, lse=None, tile=None, launches=1, lengths=None):
     """Run the kernel for a problem of NumPy arrays, as `decode.prepared` would, its blocks in any order."""
     p, tile = problem, tile or decode.tile_of(problem)
     m = warp.Machine(tile.threads, tile.shared_bytes)
     names = ("query", "key_pages", "value_pages", "key_scales", "value_scales", "alibi_slopes", "sinks")
     there = replace(p, **{name: on_gpu(m, getattr(p, name)) for name in names})
+    if lengths is not None:
+        at = m.place(lengths)
+        there = p = replace(there, key_lengths=DeviceArray(at, lengths.shape, (8,), lengths.dtype, 0))
     addresses = {name: m.place(x) for name, x in decode.vectors(p).items()}
     results = on_gpu(m, out, output=True), on_gpu(m, lse, output=True)
     start = decode.start(None, there, *results, tile, addresses)
@@ -251,6 +255,17 @@ class TestPages:
         out, lse = poisoned((2, 2, 2, 32), dtype), poisoned((2, 2, 2), np.float32)
         emulate(p, out, lse, SMALL)
         oracle.hold(out, lse, q, k, v, **options)
+
+
+def test_lengths_that_the_gpu_knows(rng):
+    """As in a graph: queries stand at the end of what the memory says then."""
+    q, k, v = inputs(rng, 3, 2, 1, 2, 150, 32, dtype=bfloat16)
+    lengths = np.array([150, 1, 70])
+    options = {"is_causal": True, "query_offset": "end", "key_lengths": lengths}
+    p = decode.as_cache(resolve_batch(q, k, v, NOTHING._replace(**options)).problem)
+    out, lse = poisoned(q.shape, bfloat16), poisoned((3, 2, 2), np.float32)
+    emulate(p, out, lse, SMALL, lengths=lengths)
+    oracle.hold(out, lse, q, k, v, **options)
 
 
 class TestBytes:

@@ -34,6 +34,12 @@ class Sender(ExitStack):
         self.enter_context(place.current())
 
     def __call__(self, array: NDArray[Any]) -> int:
+        if launch.is_capturing(self.stream):
+            msg = (
+                "a graph cannot hold what lies on the host: pass sinks and alibi_slopes on the GPU, give all "
+                "sequences the same number of new positions, and use a KVCache"
+            )
+            raise ValueError(msg)
         array = np.ascontiguousarray(array)
         address = self.room(array.nbytes)
         if array.nbytes:
@@ -75,6 +81,25 @@ def empty(shape: tuple[int, ...], dtype: Any) -> DeviceArray:
     return DeviceArray(owner.address, shape, strides, dtype, place.ordinal, 0, owner)
 
 
+def is_captured(array: Any) -> bool:
+    """Whether work on the array becomes part of a graph now."""
+    return type(array) is DeviceArray and launch.is_capturing(array.stream)
+
+
+def placed(array: NDArray[Any]) -> DeviceArray:
+    """A copy of the array on the current GPU."""
+    there = empty(array.shape, array.dtype)
+    write(array, there, 0)
+    return there
+
+
+def write(array: NDArray[Any], there: DeviceArray, stream: int) -> None:
+    """Copy a small array to one on a GPU, in the stream's order."""
+    with launch.device(there.device).current():
+        if array.nbytes:
+            launch.ask("cuMemcpyHtoDAsync_v2", there.address, array.ctypes.data, array.nbytes, stream)
+
+
 def copy_page(pages: tuple[Any, ...], source: int, target: int, stream: int) -> None:
     """Copy a page of every array to another one."""
     with launch.device(pages[0].device).current():
@@ -99,8 +124,11 @@ class Plan:
     def __init__(self, problem: AppendProblem) -> None:
         self.problem = problem
 
-    def append(self, key: Any, value: Any, starts: NDArray[np.int64], counts: NDArray[np.int64]) -> None:
-        """Write keys and values (B, Hkv, S, D) to the positions from `starts` on."""
+    def append(self, key: Any, value: Any, starts: Any, counts: NDArray[np.int64]) -> None:
+        """Write keys and values (B, Hkv, S, D) to the positions from `starts` on.
+
+        Where `starts` is on the GPU, it says where they end.
+        """
         p: Any = self.problem
         batch, heads, rows, head_dim = key.shape
         blocks = 2 * batch * heads * rows
@@ -112,6 +140,7 @@ class Plan:
             there = [x if type(x) is DeviceArray else _sent(send, x) for x in (key, value)]
             values = {
                 "heads": heads, "rows": rows, "head_dim": head_dim, "value_dim": value.shape[3],
+                "start": -rows if type(starts) is DeviceArray else 0,
                 **_vector(send, "start", starts), **_vector(send, "count", counts),
                 **_places(send, p), **_turns(send, p.frequencies, p.interleaved),
             }  # fmt: skip
@@ -125,15 +154,19 @@ class Plan:
 def rotate(
     query: Any,
     out: Any,
-    offset: NDArray[np.int64],
-    frequencies: NDArray[np.float64],
+    offset: Any,
+    frequencies: Any,
     interleaved: bool,
 ) -> None:
-    """Write `query` (B, Hq, Sq, D) to `out`, turned as keys are: query i of sequence b by offset[b] + i."""
+    """Write `query` (B, Hq, Sq, D) to `out`, turned as keys are: query i of sequence b by offset[b] + i.
+
+    Where `offset` is on the GPU, it says where queries end.
+    """
     if type(query) is DeviceArray:
         turn(query, out, query.stream, offset=offset, frequencies=frequencies, interleaved=interleaved)
         return
-    with arrays.Copies() as copies:
+    ordinal = frequencies.device if type(frequencies) is DeviceArray else None
+    with arrays.Copies(ordinal) as copies:
         there = copies.send(query), copies.receive(out)
         turn(*there, copies.stream, offset=offset, frequencies=frequencies, interleaved=interleaved)
 
@@ -150,8 +183,8 @@ def turn(
     *,
     lse: DeviceArray | None = None,
     counts: NDArray[np.int64] | None = None,
-    offset: NDArray[np.int64] | None = None,
-    frequencies: NDArray[np.float64] | None = None,
+    offset: Any = None,
+    frequencies: Any = None,
     interleaved: bool = False,
 ) -> None:
     """Write `x` (B, H, S, D) to `out`, in its dtype, turned by frequencies; with counts only clear rows."""
@@ -160,7 +193,9 @@ def turn(
     with Sender(place, stream) as send:
         values = {"heads": heads, "rows": rows, "dim": dim, **_turns(send, frequencies, interleaved)}
         if offset is not None:
-            values |= {"starts": send(offset), "has_starts": 1}
+            values |= _vector(send, "start", offset)
+            if type(offset) is DeviceArray:
+                values["start"] = -rows
         if counts is not None:
             values |= {"counts": send(counts), "has_counts": 1}
         if lse is not None:
@@ -197,8 +232,10 @@ def _sent(send: Sender, x: NDArray[Any]) -> DeviceArray:
     return DeviceArray(send(once), once.shape, once.strides, once.dtype, send.place.ordinal, send.stream)
 
 
-def _vector(send: Sender, name: str, vector: NDArray[np.int64]) -> dict[str, int]:
+def _vector(send: Sender, name: str, vector: Any) -> dict[str, int]:
     """A number of each sequence, or of all."""
+    if type(vector) is DeviceArray:
+        return {f"{name}s": vector.address, f"has_{name}s": 1}
     if (vector == vector[:1]).all():
         return {name: int(vector[0])}
     return {f"{name}s": send(vector), f"has_{name}s": 1}
@@ -217,10 +254,11 @@ def is_in_order(table: NDArray[np.int64]) -> bool:
     return table.shape[1] == 1 and bool((table[:, 0] == np.arange(len(table))).all())
 
 
-def _turns(send: Sender, frequencies: NDArray[np.float64] | None, interleaved: bool) -> dict[str, int]:
-    if frequencies is None or not len(frequencies):
+def _turns(send: Sender, frequencies: Any, interleaved: bool) -> dict[str, int]:
+    if frequencies is None or not frequencies.size:
         return {}
-    return {"frequencies": send(frequencies), "pairs": len(frequencies), "interleaved": int(interleaved)}
+    address = frequencies.address if type(frequencies) is DeviceArray else send(frequencies)
+    return {"frequencies": address, "pairs": frequencies.size, "interleaved": int(interleaved)}
 
 
 def _arrays(**given: DeviceArray | None) -> dict[str, Any]:

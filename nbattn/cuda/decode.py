@@ -75,7 +75,7 @@ def covers(problem: CacheProblem, out: Any) -> bool:
         and p.bias is None
         and p.query.size > 0
         and p.key_pages.shape[2] > 0
-        and int(p.key_lengths.max(initial=0)) + p.query.shape[2] < REACH
+        and (type(p.key_lengths) is DeviceArray or p.key_lengths.max(initial=0) + p.query.shape[2] < REACH)
         and p.page_table.size < REACH
         and has_runs(out)
         and all(has_runs(x) and _aligned(x) for x in (p.key_pages, p.value_pages))
@@ -147,6 +147,12 @@ def _attend(p: Any, out: Any, lse: Any, stream: int) -> None:
         p = replace(p, **{name: _sent(send, getattr(p, name)) for name in ("alibi_slopes", "sinks")})
         if is_few_of_cache(p) and covers(p, out):
             prepared(p, out, lse, send)(send.place, send.stream)
+        elif type(p.key_lengths) is DeviceArray:
+            msg = (
+                "a graph can hold attention of a cache of float16, bfloat16 or int8 on a GPU with tensor "
+                "cores, of few queries without mask or bias; this is another call"
+            )
+            raise ValueError(msg)
         elif p.key_scales is not None and p.query.dtype != np.float32:
             query, wide = (send.empty(x.shape, np.dtype(np.float32)) for x in (p.query, out))
             turn(p.query, query, stream)
@@ -248,8 +254,10 @@ def chunk_of(p: CacheProblem) -> int:
 
 def vectors(p: CacheProblem) -> dict[str, NDArray[Any]]:
     """What the kernel reads of a problem's NumPy arrays; a length or offset of all is a parameter."""
-    found: dict[str, NDArray[Any]] = {"offsets": p.offset, "key_lengths": p.key_lengths}
-    found = {name: x for name, x in found.items() if (x != x[:1]).any()}
+    found: dict[str, NDArray[Any]] = {}
+    if type(p.key_lengths) is not DeviceArray:
+        found = {"offsets": p.offset, "key_lengths": p.key_lengths}
+        found = {name: x for name, x in found.items() if (x != x[:1]).any()}
     if p.key_starts.any():
         found["key_starts"] = p.key_starts
     if not is_in_order(p.page_table):
@@ -320,12 +328,11 @@ def start(
     kv_heads = p.key_pages.shape[2]
     rows = heads // kv_heads * queries
     chunk, row_blocks, block_rows = chunk_of(p), -(-rows // ROWS), min(rows, ROWS)
-    chunks = -(-p.max_keys // chunk) + bool(p.key_starts.any())
+    chunks = -(-p.max_keys // chunk) + bool(p.ring or p.key_starts.any())
     chunks = max(1, min(chunks, (p.left + p.right + queries - 1) // chunk + 2))
     values |= {
         "query_kind": KINDS.index(p.query.dtype.name),
-        "key_length": int(p.key_lengths[0]),
-        "offset": int(p.offset[0]),
+        **_ends(p),
         "table_width": p.page_table.shape[1],
         "page_size": p.key_pages.shape[1],
         "ring": p.ring,
@@ -347,3 +354,10 @@ def start(
     units = batch * kv_heads * row_blocks
     states = units * chunks * block_rows * 8
     return Start(kernel, values, units * chunks, units, states // 2 * tile.width, states)
+
+
+def _ends(p: Any) -> dict[str, int]:
+    """Where sequences end and queries stand, if all do at the same place or the GPU's memory knows."""
+    if type(p.key_lengths) is DeviceArray:
+        return {"key_lengths": p.key_lengths.address, "from_end": 1}
+    return {"key_length": int(p.key_lengths[0]), "offset": int(p.offset[0])}

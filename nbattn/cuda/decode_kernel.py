@@ -64,6 +64,8 @@ def build(isa: Any, storage: str, tile: Tile) -> Callable[[Any], None]:
             length = load_int64(p.key_lengths + 8 * b)
         if p.offsets != 0:
             offset = load_int64(p.offsets + 8 * b)
+        if p.from_end != 0:
+            offset = length - p.queries
         start, length = same(int32(start)), same(int32(length))
         low = same(int32(min(max(offset - p.left, -REACH), REACH)))
         high = same(int32(min(max(offset + p.right + 1, -REACH), REACH)))

@@ -84,6 +84,7 @@ PARAMETERS = (
     ("key_length", "int64"),  # this is every sequence's
     ("offsets", "int64"),
     ("offset", "int64"),
+    ("from_end", "int32"),  # whether queries stand at the sequences' ends, whatever the offset
     ("partials", "int64"),  # addresses of float32 (units, chunks, block_rows, width), and of the maximum and
     ("states", "int64"),  # total of each row, (units, chunks, block_rows, 2)
     ("counters", "int64"),  # address of an int32 for each unit, 0 before and after every launch

@@ -118,10 +118,10 @@ def build_append(given: str, storage: str, threads: int) -> Callable[..., None]:
         if p.has_counts != 0:
             count = p.counts[b]
         if p.has_starts != 0:
-            start = p.starts[b]
-        if i >= count or (p.ring != 0 and i < count - p.ring):
-            return
+            start += p.starts[b]
         position = start + i
+        if i >= count or (p.ring != 0 and i < count - p.ring) or position < 0:
+            return
         page, row = place_of(p, b, position)
         x, pages, scales, dim, pairs = p.key, p.key_pages, p.key_scales, p.head_dim, p.pairs
         xs, ts, ss = p.key_strides, p.key_pages_strides, p.key_scales_strides
@@ -222,9 +222,9 @@ def build_turn(given: str, storage: str, threads: int) -> Callable[..., None]:
         i = rest % p.rows
         rest = rest // p.rows
         h, b = rest % p.heads, rest // p.heads
-        position = np.int64(0)
+        position = p.start + i
         if p.has_starts != 0:
-            position = p.starts[b] + i
+            position += p.starts[b]
         xs, ts = p.x_strides, p.out_strides
         source = b * xs[0] + h * xs[1] + i * xs[2]
         target = b * ts[0] + h * ts[1] + i * ts[2]
