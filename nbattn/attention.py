@@ -399,20 +399,28 @@ REPEATS = 256
 
 def _layout(query: Any, key: Any, value: Any, numbers: tuple[Any, ...], window_size: Any) -> Any:
     """Everything that decides how a call without other arrays goes, as a key; None where it cannot be one."""
-    if type(window_size) is tuple:
-        numbers += ("window", *window_size)
-    elif window_size is not None:
-        return None
-    types = tuple(map(type, numbers))  # True is no 1
-    if not _PLAIN.issuperset(types):
-        return None
+    is_causal, query_offset, scale, softcap, compute_dtype = numbers
+    types: tuple[type, ...] = ()
+    is_plain = window_size is scale is softcap is compute_dtype is None
+    if is_plain and type(is_causal) is bool and type(query_offset) is int:
+        numbers = is_causal, query_offset  # as most calls have them: told apart by their number
+    else:
+        if type(window_size) is tuple:
+            numbers += ("window", *window_size)
+        elif window_size is not None:
+            return None
+        types = tuple(map(type, numbers))  # True is no 1
+        if not _PLAIN.issuperset(types):
+            return None
     if not type(query) is type(key) is type(value) is np.ndarray:
         places = device.layout(query), device.layout(key), device.layout(value)
         return None if None in places else (*places, numbers, types)
+    dtype = query.dtype
+    if not key.dtype is value.dtype is dtype:
+        dtype = dtype, key.dtype, value.dtype
     return (
-        query.shape, query.strides, query.dtype, query.flags.aligned,
-        key.shape, key.strides, key.dtype, key.flags.aligned,
-        value.shape, value.strides, value.dtype, value.flags.aligned, numbers, types,
+        query.shape, query.strides, query.flags.aligned, key.shape, key.strides, key.flags.aligned,
+        value.shape, value.strides, value.flags.aligned, dtype, numbers, types,
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 import gc
 import importlib
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -98,6 +99,33 @@ def test_results_do_not_share_memory(rng):
     first, second = sdpa(*x), sdpa(*x)
     assert not np.shares_memory(first, second)
     np.testing.assert_array_equal(first, second)
+
+
+def test_short_calls_of_several_threads_at_once(rng):
+    """They share with helpers that are awake, each with its own arrays."""
+    inputs = [rng.standard_normal((3, 1, 4, 32, 32)).astype(np.float32) for _ in range(4)]
+    expected = [sdpa(*x, backend="cpu") for x in inputs]
+
+    def work(i):
+        return all(np.array_equal(sdpa(*inputs[i]), expected[i]) for _ in range(300))
+
+    sdpa(*inputs[0]), sdpa(*inputs[0])
+    assert all(attention._repeats.values())
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(4)))
+
+
+def test_alike_to_the_eye(rng):
+    """What compares equal, or lies nearly alike, is no repeat."""
+    x = arrays(rng)
+    odd = [np.frombuffer(b"_" + a.tobytes(), np.uint8)[1:].view(np.float32).reshape(a.shape) for a in x]
+    for _ in range(4):
+        np.testing.assert_array_equal(sdpa(*odd), sdpa(*x))
+        np.testing.assert_array_equal(sdpa(*x, is_causal=True), sdpa(*x, is_causal=True, backend="cpu"))
+        with pytest.raises(TypeError, match="is_causal"):
+            sdpa(*x, is_causal=1)
+        with pytest.raises(TypeError, match="query_offset"):
+            sdpa(*x, is_causal=True, query_offset=1.0)
 
 
 def test_memory_of_layouts_is_bounded(rng):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -23,12 +24,14 @@ PANEL_BYTES = 8 << 20
 PANEL_BLOCKS = 2
 """Blocks of a head for each thread from which on values are turned that need no conversion."""
 _WORDS = records.words_of(PARAMETERS)
-QUERY, KEY, VALUE, OUT = (_WORDS[name] for name in ("query", "key", "value", "out"))
+QUERY = _WORDS["query"]
 TASKS, WORKSPACE, WORKSPACE_BYTES = (_WORDS[name] for name in ("tasks", "workspace", "workspace_bytes"))
 STATES = 1 << 24
 """Tiles of which it is worth 16 MiB to know what a mask_mod shows."""
 SERIAL_WORK = 1 << 19
-"""Multiply-adds below which a call is not worth a second thread."""
+"""Multiply-adds below which a call is not worth waking a second thread."""
+SHORT_WORK = 1 << 17
+"""Those below which it is not worth sharing with one that is awake."""
 
 
 def forward(
@@ -89,7 +92,7 @@ def run_tiled(
     """Run one of the kernels whose lanes are queries; those of `hard` take an `index`, and make no sums."""
     results = out, lse, weights, index, uniforms
     words, keep_alive = _parameters(problem, *results)
-    _run(kernel, words, _is_small(problem), (problem, results, keep_alive))
+    _run(kernel, words, _work(problem) < SERIAL_WORK, (problem, results, keep_alive))
     for mod, arguments in zip((problem.score_mod, problem.mask_mod), keep_alive, strict=False):
         if mod is not None:
             mods.check_done(mod, arguments)
@@ -106,16 +109,28 @@ class Repeat:
         self.kernel = _kernel_of(problem)
         self.words, _ = _parameters(problem, out)
         self.keep_alive = problem.offset, problem.key_lengths
-        self.small = _is_small(problem)
+        self.tasks, self.workspace_bytes = int(self.words[TASKS]), int(self.words[WORKSPACE_BYTES])
+        work = _work(problem)
+        self.small, self.short = work < SERIAL_WORK, work < SHORT_WORK
 
     def forward(self, query: NDArray[Any], key: NDArray[Any], value: NDArray[Any], out: NDArray[Any]) -> None:
         if self.plan is not None:
             self.plan.forward(query, out, pages=(key, value))
             return
-        words = self.words.copy()
-        words[QUERY], words[KEY] = runtime.address(query), runtime.address(key)
-        words[VALUE], words[OUT] = runtime.address(value), runtime.address(out)
-        _run(self.kernel, words, self.small, (query, key, value, out, self))
+        words: Any = self.words.copy()
+        arrays = query, key, value, out
+        if not self.small or not runtime.whereabouts(query):
+            _ARRAYS.pack_into(words, 8 * QUERY, *map(runtime.address, arrays))
+            _run(self.kernel, words, self.small, (arrays, self))
+        elif self.tasks > 0:
+            _ARRAYS.pack_into(words, 8 * QUERY, *map(runtime.whereabouts, arrays))
+            helpers = 0 if self.short else min(runtime.threads(), self.tasks) - 1
+            memory, words[WORKSPACE] = runtime.scratch((helpers + 1) * self.workspace_bytes)
+            team.run_among_awake(self.kernel, words, helpers, (arrays, memory), QUERY, 4)
+            runtime.keep(memory)
+
+
+_ARRAYS = struct.Struct("4q")
 
 
 def _run(kernel: Any, words: NDArray[np.int64], small: bool, keep_alive: Any) -> None:
@@ -150,10 +165,10 @@ def _kernel_of(p: Problem) -> Any:
     return kernel(f"attention-{p.storage}" + ("-bfloat16" if p.bfloat16_products else ""))
 
 
-def _is_small(p: Problem) -> bool:
-    """Whether one thread is done before a second one is awake."""
+def _work(p: Problem) -> int:
+    """Multiply-adds of a call."""
     _, heads, _, head_dim = p.query.shape
-    return p.batch * heads * p.max_queries * p.max_keys * (head_dim + p.value.shape[3]) < SERIAL_WORK
+    return p.batch * heads * p.max_queries * p.max_keys * (head_dim + p.value.shape[3])
 
 
 def kernel_names(dtypes: Sequence[str]) -> list[str]:

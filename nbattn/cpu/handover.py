@@ -19,13 +19,15 @@ from numba.extending import intrinsic
 
 from . import emitters, simd
 from .emitters import I64, pointer
-from .runtime import TASKS, compiled
+from .runtime import TASKS, TASKS_DONE, compiled
 
 LINGER, OFFER, SETTLE, SHARE = range(4)
 """What `handover` is asked for: the first word of its record. A helper's record holds its slot's address."""
-BOARD, SLOTS, WANTED, ENTRY, PARAMETERS, DONE, TICKETS = range(1, 8)
+BOARD, SLOTS, WANTED, ENTRY, PARAMETERS, DONE, FIRST, COUNT, TICKETS = range(1, 10)
 """Words of a caller's record: where the slots lie, how many, how many helpers are wanted; the kernel's entry
-and parameters, where the number of done tasks lies; then for each slot the round it was offered in, or 0."""
+and parameters, where the number of done tasks lies; for SHARE the first byte of so many words of the
+parameters that say where an address lies and are to become it, and where there are any, the parameters are
+told so too; then for each slot the round it was offered in, or 0."""
 RUNNING, TAKEN_BACK, FINISHED, ALONE = range(4)
 """What SETTLE answers: helpers of the board are in the call; they are not, but others are; it is done. SHARE
 may also answer that it is done, but nobody else was awake."""
@@ -166,6 +168,14 @@ def build(jit: Any, inline: Any) -> Callable[[Any], Any]:
     @jit
     def share(record):
         """Offer a call, run it, and settle it; or tell that nobody else was awake."""
+        count = get(record + 8 * COUNT)
+        if count > 0:
+            parameters = get(get(record + 8 * PARAMETERS))
+            put(record + 8 * PARAMETERS, parameters)
+            put(record + 8 * DONE, parameters + 8 * TASKS_DONE)
+            for i in range(count):
+                word = parameters + get(record + 8 * FIRST) + 8 * i
+                put(word, get(get(word)))
         offered = offer(record)
         enter(get(record + 8 * ENTRY), get(record + 8 * PARAMETERS))
         return settle(record) if offered > 0 else ALONE

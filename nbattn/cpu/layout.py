@@ -20,9 +20,10 @@ PARAMETERS = np.dtype(
     runtime.WORK
     + [(name, np.int64) for name in (
         "workspace", "workspace_bytes", "workers",
-        # addresses, and strides in elements along batch, head and row
-        "query", "query_b", "query_h", "query_s", "key", "key_b", "key_h", "key_s",
-        "value", "value_b", "value_h", "value_s", "out", "out_b", "out_h", "out_s",
+        # addresses, the first four side by side, and strides in elements along batch, head and row
+        "query", "key", "value", "out",
+        "query_b", "query_h", "query_s", "key_b", "key_h", "key_s",
+        "value_b", "value_h", "value_s", "out_b", "out_h", "out_s",
         "lse", "lse_b", "lse_h", "lse_s", "weights", "weights_b", "weights_h", "weights_s",
         # of hard attention: addresses of arrays (B, Hq, Sq), and the size of a row of values
         "index", "uniforms", "value_bytes",

@@ -242,11 +242,20 @@ def address(array: NDArray[Any]) -> int:
     return _word_at(id(array) + _DATA).value if _DIRECT else array.ctypes.data
 
 
-_NOTHING = np.empty(0, np.uint8)
+def whereabouts(array: NDArray[Any]) -> int:
+    """Where the address of the array's first element lies, which native code finds faster; else 0."""
+    return id(array) + _DATA if _DIRECT else 0
+
+
+_NONE = np.empty(0, np.uint8), 0
+
+
+Memory = tuple[NDArray[np.uint8], int]
+"""Scratch memory, and its first multiple of 64."""
 
 
 class _Kept(threading.local):
-    memory = _NOTHING
+    memory: Memory = _NONE
 
 
 _kept = _Kept()
@@ -254,18 +263,19 @@ KEPT_BYTES = 16 << 20
 """The most scratch that a thread keeps for its next call: fresh pages cost more than a small call."""
 
 
-def scratch(size: int) -> tuple[NDArray[np.uint8], int]:
+def scratch(size: int) -> tuple[Memory, int]:
     """Scratch memory of at least `size` bytes, and its first multiple of 64; `keep` it for the next call."""
     # A call that a signal handler makes in the middle of this thread's call must not find it.
-    memory, _kept.memory = _kept.memory, _NOTHING
-    if memory.size < size + 64:
-        memory = np.empty(size + 64, np.uint8)
-    return memory, (address(memory) + 63) & -64
+    memory, _kept.memory = _kept.memory, _NONE
+    if memory[0].size < size + 64:
+        array = np.empty(size + 64, np.uint8)
+        memory = array, (address(array) + 63) & -64
+    return memory, memory[1]
 
 
-def keep(memory: NDArray[np.uint8]) -> None:
+def keep(memory: Memory) -> None:
     """Leave scratch memory that nobody uses any more to this thread's next call."""
-    if memory.size <= KEPT_BYTES:
+    if memory[0].size <= KEPT_BYTES:
         _kept.memory = memory
 
 

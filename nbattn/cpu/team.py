@@ -33,7 +33,7 @@ from .handover import (
     WANTED,
 )
 from .handover import kernel as _hand_over
-from .runtime import NEXT_TASK, TASKS, TASKS_DONE, address, entry
+from .runtime import NEXT_TASK, TASKS, TASKS_DONE, address, entry, whereabouts
 
 
 class _Team:
@@ -49,6 +49,7 @@ class _Team:
         """Where helpers that `send_away` moved may run once they are awake."""
         self.lock = threading.RLock()  # a signal handler may call while this thread holds it
         self.board = np.zeros((BOARD_SLOTS, 8), np.int64)
+        self.board_at = address(self.board)
         """A cache line for each of the first helpers, where calls reach it while it is awake (`handover`)."""
 
     def grow(self, size: int) -> int:
@@ -127,7 +128,7 @@ class _Call:
         slots = min(team.size, BOARD_SLOTS)
         self.record = np.zeros(TICKETS + slots, np.int64)
         self.record[BOARD:TICKETS] = (
-            address(team.board), slots, 0, entry(kernel), self.address, self.address + 8 * TASKS_DONE,
+            address(team.board), slots, 0, entry(kernel), self.address, self.address + 8 * TASKS_DONE, 0, 0,
         )  # fmt: skip
 
     def offer(self, helpers: int) -> int:
@@ -217,28 +218,36 @@ def run(kernel: Any, parameters: Any, helpers: int, keep_alive: Any) -> None:
 
 
 class _Kept(threading.local):
-    record: Any = None  # of `run_among_awake`
+    record: Any = None  # of `run_among_awake`, with its address
 
 
 _kept = _Kept()
 
 
-def run_among_awake(kernel: Any, parameters: NDArray[np.int64], helpers: int, keep_alive: Any) -> None:
+def run_among_awake(
+    kernel: Any, parameters: NDArray[np.int64], helpers: int, keep_alive: Any, first: int = 0, count: int = 0
+) -> None:
     """Like `run` for a kernel of a few microseconds: nobody is woken for it, and it is one call in all.
 
-    Where such calls follow each other closely, helpers are woken for those to come.
+    Where such calls follow each other closely, helpers are woken for those to come. From `first` on, `count`
+    parameters are an array's `whereabouts` and become its address.
     """
-    record, _kept.record = _kept.record, None
-    if record is None:
-        record = np.zeros(TICKETS + BOARD_SLOTS, np.int64)
-    team, at, where = _team, address(record), address(parameters)
-    slots = min(team.size, BOARD_SLOTS)
+    kept, _kept.record = _kept.record, None
+    if kept is None:
+        new = np.zeros(TICKETS + BOARD_SLOTS, np.int64)
+        kept = new, address(new)
+    record, at = kept
+    team = _team
+    slots = min(team.size, BOARD_SLOTS) if helpers > 0 else 0
+    where = whereabouts(parameters) if count > 0 else address(parameters)
     _HEAD.pack_into(
-        record, 0, SHARE, address(team.board), slots, helpers, entry(kernel), where, where + 8 * TASKS_DONE
-    )
+        record, 0, SHARE, team.board_at, slots, helpers, entry(kernel), where, where + 8 * TASKS_DONE,
+        8 * first, count,
+    )  # fmt: skip
     state = _hand_over()(at)
     if state == ALONE:
-        team.rouse(helpers)
+        if helpers > 0:
+            team.rouse(helpers)
     elif state != FINISHED:
         record[0] = SETTLE
         try:
@@ -250,7 +259,7 @@ def run_among_awake(kernel: Any, parameters: NDArray[np.int64], helpers: int, ke
                 with suppress(KeyboardInterrupt):  # one is on its way already
                     time.sleep(0.001)
             raise
-    _kept.record = record
+    _kept.record = kept
 
 
 _HEAD = struct.Struct(f"{TICKETS}q")
