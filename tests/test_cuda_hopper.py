@@ -27,7 +27,7 @@ from nbattn.resolve import check_starts, resolve, resolve_batch
 pytestmark = pytest.mark.cuda_emu
 
 halves = pytest.mark.parametrize("dtype", [np.float16, bfloat16], ids=lambda d: np.dtype(d).name)
-SMALL = Tile(64, 32, groups=2, stages=2, turns=True)
+SMALL = Tile(64, 64, 32, groups=2, stages=2, turns=True)
 """Small enough that small inputs span several blocks of queries and steps of keys, and tests take little."""
 ONE = SMALL._replace(groups=1)
 Record = namedtuple("Record", [name for name, _ in PARAMETERS])
@@ -319,7 +319,7 @@ class TestAttention:
         """As chosen by the problem; half of the cases in each dtype."""
         tile = (hopper.FULL_TILES if full else hopper.TILES)[number]
         dtype = (np.float16, bfloat16)[(number + full) % 2]
-        q, k, v = inputs(rng, 1, 1, 1, 70, 140, tile.width, dtype=dtype)
+        q, k, v = inputs(rng, 1, 1, 1, 70, 140, tile.width, tile.value_width, dtype)
         options = {"softcap": 3.0} if full else {}
         assert hopper.tile_of(resolve_batch(q, k, v, NOTHING._replace(**options)).problem) == tile
         hold(q, k, v, tile=None, is_causal=True, query_offset=60, **options)
@@ -331,8 +331,11 @@ class TestAttention:
         hold(q, k, v)
 
     def test_panels(self, rng):
-        q, k, v = inputs(rng, 1, 1, 1, 70, 80, 80, 104, np.float16)
-        hold(q, k, v, tile=ONE._replace(width=128), is_causal=True, query_offset=10)
+        """More of one than of the other, and the last not used in full."""
+        for head_dim, value_dim in ((80, 40), (40, 104)):
+            q, k, v = inputs(rng, 1, 1, 1, 70, 80, head_dim, value_dim, np.float16)
+            tile = ONE._replace(width=-(-head_dim // 16) * 16, value_width=-(-value_dim // 16) * 16)
+            hold(q, k, v, tile=tile, is_causal=True, query_offset=10)
 
     def test_batches_and_groups(self, rng):
         q, k, v = inputs(rng, 2, 4, 2, 70, 40, 64, dtype=np.float16)
@@ -505,10 +508,12 @@ class TestLeaks:
             if where != (1,):
                 assert not np.isfinite(out[~spared].astype(np.float32)).any()
 
-    @pytest.mark.parametrize("tile", [SMALL, Tile(64, 64, 3, 2, True), ONE._replace(width=128)], ids=str)
+    @pytest.mark.parametrize(
+        "tile", [SMALL, Tile(64, 64, 64, 3, 2, True), ONE._replace(width=96, value_width=128)], ids=str
+    )
     def test_an_infinite_value_stays_what_it_is(self, tile, rng):
         """Of groups that share the mending, where threads and chunks do not divide, and of two panels."""
-        q, k, v = inputs(rng, 1, 1, 1, 40, 70, tile.width, dtype=np.float16)
+        q, k, v = inputs(rng, 1, 1, 1, 40, 70, tile.width, tile.value_width, np.float16)
         v[0, 0, 3, 5], v[0, 0, 50, 9], v[0, 0, 51, 9], v[0, 0, 45, -1] = np.inf, -np.inf, np.inf, np.inf
         out, _, _ = attend(q, k, v, is_causal=True, query_offset=12, tile=tile)
         wide = out[0, 0].astype(np.float32)
@@ -655,6 +660,16 @@ class TestMaps:
         kind = 6 if dtype == np.float16 else 9
         strides = (160, 160 * 30, 160 * 90)
         assert asked == [(kind, 4096, (80, 30, 3, 2), strides, (64, 128, 1, 1), (0, 3, 3, 0))]
+
+    def test_maps_are_kept_for_a_while(self, asked):
+        made = hopper.Map("float16", *hopper.map_of(np.zeros((1, 1, 8, 64), np.float16), 8))
+        first = made.at(1 << 20)
+        assert made.at(1 << 20) is first
+        assert len(asked) == 1
+        for i in range(1, 2 * hopper.LATEST):
+            assert made.at((1 << 20) + 4096 * i) != first
+        assert len(made.made) <= hopper.LATEST
+        assert made.at(1 << 20) == first
 
     def test_a_repeated_call_has_the_maps_of_its_arrays(self, asked, monkeypatch):
         started = []

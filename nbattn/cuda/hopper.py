@@ -17,12 +17,17 @@ from . import compiler, launch, mma
 from .hopper_tiles import PARAMETERS, REACH, Tile
 
 TILES = (
-    Tile(64, 128, groups=3, stages=2, turns=True),
-    Tile(128, 128, groups=2, stages=2, turns=True),
-    Tile(256, 64, groups=2, stages=2, turns=False),
+    Tile(64, 64, 128, groups=3, stages=2, turns=True),
+    Tile(96, 96, 128, groups=2, stages=2, turns=True),
+    Tile(128, 128, 128, groups=2, stages=2, turns=True),
+    Tile(192, 128, 128, groups=2, stages=2, turns=False),
+    Tile(192, 192, 96, groups=2, stages=2, turns=False),
+    Tile(256, 256, 64, groups=2, stages=2, turns=False),
 )
-"""By width: a problem takes the first that is wide enough."""
-FULL_TILES = (TILES[0], TILES[1]._replace(keys=96), TILES[2])
+"""By what they cost: a problem takes the first that is wide enough."""
+FULL_TILES = (
+    *TILES[:2], TILES[2]._replace(keys=96), TILES[3]._replace(keys=64), *TILES[4:],
+)  # fmt: skip
 """The same where options change scores, which takes registers."""
 STORAGES = ("float16", "bfloat16")
 CAPABILITY = (9, 0)
@@ -31,6 +36,8 @@ SECTION_BYTES = 32 << 20
 BOX = 64
 """Columns that a copy brings at a time: 128 bytes."""
 FLOAT16, BFLOAT16, SWIZZLE_128, PROMOTE_256 = 6, 9, 3, 3  # CU_TENSOR_MAP_*
+LATEST = 64
+"""Addresses for which a map is kept: calls in a loop come back to the same ones."""
 Ints = tuple[int, ...]
 Encode = Callable[[int, Ints, Ints, Ints, str], Any]
 
@@ -76,8 +83,8 @@ def _has_map(x: Any) -> bool:
 
 def tile_of(p: Problem) -> Tile | None:
     """The tile for a problem, None where none is wide enough."""
-    width = max(p.query.shape[3], p.value.shape[3])
-    return next((t for t in (FULL_TILES if is_full(p) else TILES) if t.width >= width), None)
+    tiles, head_dim, value_dim = FULL_TILES if is_full(p) else TILES, p.query.shape[3], p.value.shape[3]
+    return next((t for t in tiles if t.width >= head_dim and t.value_width >= value_dim), None)
 
 
 def is_full(p: Problem) -> bool:
@@ -89,7 +96,9 @@ def is_full(p: Problem) -> bool:
 def kernel(storage: str, tile: Tile, full: bool) -> compiler.Kernel:
     """The kernel as `launch` takes it."""
     t = tile
-    name = f"attention-hopper-{storage}-{t.width}-{t.rows}-{t.keys}" + ("-full" if full else "")
+    name = f"attention-hopper-{storage}-{t.width}-{t.value_width}-{t.rows}-{t.keys}" + (
+        "-full" if full else ""
+    )
     return compiler.Kernel(
         name=name,
         build=partial(_build, storage, tile, full),
@@ -174,6 +183,7 @@ class Map:
     def __init__(self, storage: str, sizes: Ints, strides: Ints, box: Ints) -> None:
         rank = len(sizes)
         self.kind, self.rank = FLOAT16 if storage == "float16" else BFLOAT16, rank
+        self.made: dict[int, bytes] = {}
         self.lists = (
             (ctypes.c_uint64 * rank)(*sizes),
             (ctypes.c_uint64 * (rank - 1))(*strides),
@@ -183,6 +193,14 @@ class Map:
 
     def at(self, address: int) -> bytes:
         """The 128 bytes that ``cuTensorMapEncodeTiled`` makes for an array there."""
+        found = self.made.get(address)
+        if found is None:
+            if len(self.made) >= LATEST:
+                self.made = {}
+            found = self.made[address] = self._made(address)
+        return found
+
+    def _made(self, address: int) -> bytes:
         room = ctypes.create_string_buffer(8 * compiler.MAP_WORDS + 64)
         start = ctypes.addressof(room)
         start += -start % 64

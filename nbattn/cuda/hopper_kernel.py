@@ -58,20 +58,22 @@ def build(isa: Any, hopper: Any, storage: str, tile: Tile, full: bool) -> Callab
     change, hide, soften, rescale = hopper_scores.build(isa, tile)
     look, mend, not_finite = hopper_mend.build(isa, hopper, storage, tile)
 
-    block_rows, block_keys, groups, panels, stages = (
-        tile.rows, tile.keys, tile.groups, tile.panels, tile.stages,
+    block_rows, block_keys, groups, stages, turns = (
+        tile.rows, tile.keys, tile.groups, tile.stages, tile.turns,
     )  # fmt: skip
-    n_scores, n_sums, n_weights, n_seen = tile.keys // 2, tile.width // 2, tile.keys // 4, 2 * tile.words
-    key_steps, value_steps, value_tiles = tile.width // 16, tile.keys // 16, tile.width // 8
-    panel, query_panel, tile_bytes = tile.panel, tile.query_panel, tile.panels * tile.panel
+    n_scores, n_weights, n_seen = tile.keys // 2, tile.keys // 4, 2 * tile.words
+    n_sums = tile.value_width // 2
+    key_steps, value_steps, value_tiles = tile.width // 16, tile.keys // 16, tile.value_width // 8
+    panels, value_panels, panel, query_panel = tile.panels, tile.value_panels, tile.panel, tile.query_panel
+    key_bytes, value_bytes, query_bytes = panels * panel, value_panels * panel, panels * query_panel
     key_at, value_at, barriers_at, flags_at = tile.key_at, tile.value_at, tile.barriers_at, tile.flags_at
-    query_bytes, turns, arrivals, working = panels * query_panel, tile.turns, 4 * groups, 128 * groups + 32
+    arrivals, working = 4 * groups, 128 * groups + 32
     infinity, swizzled = float("inf"), SWIZZLED
     done, turn = DONE, TURN
     fewer, more = tile.registers
     fewer_registers, more_registers = hopper.fewer_registers(fewer), hopper.more_registers(more)
     multiply = hopper.product(kind, tile.keys)
-    multiply_registers = hopper.product_of_registers(kind, tile.width)
+    multiply_registers = hopper.product_of_registers(kind, tile.value_width)
     settled_scores, settled_sums = hopper.settled(n_scores), hopper.settled(n_sums)
     wait_scores, wait_scores_only = hopper.wait_products(n_scores, 0), hopper.wait_products(n_scores, 1)
     wait_sums = hopper.wait_products(n_sums, 0)
@@ -119,13 +121,13 @@ def build(isa: Any, hopper: Any, storage: str, tile: Tile, full: bool) -> Callab
         return int32(full_at(memory, which, slot) + 8 * stages)
 
     @jit
-    def bring(x, memory, address, which, slot, parity, row, leader):
+    def bring(x, memory, address, which, count, slot, parity, row, leader):
         """Start to copy a tile of keys or values once there is room."""
         full = full_at(memory, which, slot)
         wait_phase(free_at(memory, which, slot), parity)
-        expect(full, tile_bytes, leader)
-        target = int32(memory + key_at + which * (value_at - key_at) + slot * tile_bytes)
-        for i in range(panels):
+        expect(full, count * panel, leader)
+        target = int32(memory + key_at + which * (value_at - key_at) + slot * count * panel)
+        for i in range(count):
             unroll()
             load_tile(int32(target + i * panel), address, full, 64 * i, row, x.shared_head, x.slot, leader)
 
@@ -148,8 +150,8 @@ def build(isa: Any, hopper: Any, storage: str, tile: Tile, full: bool) -> Callab
             step = last_step
             while step >= first_step:
                 row = int32(x.key_row + step * block_keys)
-                bring(x, memory, key, 0, slot, parity, row, leader)
-                bring(x, memory, value, 1, slot, parity, row, leader)
+                bring(x, memory, key, 0, panels, slot, parity, row, leader)
+                bring(x, memory, value, 1, value_panels, slot, parity, row, leader)
                 slot = int32(slot + 1)
                 if slot == stages:
                     slot, parity = int32(0), int32(parity ^ 1)
@@ -233,10 +235,11 @@ def build(isa: Any, hopper: Any, storage: str, tile: Tile, full: bool) -> Callab
         if p.aligned == 0:
             return
         warp_barrier()
-        for n in range(4 * panels):
+        for n in range(4 * value_panels):
             unroll()
             r, c = int32(n % 4 * 4 + (lane >> 3)), int32(lane & 7)
             i, column = int32(x.row0 + first + r), int32(64 * (n // 4) + 8 * c)
+            c = smaller(c, value_tiles - 1 - n // 4 * 8)  # what no thread has written is not to be read
             copy_out(
                 x.out + int64(i) * p.out_s + 2 * int64(column),
                 int32(memory + n // 4 * query_panel + (first + r) * 128 + ((c ^ (r & 7)) << 4)),
@@ -289,9 +292,9 @@ def build(isa: Any, hopper: Any, storage: str, tile: Tile, full: bool) -> Callab
             wait_phase(full_at(memory, 0, slot), parity)
             if turns:
                 meet(int32(turn + group), 256)
-            score(s, queries, int64(keys + slot * (tile_bytes // 16)))
+            score(s, queries, int64(keys + slot * (key_bytes // 16)))
             wait_phase(full_at(memory, 1, before), parity_before)
-            add_values(o, weights, int64(values + before * (tile_bytes // 16)))
+            add_values(o, weights, int64(values + before * (value_bytes // 16)))
             if turns:
                 announce(int32(turn + select_int(group == groups - 1, 0, int32(group + 1))), 256)
             wait_scores_only(s)
@@ -310,7 +313,7 @@ def build(isa: Any, hopper: Any, storage: str, tile: Tile, full: bool) -> Callab
             step = int32(step - 1)
         if last_step >= first_step:
             wait_phase(full_at(memory, 1, before), parity_before)
-            add_values(o, weights, int64(values + before * (tile_bytes // 16)))
+            add_values(o, weights, int64(values + before * (value_bytes // 16)))
             wait_sums(o)
             arrive(free_at(memory, 1, before), leader)
         if meet_any(done, working, not_finite(o)):
@@ -323,7 +326,7 @@ def build(isa: Any, hopper: Any, storage: str, tile: Tile, full: bool) -> Callab
             step = last_step
             while step >= first_step:
                 wait_phase(full_at(memory, 0, slot), parity)
-                score(s, queries, int64(keys + slot * (tile_bytes // 16)))
+                score(s, queries, int64(keys + slot * (key_bytes // 16)))
                 wait_scores(s)
                 arrive(free_at(memory, 0, slot), leader)
                 shape(p, x, s, int32(step * block_keys), all_first, all_last)
@@ -331,9 +334,9 @@ def build(isa: Any, hopper: Any, storage: str, tile: Tile, full: bool) -> Callab
                 soften(s, top, total, factor, p.log2_scale)
                 rescale(o, factor)
                 wait_phase(full_at(memory, 1, slot), parity)
-                mend(o, seen, int32(memory + value_at + slot * tile_bytes), int32(memory + flags_at))
+                mend(o, seen, int32(memory + value_at + slot * value_bytes), int32(memory + flags_at))
                 pack_weights(s, weights)
-                add_values(o, weights, int64(values + slot * (tile_bytes // 16)))
+                add_values(o, weights, int64(values + slot * (value_bytes // 16)))
                 wait_sums(o)
                 arrive(free_at(memory, 1, slot), leader)
                 slot = int32(slot + 1)

@@ -22,8 +22,8 @@ def build(isa: Any, hopper: Any, storage: str, tile: Tile) -> tuple[Callable[...
     low, high = (isa.low_f16, isa.high_f16) if half else (isa.low_bf16, isa.high_bf16)
     exponent = 0x7C00 if half else 0x7F80  # all of its bits
     words, panel, threads = tile.words, tile.panel, 128 * tile.groups
-    n_seen, n_sums, value_tiles = 2 * words, tile.width // 2, tile.width // 8
-    chunks = tile.keys * tile.width // 8
+    n_seen, n_sums, value_tiles = 2 * words, tile.value_width // 2, tile.value_width // 8
+    chunks = tile.keys * tile.value_panels * 8
     parts, mending = -(-chunks // threads), MENDING
     infinity = float("inf")
 

@@ -21,7 +21,7 @@ def build(isa: Any, tile: Tile) -> tuple[Callable[..., None], ...]:
     int32, float32 = isa.int32, isa.float32
     select, smaller, any_lane = isa.select, isa.smaller, isa.any_lane
     exp2, fma, maximum, exchange, reciprocal = isa.exp2, isa.fma, isa.maximum, isa.exchange, isa.reciprocal
-    columns, sums = tile.keys // 4, tile.width // 4  # a thread's of a row
+    columns, sums = tile.keys // 4, tile.value_width // 4  # a thread's of a row
     n_scores, infinity = tile.keys // 2, float("inf")
     first, second, third = TANH
 

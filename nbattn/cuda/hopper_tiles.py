@@ -16,7 +16,8 @@ class Tile(NamedTuple):
     queries through them. A tile is cut into panels of 64 columns, whose rows are 128 bytes.
     """
 
-    width: int  # the head_dim and value_dim that are multiplied, a multiple of 64
+    width: int  # the head_dim that is multiplied, a multiple of 16
+    value_width: int  # likewise of the value
     keys: int  # of a step, a multiple of 32
     groups: int  # warpgroups that multiply
     stages: int  # tiles of keys, and of values, that there is room for
@@ -34,11 +35,15 @@ class Tile(NamedTuple):
     @property
     def registers(self) -> tuple[int, int]:
         """Of a thread that brings tiles, and of one that multiplies; together what a multiprocessor has."""
-        return {1: (56, 240), 2: (24, 240), 3: (32, 160)}[self.groups]
+        return {1: (56, 240), 2: (40, 232), 3: (32, 160)}[self.groups]
 
     @property
     def panels(self) -> int:
-        return self.width // 64
+        return -(-self.width // 64)
+
+    @property
+    def value_panels(self) -> int:
+        return -(-self.value_width // 64)
 
     @property
     def query_panel(self) -> int:
@@ -59,7 +64,7 @@ class Tile(NamedTuple):
 
     @property
     def key_at(self) -> int:
-        return self.panels * self.query_panel
+        return max(self.panels, self.value_panels) * self.query_panel
 
     @property
     def value_at(self) -> int:
@@ -68,7 +73,7 @@ class Tile(NamedTuple):
     @property
     def barriers_at(self) -> int:
         """mbarriers of 8 bytes: the queries have come, keys have, their room is free, values', their room."""
-        return self.value_at + self.stages * self.panels * self.panel
+        return self.value_at + self.stages * self.value_panels * self.panel
 
     @property
     def flags_at(self) -> int:
