@@ -21,7 +21,7 @@ from numba import types
 
 from ..problem import INT4_GROUP
 from . import aside, dots, emitters, kinds, lookup, nibbles, rows, runtime, seen, simd, sweeps, weights
-from .dots import KEYS
+from .dots import KEYS, LONG
 
 CHUNK = 512
 """Keys of a task. Fewer leave many sums to merge, more leave cores idle."""
@@ -92,8 +92,8 @@ def scratch_bytes(storage: str, dtype: Any, head_dim: int, value_dim: int) -> in
     """What `Scratch` takes; head dimensions are padded to whole vectors."""
     size = np.dtype(dtype).itemsize
     vectors = VECTORS * ROWS * emitters.REGISTER_BYTES
-    rows = ROWS * (head_dim * size + KEYS * (size + 2)) + KEYS * (max(head_dim, value_dim) + value_dim) * size
-    tables = TABLES * (CHUNK + KEYS) * 8 + ROW_TABLES * ROWS * 8 + 2 * KEYS * 8
+    rows = ROWS * (head_dim * size + KEYS * (size + 2)) + LONG * (max(head_dim, value_dim) + value_dim) * size
+    tables = TABLES * (CHUNK + LONG) * 8 + ROW_TABLES * ROWS * 8 + 2 * LONG * 8
     of_nibbles = nibbles.scratch_bytes(ROWS, head_dim, value_dim) if storage == "int4" else 0
     return tables + vectors + rows + of_nibbles
 
@@ -150,19 +150,19 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
 
     @jit
     def scratch_at(p, w):
-        table = (CHUNK + KEYS) * 8
+        table = (CHUNK + LONG) * 8
         rows = w + TABLES * table
         vectors = rows + ROW_TABLES * ROWS * 8
         vector = ROWS * register
-        q = vectors + VECTORS * vector + 16 * KEYS
+        q = vectors + VECTORS * vector + 16 * LONG
         s = q + ROWS * padded(p.head_dim) * size
         narrow_at = s + ROWS * KEYS * size
         wide = narrow_at + ROWS * KEYS * 2
-        aside = wide + KEYS * padded(max(p.head_dim, p.value_dim)) * size
-        scales = aside + KEYS * padded(p.value_dim) * size
+        aside = wide + LONG * padded(max(p.head_dim, p.value_dim)) * size
+        scales = aside + LONG * padded(p.value_dim) * size
         spread = scales + max(p.head_dim, p.value_dim) // INT4_GROUP * KEYS * 4
         wide_keys = vectors + VECTORS * vector
-        wide_values = wide_keys + 8 * KEYS
+        wide_values = wide_keys + 8 * LONG
         return Scratch(w, w + table, w + 2 * table, w + 3 * table, wide_keys, wide_values,
                        rows, rows + 8 * ROWS, rows + 16 * ROWS, rows + 24 * ROWS, rows + 32 * ROWS,
                        vectors, vectors + 2 * vector, vectors + 3 * vector,
@@ -180,13 +180,19 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
         return first, max(first, last)
 
     @jit
+    def tile_of(p, together, rows):
+        """How many keys are softened together."""
+        is_alone = rows == 1 and together == 1 and not as_nibbles
+        return LONG if is_alone and in_place(p, 1) and p.value_dim % value_unit == 0 else KEYS
+
+    @jit
     def is_foreseen(p):
         """Whether one row's values are read in their order."""
         return dots.UNDER_WAY == 16 and padded(p.value_dim) * size >= 8 * register
 
     @jit
     def attend_chunk(
-        p, w, state, b, head, first, last, groups, together, all_first, all_last, next_keys, careful
+        p, w, state, b, head, first, last, tile, groups, together, all_first, all_last, next_keys, careful
     ):
         """The sums over the keys from `first` to `last`; asks for the first of the next chunk, too, of which
         there are `next_keys` in the tables.
@@ -200,19 +206,19 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
         find(p, w, 0, b, head, first, last - first)
         wide_keys, fours = not in_place(p, together), in_fours and p.value_dim % value_unit == 0
         wide_values = p.value_dim % value_unit != 0 or (careful and not fours)
-        for k0 in range(first, last, KEYS):
-            t, keys = k0 - first, min(KEYS, last - k0)
+        for k0 in range(first, last, tile):
+            t, keys = k0 - first, min(tile, last - k0)
             padding = filled(keys)
             keys_at, values_at = w.keys + 8 * t, w.values + 8 * t
             key_scales, value_scales = w.key_scales + 8 * t, w.value_scales + 8 * t
-            wanted, count = keys_at + 8 * KEYS, min(KEYS, last - k0 - KEYS)
+            wanted, count = keys_at + 8 * tile, min(tile, last - k0 - tile)
             if count <= 0:  # the chunk's last
                 count = next_keys
             if count <= 0:  # with no other to follow, it asks for what is there
                 wanted, count = keys_at, 1
             if int8:
-                fetch_scales(key_scales, padding)
-                fetch_scales(value_scales, padding)
+                fetch_scales(key_scales, padding, tile)
+                fetch_scales(value_scales, padding, tile)
             # Values that one row takes come as they lie; else a tile asks for the next one's keys and values.
             ahead, ahead_bytes = values_at + (wanted - keys_at), p.value_bytes
             if together == 1 and groups == 1 and not as_nibbles and not wide_values and is_foreseen(p):
@@ -248,7 +254,7 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
                 )
             if careful:
                 add_visible(p, w, state, values_at, k0, keys, groups, together)
-            if careful and parities and p.value_dim % value_unit == 0 and k0 + KEYS >= last:
+            if careful and parities and p.value_dim % value_unit == 0 and k0 + tile >= last:
                 by_parity(p, state, groups, together)
 
     @jit
@@ -363,10 +369,11 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
             unit, number = task // p.chunks, task % p.chunks
             together = rows_together(p)
             groups = (rows + together - 1) // together
+            tile = tile_of(p, together, rows)
             if number < chunks:
                 # A helper that comes late finds no task, and must not touch memory that others use by then.
                 if ready < 0:
-                    for j in range(KEYS):
+                    for j in range(LONG):
                         put_int(w.wide_keys + 8 * j, w.wide + j * padded(p.head_dim) * size)
                         put_int(w.wide_values + 8 * j, w.wide + j * padded(p.value_dim) * size)
                 if ready != unit:
@@ -376,9 +383,9 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
                 if 0 <= following < p.tasks:
                     next_b, next_head, _, _, next_chunks, next_begin, next_end = locate(p, following)
                     if following % p.chunks < next_chunks:
-                        next_keys = min(KEYS, next_end - next_begin)
-                        tiles = (end - begin + KEYS - 1) // KEYS
-                        find(p, w, tiles * KEYS, next_b, next_head, next_begin, next_keys)
+                        next_keys = min(tile, next_end - next_begin)
+                        tiles = (end - begin + tile - 1) // tile
+                        find(p, w, tiles * tile, next_b, next_head, next_begin, next_keys)
                 state = p.partials + task * p.partial_bytes
                 careful = False
                 while True:
@@ -390,6 +397,7 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
                         head,
                         begin,
                         end,
+                        tile,
                         groups,
                         together,
                         all_first,

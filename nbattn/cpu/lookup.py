@@ -82,10 +82,10 @@ def build(jit: Any, storage: str) -> Lookup:
             walk(p, w.value_scales + t, c, p.value_scales_p, p.value_scales_s, b, k0, keys)
 
     @jit
-    def fetch_scales(scales, keys):
+    def fetch_scales(scales, keys, tile):
         """A tile's scales in place of their addresses; asks for the next tile's."""
         for j in range(0, keys, portion):
-            simd.prefetch(get_int(scales + 8 * (dots.KEYS + j)))
+            simd.prefetch(get_int(scales + 8 * (tile + j)))
         for j in range(keys):
             put(scales + size * j, dtype(get_float32(get_int(scales + 8 * j))))
 
