@@ -17,7 +17,7 @@ from .masks import get_byte
 def put_steps(typingctx: Any, table: Any, first: Any, step: Any, count: Any) -> Any:
     """Fill a table with so many addresses, a step apart; as stores to a pointer's neighbours, eight a vector.
 
-    Compiled from integers for addresses, the loop scatters its lanes: 2 ns for each key instead of 0.2.
+    Compiled from integers for addresses, the loop scatters its lanes: 2 ns for each key instead of 0.3.
     """
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
@@ -25,10 +25,10 @@ def put_steps(typingctx: Any, table: Any, first: Any, step: Any, count: Any) -> 
         places = pointer(b, table, I64)
 
         def put(state: list[Any], i: Any) -> list[Any]:
-            store_value(b, b.add(first, b.mul(step, i)), b.gep(places, [i]))
-            return []
+            store_value(b, state[0], b.gep(places, [i]))
+            return [b.add(state[0], step)]
 
-        emitters.loop_values(b, count, [], put)
+        emitters.loop_values(b, count, [first], put)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 4), codegen
