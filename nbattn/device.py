@@ -207,6 +207,11 @@ def _contiguous(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     return tuple(strides[::-1][: len(shape)]) if shape else ()
 
 
+def is_of(array: Any, library: str) -> bool:
+    """Whether an array on a GPU is of the library of this name."""
+    return type(array) is DeviceArray and _loaded(library, array.owner) is not None
+
+
 def given_back(array: Any) -> Any:
     """The caller's own kind of array; of one that is on the host, that itself."""
     if type(array) is not DeviceArray:

@@ -184,7 +184,11 @@ class Store:
 
     def lengths_in_a_graph(self, places: Places, array: Any) -> Any:
         """The lengths in the GPU's memory where a graph is captured on the array's stream, else None."""
-        if not self.is_on_gpu or not check.backend_module("append", "cuda").is_captured(array):
+        if not self.is_on_gpu:
+            return None
+        module = check.backend_module("append", "cuda")
+        module.keep(places.table)
+        if not module.is_captured(array):
             return None
         if places.there is None:
             msg = "a graph cannot hold calls of a PagedKVCache, whose pages change; use a KVCache"

@@ -421,6 +421,7 @@ def installed(**options):
         patch.setattr(compiler, "cache_folder", lambda: None)
         patch.setattr(launch, "_devices", {})
         patch.setattr(workspace, "_kept", {})
+        patch.setattr(workspace, "_for_graphs", {})
         patch.setattr(compiler, "require_packages", lambda: None)
         for door in ("attention", "softmax"):  # what later calls of a layout do, they do on this GPU
             patch.setattr(importlib.import_module(f"nbattn.{door}"), "_repeats", {})

@@ -125,7 +125,7 @@ def torch(gpu, monkeypatch):
     module.streams = {0: 70, 1: 71}
 
     def empty(shape, dtype, device):
-        return to(np.full(shape, np.nan).astype(dtype.dtype), device.index)
+        return to(np.full(shape, 255 if dtype.dtype == np.uint8 else np.nan, dtype.dtype), device.index)
 
     def to(array, ordinal=0):
         return Tensor(gpu, array, ordinal)
@@ -133,7 +133,7 @@ def torch(gpu, monkeypatch):
     module.Tensor, module.empty, module.to, module.strided = Tensor, empty, to, "strided"
     module.is_grad_enabled = lambda: True
     module._C = SimpleNamespace(_cuda_getCurrentRawStream=lambda ordinal: module.streams[ordinal])
-    for dtype in (*DTYPES, np.int64):
+    for dtype in (*DTYPES, np.int64, np.uint8):
         setattr(module, np.dtype(dtype).name, TorchDtype(dtype))
     monkeypatch.setattr(Tensor, "__module__", "torch")
     monkeypatch.setitem(sys.modules, "torch", module)

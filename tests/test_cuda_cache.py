@@ -15,8 +15,8 @@ from oracle import assert_same_bits, normal
 from test_cuda_arrays import torch  # noqa: F401
 
 import nbattn
-from nbattn import KVCache, PagedKVCache
-from nbattn.cuda import append, decode, launch
+from nbattn import KVCache, PagedKVCache, device
+from nbattn.cuda import append, decode, launch, sending
 from nbattn.cuda.workspace import workspace
 from nbattn.reference import append as reference
 
@@ -42,7 +42,7 @@ class TestWorkspace:
         assert self.take(2, 100, 5) == self.take(3, 50, 5) == first
         assert {"cuMemAllocAsync", "cuMemsetD8Async"}.isdisjoint(gpu.calls[calls:])
         assert not {*first} & {*self.take(3, 100, 6), *self.take(3, 100, 5, 1)}
-        assert len(gpu.memory) == 6
+        assert len(gpu.memory) == 6 + 2  # and what graphs take
 
     def test_grows(self, gpu):
         first = self.take(3, 100, 5)
@@ -51,7 +51,7 @@ class TestWorkspace:
         gpu.bytes(sums, 101)
         counters, _ = self.take(4, 10, 5)
         assert not gpu.bytes(counters, 16).any()
-        assert len(gpu.memory) == 2
+        assert len(gpu.memory) == 2 + 1
 
     def test_out_of_memory(self, gpu):
         self.take(3, 100, 5)
@@ -63,13 +63,29 @@ class TestWorkspace:
         gpu.bytes(sums, 100)
         assert not gpu.bytes(counters, 12).any()
 
-    def test_a_graph_has_its_own(self, gpu):
+    def test_a_graph_has_its_own(self, gpu, monkeypatch):
+        monkeypatch.setattr("nbattn.cuda.workspace.GRAPH_COUNTERS", 8)
         kept = self.take(3, 100, 5)
-        gpu.captured = {5}
-        with workspace(launch.device(0), 3, 100, 5) as own:
-            assert not {*own} & {*kept}
-            assert not gpu.bytes(own[0], 12).any()
-        assert {*gpu.memory} == {*kept}
+        memory, gpu.captured = {*gpu.memory}, {5}
+        seen = {kept[0]}
+        for _ in range(3):  # the last one finds too few counters left
+            with workspace(launch.device(0), 3, 100, 5) as own:
+                assert own[0] not in seen
+                assert own[1] != kept[1]
+                assert not gpu.bytes(own[0], 12).any()
+                seen.add(own[0])
+        assert gpu.calls.count("cuMemsetD8Async") == 3
+        assert {*gpu.memory} == memory
+
+    def test_a_graph_s_sums_are_the_library_s(self, gpu, torch):  # noqa: F811
+        self.take(3, 100, 5)
+        like, gpu.captured = device.describe(torch.to(np.zeros(1)), "x"), {5}
+        calls = len(gpu.calls)
+        made = []
+        torch.empty = lambda shape, dtype, device: made.append(torch.to(np.zeros(shape, np.uint8))) or made[0]
+        with workspace(launch.device(0), 3, 100, 5, like) as (_, sums):
+            assert sums == made[0].address
+        assert "cuMemsetD8Async" not in gpu.calls[calls:]
 
 
 class TestWho:
@@ -111,7 +127,7 @@ class TestWho:
         ):  # fmt: skip
             self.call(torch, **options)
         assert len(chosen) == 8
-        assert not any(name.startswith("decode") for name, *_ in chosen)
+        assert not [name for name, *_ in chosen if name.startswith("decode")]
 
     @pytest.mark.parametrize("storage", ["float16", "bfloat16", "int8"])
     def test_caches(self, torch, chosen, storage):  # noqa: F811
@@ -286,6 +302,26 @@ class TestArrays:
         with pytest.raises(ValueError, match=r"page_table\[0, 1\] is 1000000"):
             nbattn.paged_attention(torch.to(query), key, value, paged.table, paged.lengths, **scales)
         assert len(gpu.launches) == launches
+
+    def test_tables_are_sent_when_they_change(self, torch, gpu, rng):  # noqa: F811
+        here, there = (PagedKVCache(9, 4, 1, 8, backend=b) for b in ("reference", "cuda"))
+        handles = [(here.add(), there.add())[0] for _ in range(2)]
+        q = normal(rng, (2, 1, 1, 8))
+        sent = []
+        for _ in range(9):  # of which some take pages
+            x = normal(rng, (2, 1, 1, 8))
+            here.append(handles, x, x), there.append(handles, torch.to(x), torch.to(x))
+            before = gpu.calls.count("cuMemcpyHtoDAsync_v2")
+            for _ in range(2):
+                got = there.attend(handles, torch.to(q)).numpy()
+                np.testing.assert_allclose(got, here.attend(handles, q), rtol=1e-5, atol=1e-6)
+            sent.append(gpu.calls.count("cuMemcpyHtoDAsync_v2") - before)
+        assert {*sent} == {0, 8}  # bounds of keys and values alone: appends have sent the table
+        assert len(sending._tables) >= 1
+        tables = {*sending._tables}
+        del there
+        gc.collect()
+        assert len(tables - {*sending._tables}) == 1
 
     def test_forks_copy_on_the_caller_s_stream(self, torch, gpu, monkeypatch, rng):  # noqa: F811
         cache = PagedKVCache(6, 4, 1, 8, backend="cuda")

@@ -3,110 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from functools import cache, partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..device import DeviceArray, _contiguous
+from ..device import DeviceArray
 from ..problem import AppendProblem, storage_name
 from . import arrays, compiler, launch
 from .compiler import WORDS
+from .sending import Sender, copy_page, empty, is_captured, keep, placed, table_there, write
+
+__all__ = ["copy_page", "empty", "is_captured", "keep", "placed", "write"]  # what doors ask this module for
 
 THREADS = 64
 PAGE_WORDS = {**WORDS, "int8": "int8", "int4": "uint8"}
 _PLACES = (("table", "*int32"), ("starts", "*int64"), ("counts", "*int64"), ("frequencies", "*float64"))
 _NUMBERS = ("has_table", "has_starts", "has_counts", "table_width", "page_size", "ring", "heads", "rows",
             "pairs", "interleaved", "start", "count")  # fmt: skip
-
-
-# --- what comes from the host -------------------------------------------------------------------------------
-
-
-class Sender(ExitStack):
-    """Small NumPy arrays on a GPU for what is launched meanwhile."""
-
-    def __init__(self, place: launch.Device, stream: int) -> None:
-        super().__init__()
-        self.place, self.stream = place, stream
-        self.enter_context(place.current())
-
-    def __call__(self, array: NDArray[Any]) -> int:
-        if launch.is_capturing(self.stream):
-            msg = (
-                "a graph cannot hold what lies on the host: pass sinks and alibi_slopes on the GPU, give all "
-                "sequences the same number of new positions, and use a KVCache"
-            )
-            raise ValueError(msg)
-        array = np.ascontiguousarray(array)
-        address = self.room(array.nbytes)
-        if array.nbytes:
-            launch.ask("cuMemcpyHtoDAsync_v2", address, array.ctypes.data, array.nbytes, self.stream)
-        return address
-
-    def room(self, size: int) -> int:
-        """Memory of that many bytes."""
-        return self.enter_context(launch.room(self.place, size, self.stream))
-
-    def empty(self, shape: tuple[int, ...], dtype: Any) -> DeviceArray:
-        """An array, whose elements may be anything."""
-        size = int(np.prod(shape)) * dtype.itemsize
-        strides = _contiguous(shape, dtype.itemsize)
-        return DeviceArray(self.room(size), shape, strides, dtype, self.place.ordinal, self.stream)
-
-
-class Owned:
-    """Memory of a GPU for as long as this lives."""
-
-    def __init__(self, place: launch.Device, size: int) -> None:
-        self.ordinal = place.ordinal
-        self.address = launch.allocate(place, max(size, 1))
-
-    def __del__(self) -> None:
-        if hasattr(self, "address"):
-            launch.free(self.address, self.ordinal)
-
-    def __reduce__(self) -> Any:
-        msg = "what lies on a GPU cannot be copied or pickled; make another cache and append to it"
-        raise TypeError(msg)
-
-
-def empty(shape: tuple[int, ...], dtype: Any) -> DeviceArray:
-    """An array of its own on the current GPU."""
-    place = launch.device(launch.current_device())
-    owner = Owned(place, int(np.prod(shape)) * dtype.itemsize)
-    strides = _contiguous(shape, dtype.itemsize)
-    return DeviceArray(owner.address, shape, strides, dtype, place.ordinal, 0, owner)
-
-
-def is_captured(array: Any) -> bool:
-    """Whether work on the array becomes part of a graph now."""
-    return type(array) is DeviceArray and launch.is_capturing(array.stream)
-
-
-def placed(array: NDArray[Any]) -> DeviceArray:
-    """A copy of the array on the current GPU."""
-    there = empty(array.shape, array.dtype)
-    write(array, there, 0)
-    return there
-
-
-def write(array: NDArray[Any], there: DeviceArray, stream: int) -> None:
-    """Copy a small array to one on a GPU, in the stream's order."""
-    with launch.device(there.device).current():
-        if array.nbytes:
-            launch.ask("cuMemcpyHtoDAsync_v2", there.address, array.ctypes.data, array.nbytes, stream)
-
-
-def copy_page(pages: tuple[Any, ...], source: int, target: int, stream: int) -> None:
-    """Copy a page of every array to another one."""
-    with launch.device(pages[0].device).current():
-        for x in pages:
-            if x is not None:
-                at, size = x.address, x.strides[0]
-                launch.ask("cuMemcpyDtoDAsync_v2", at + target * size, at + source * size, size, stream)
 
 
 # --- appending ----------------------------------------------------------------------------------------------
@@ -245,7 +160,7 @@ def _places(send: Sender, p: Any) -> dict[str, int]:
     """Where positions lie."""
     values = {"ring": p.ring, "page_size": p.key_pages.shape[1], "table_width": p.page_table.shape[1]}
     if not is_in_order(p.page_table):
-        values |= {"has_table": 1, "table": send(p.page_table.astype(np.int32))}
+        values |= {"has_table": 1, "table": table_there(p.page_table, send)}
     return values
 
 

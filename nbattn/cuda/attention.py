@@ -78,7 +78,7 @@ def run(
             launch.ask("cuMemsetD8Async", weights.address, 0, weights.size * weights.itemsize, stream)
         few = _few(p, out, lse, weights, send)
         if few is not None:
-            few(place, stream)
+            few(place, stream, p.query)
         else:
             launch.run(*_prepared(p, out, lse, weights, send), place, stream)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any, cast
@@ -13,15 +12,16 @@ from numpy.typing import NDArray
 from ..device import DeviceArray
 from ..problem import CacheProblem, Problem
 from . import arrays, compiler, launch
-from .append import Sender, gather, is_in_order, turn
+from .append import gather, is_in_order, table_there, turn
 from .decode_tiles import KINDS, PARAMETERS, REACH, ROWS, STEP, Tile
-from .mma import CAPABILITY, STORAGES, _aligned, has_runs
+from .mma import CAPABILITY, _aligned, has_runs
+from .sending import Sender
 from .workspace import workspace
 
 TILES = (Tile(64, 6), Tile(128, 6), Tile(256, 3))
 BYTE_TILES = (Tile(64, 8, 1), Tile(128, 8, 1))
 """A problem takes the first that is wide enough. At most 99 KB of shared memory."""
-DECODE_STORAGES = (*STORAGES, "int8")
+STORAGES = ("float16", "bfloat16", "int8")
 CHUNKS = 32
 """Into how many chunks the keys that a cache has room for are cut."""
 SHORTEST = 2 * STEP
@@ -69,7 +69,7 @@ def covers(problem: CacheProblem, out: Any) -> bool:
     """Whether the kernel computes this problem, which lies on a GPU."""
     p: Any = problem
     return (
-        p.storage in DECODE_STORAGES
+        p.storage in STORAGES
         and tile_of(p) is not None
         and p.mask is None
         and p.bias is None
@@ -109,7 +109,7 @@ def kernel(storage: str, tile: Tile) -> compiler.Kernel:
 
 def kernels() -> list[compiler.Kernel]:
     """Every kernel that calls may start."""
-    return [kernel(storage, tile) for storage in DECODE_STORAGES for tile in _tiles(storage)]
+    return [kernel(storage, tile) for storage in STORAGES for tile in _tiles(storage)]
 
 
 def _build(storage: str, tile: Tile) -> Any:
@@ -146,7 +146,7 @@ def _attend(p: Any, out: Any, lse: Any, stream: int) -> None:
     with Sender(launch.device(p.query.device), stream) as send:
         p = replace(p, **{name: _sent(send, getattr(p, name)) for name in ("alibi_slopes", "sinks")})
         if is_few_of_cache(p) and covers(p, out):
-            prepared(p, out, lse, send)(send.place, send.stream)
+            prepared(p, out, lse, send)(send.place, send.stream, p.query)
         elif type(p.key_lengths) is DeviceArray:
             msg = (
                 "a graph can hold attention of a cache of float16, bfloat16 or int8 on a GPU with tensor "
@@ -276,9 +276,9 @@ class Start:
     sums: int  # bytes
     states: int
 
-    def __call__(self, place: launch.Device, stream: int) -> None:
-        """Start the kernel."""
-        with workspace(place, self.units, self.sums + self.states, stream) as (counters, sums):
+    def __call__(self, place: launch.Device, stream: int, like: Any) -> None:
+        """Start the kernel, for an array of the caller's."""
+        with workspace(place, self.units, self.sums + self.states, stream, like) as (counters, sums):
             more = self.shared(counters, sums)
             launch.run(self.kernel, self.values | more, self.blocks, place, stream)
 
@@ -299,13 +299,15 @@ class Again:
             self.call(stream, *addresses, counters, sums, sums + s.sums)
 
 
-def prepared(problem: CacheProblem, out: Any, lse: Any, send: Callable[[NDArray[Any]], int]) -> Start:
+def prepared(problem: CacheProblem, out: Any, lse: Any, send: Any) -> Start:
     """What writes attention to `out` (B, Hq, Sq, Dv) and maybe `lse` (B, Hq, Sq).
 
     `send` puts an array on the GPU and says where.
     """
     tile = cast(Tile, tile_of(problem))
-    addresses = {name: send(x) for name, x in vectors(problem).items()}
+    addresses = {name: send(x) for name, x in vectors(problem).items() if name != "page_table"}
+    if not is_in_order(problem.page_table):
+        addresses["page_table"] = table_there(problem.page_table, send)
     return start(kernel(problem.storage, tile), problem, out, lse, tile, addresses)
 
 
