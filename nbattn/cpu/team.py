@@ -225,12 +225,18 @@ _kept = _Kept()
 
 
 def run_among_awake(
-    kernel: Any, parameters: NDArray[np.int64], helpers: int, keep_alive: Any, first: int = 0, count: int = 0
+    kernel: Any,
+    parameters: NDArray[np.int64],
+    helpers: int,
+    keep_alive: Any,
+    first: int = 0,
+    count: int = 0,
+    wakes: bool = True,
 ) -> None:
     """Like `run` for a kernel of a few microseconds: nobody is woken for it, and it is one call in all.
 
-    Where such calls follow each other closely, helpers are woken for those to come. From `first` on, `count`
-    parameters are an array's `whereabouts` and become its address.
+    Where such calls follow each other closely and it `wakes`, helpers are woken for those to come. From
+    `first` on, `count` parameters are an array's `whereabouts` and become its address.
     """
     kept, _kept.record = _kept.record, None
     if kept is None:
@@ -246,7 +252,7 @@ def run_among_awake(
     )  # fmt: skip
     state = _hand_over()(at)
     if state == ALONE:
-        if helpers > 0:
+        if wakes and helpers > 0:
             team.rouse(helpers)
     elif state != FINISHED:
         record[0] = SETTLE
