@@ -431,6 +431,10 @@ class TestAttention:
     def test_window(self, window, rng):
         hold(*inputs(rng, 2, 1, 1, 70, 80, 64, dtype=np.float16), window_size=window, query_offset=[-20, 60])
 
+    def test_windows_that_begin_a_key_after_a_step(self, rng):
+        """One key of the step is hidden, from the last query alone."""
+        hold(*inputs(rng, 1, 1, 1, 64, 80, 64, dtype=np.float16), window_size=(30, None))
+
     @halves
     def test_lengths(self, dtype, rng):
         q, k, v = inputs(rng, 5, 1, 1, 33, 100, 64, dtype=dtype)
@@ -515,10 +519,12 @@ class TestLeaks:
         """Of groups that share the mending, where threads and chunks do not divide, and of two panels."""
         q, k, v = inputs(rng, 1, 1, 1, 40, 70, tile.width, tile.value_width, np.float16)
         v[0, 0, 3, 5], v[0, 0, 50, 9], v[0, 0, 51, 9], v[0, 0, 45, -1] = np.inf, -np.inf, np.inf, np.inf
+        v[0, 0, 63, 2] = np.inf  # in the last chunk of the step, and seen by none
         out, _, _ = attend(q, k, v, is_causal=True, query_offset=12, tile=tile)
         wide = out[0, 0].astype(np.float32)
         assert (wide[:, 5] == np.inf).all()
         assert np.isfinite(wide[:38, 9]).all()
+        assert np.isfinite(wide[:, 2]).all()
         assert wide[38, 9] == -np.inf
         assert np.isnan(wide[39, 9])
         assert np.isfinite(wide[:33, -1]).all()
@@ -628,6 +634,7 @@ def test_tiles_fit_a_multiprocessor():
         fewer, more = tile.registers
         assert 128 * (fewer + tile.groups * more) <= 65536
         assert more % 8 == fewer % 8 == 0
+        assert tile.keys * tile.value_panels * 8 >= 128 * tile.groups  # each has a chunk to mend
         # As many as the launch has must go around: what some give back others take.
         at_start = 65536 // tile.threads // 8 * 8
         assert fewer + tile.groups * more <= (tile.groups + 1) * at_start

@@ -203,13 +203,17 @@ class Block:
         if ready():
             return
         role.ready, role.waits_for = ready, what
+        self.rest(role)
+        role.ready = None
+
+    def rest(self, role):
+        """Whoever can goes on; it may be the same."""
         other = self._next()
         if other is not role:
             other.turn.release()
             role.turn.acquire()
         if self.failure:
             raise Stopped
-        role.ready = None
 
 
 class Role(warp.Machine):
@@ -309,6 +313,7 @@ class Role(warp.Machine):
 
     def announce(self, number, threads):
         self._come(number, threads, False)
+        self.all.rest(self)
 
     def meet(self, number, threads):
         self.meet_any(number, threads, False)
@@ -366,6 +371,7 @@ class Role(warp.Machine):
         assert count in (0, len(self.own)), "a thread of each warp is meant"
         if count:
             self._barrier(address).arrive(self._release(), count)
+            self.all.rest(self)
 
     def expect(self, address, size, wanted):
         if self._one(wanted):

@@ -16,7 +16,7 @@ def build(isa: Any, hopper: Any, storage: str, tile: Tile) -> tuple[Callable[...
     jit, unroll, reread_thread = isa.jit, isa.unroll, isa.reread_thread
     int32, float32, same = isa.int32, isa.float32, isa.same
     load_shared, store_shared, or_shared = isa.load_shared, isa.store_shared, isa.or_shared
-    select, select_int, smaller = isa.select, isa.select_int, isa.smaller
+    select, select_int = isa.select, isa.select_int
     fma, exchange_word, meet, fence_shared = isa.fma, isa.exchange_word, hopper.meet, hopper.fence_shared
     half = storage == "float16"
     low, high = (isa.low_f16, isa.high_f16) if half else (isa.low_bf16, isa.high_bf16)
@@ -32,6 +32,12 @@ def build(isa: Any, hopper: Any, storage: str, tile: Tile) -> tuple[Callable[...
         """All bits of each half that is no finite number."""
         lower = select_int((word & exponent) == exponent, 0xFFFF, 0)
         return int32(lower | select_int((word >> 16 & exponent) == exponent, -0x10000, 0))
+
+    @jit
+    def chunk(number, i):
+        """The thread's i-th 16 bytes of a tile of values; its first again where there is none left."""
+        at = int32(number + i * threads)
+        return int32(16 * select_int(at < chunks, at, number))
 
     @jit
     def look(s, seen):
@@ -56,8 +62,7 @@ def build(isa: Any, hopper: Any, storage: str, tile: Tile) -> tuple[Callable[...
         store_shared(int32(flags + 4 * number), 0, number < words)
         meet(mending, threads)
         for i in range(parts):
-            # The last thread's look at a chunk again where there is none left.
-            place = int32(values + 16 * smaller(int32(number + i * threads), chunks - 1))
+            place = int32(values + chunk(number, i))
             row = int32((place - values >> 7) % tile_keys)
             bad = int32(0)
             for k in range(4):
@@ -86,12 +91,11 @@ def build(isa: Any, hopper: Any, storage: str, tile: Tile) -> tuple[Callable[...
                                 o[at] = float32(o[at] + select(sees != 0, x, float32(0)))
         meet(mending, threads)
         for i in range(parts):
-            place = int32(values + 16 * (number + i * threads))
-            inside = number + i * threads < chunks
+            place = int32(values + chunk(number, i))
             for k in range(4):
-                word = load_shared(int32(smaller(place, int32(values + 16 * (chunks - 1))) + 4 * k))
+                word = load_shared(int32(place + 4 * k))
                 full = full_halves(word)
-                store_shared(int32(place + 4 * k), int32(word & ~full), inside & (full != 0))
+                store_shared(int32(place + 4 * k), int32(word & ~full), full != 0)
         fence_shared()
         meet(mending, threads)
 
