@@ -133,9 +133,10 @@ def scaled_dot_product_attention(
     -----
     Arrays on an NVIDIA GPU, of PyTorch, CuPy, Numba, JAX or anything else with ``__cuda_array_interface__``
     or DLPack, are read where they lie, on the library's current stream, and the results are arrays of that
-    library. query, key, value, mask, bias and out must lie on one GPU; lengths, offsets and packed sequences'
-    starts stay on the host. Nothing waits for the GPU, but for JAX, which has no current stream. There are no
-    `score_mod` and `mask_mod` there.
+    library. query, key, value, mask, bias and out must lie on one GPU; lengths, offsets, packed sequences'
+    starts and `mod_args` stay on the host. Nothing waits for the GPU, but for JAX, which has no current
+    stream. `score_mod` and `mask_mod` take seconds to compile there at first sight, and no tensor cores
+    after that.
 
     On the CPU `score_mod` and `mask_mod` are compiled at first sight (some tenths of a second) and kept, on
     disk too, by what they say: one that is made anew compiles no second time. They may use numbers, arrays by

@@ -63,9 +63,8 @@ def row(kernel, architecture):
     assert architecture == compiler.architecture(sm.capability)  # as what calls compile
     code, report = compiler.binary(kernel, sm.capability)
     (registers,) = map(int, re.findall(r"Used (\d+) registers", report))
-    ((stack, stores, loads),) = re.findall(
-        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report
-    )
+    # Of the kernel, and of functions of the compiler's that it calls.
+    local = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
     fixed = sum(map(int, re.findall(r"(\d+) bytes smem", report)))
     shared = fixed + kernel.shared
     blocks = resident_blocks(sm, kernel.threads, registers, shared)
@@ -75,7 +74,7 @@ def row(kernel, architecture):
         "threads": kernel.threads,
         "blocks": blocks,
         "occupancy": round(blocks * kernel.threads / sm.threads, 3),
-        "local": int(stack) + int(stores) + int(loads),
+        "local": sum(int(n) for each in local for n in each),
     }
     # Functions that the compiler adds: divisions, and shuffles where it does not see that a warp is together.
     if calls := sorted(set(re.findall(rb"\$__internal_\d+_\$(\w+)", code))):

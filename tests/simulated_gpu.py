@@ -240,6 +240,17 @@ class Library:
         memory = self.memory[start]
         return Pointer(memory[: len(memory) // size * size].view(dtype), offset // size)
 
+    def array(self, words, dtype, ndim):
+        """An array as numba-cuda passes it, in words."""
+        ndim, dtype = int(ndim), np.dtype(dtype)
+        _, _, size, itemsize, address, *rest = words
+        shape, strides = rest[:ndim], rest[ndim:]
+        assert (size, itemsize) == (np.prod(shape), dtype.itemsize)
+        found = self.bytes(address, size * itemsize).view(dtype).reshape(shape)
+        assert size == 0 or found.strides == tuple(strides)
+        found.flags.writeable = False
+        return found
+
     # --- kernels
 
     def binary(self, kernel, capability):
@@ -279,6 +290,11 @@ class Library:
         """A launch's parameters, taken apart by the C compiler's rules."""
         values, offset = [], 0
         for _, kind in kernel.parameters:
+            if kind[-1] == "]":
+                words = struct.unpack_from(compiler._format(kind), data, offset)
+                offset += 8 * len(words)
+                values.append(self.array(words, *kind[:-1].split("[")))
+                continue
             code, count = ("P", 1) if kind[0] == "*" else (compiler.FORMATS[kind.partition("x")[0]], 1)
             if kind[0] != "*" and "x" in kind:
                 count = int(kind.partition("x")[2])

@@ -6,6 +6,7 @@ The libraries are stand-ins with their protocols, and their memory is the simula
 import ctypes
 import gc
 import itertools
+import math
 import sys
 from types import ModuleType, SimpleNamespace
 from typing import ClassVar, NamedTuple
@@ -394,6 +395,39 @@ class TestOptions:
         )
         np.testing.assert_allclose(got.numpy(), expected, rtol=1e-5, atol=1e-6)
 
+    def test_functions_of_scores(self, torch, gpu, rng):
+        q, k, v = inputs(rng, 2, 2, 1, 5, 9, 3)
+        slopes, ids, shift = np.array([1.0, -0.5]), rng.integers(0, 2, (2, 9)), 0.25
+
+        def bent(score, batch, head, q_index, kv_index, slopes, ids):
+            return math.tanh(score + shift) + slopes[head] * (kv_index - q_index)
+
+        def alike(batch, head, q_index, kv_index, slopes, ids):
+            return ids[batch, q_index] == ids[batch, kv_index]
+
+        options = {"score_mod": bent, "mask_mod": alike, "mod_args": (slopes, ids), "return_weights": True}
+        for _ in range(2):
+            slopes += 0.5  # arguments are read with each call
+            got = nbattn.scaled_dot_product_attention(*map(torch.to, (q, k, v)), **options)
+            expected = nbattn.scaled_dot_product_attention(q, k, v, **options)
+            np.testing.assert_allclose(got.output.numpy(), expected.output, rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(got.weights.numpy(), expected.weights, rtol=1e-5, atol=1e-6)
+        assert gpu.calls.count("cuModuleLoadData") == 1
+        shift = 1.0  # another function, as what it knows has changed
+        got = nbattn.scaled_dot_product_attention(*map(torch.to, (q, k, v)), **options)
+        assert gpu.calls.count("cuModuleLoadData") == 2
+
+    def test_functions_of_packed_sequences(self, torch, rng):
+        x = normal(rng, (12, 2, 4))
+        starts = [0, 7, 7, 12]
+        options = {
+            "score_mod": lambda s, b, h, i, j: s - 0.5 * b + i * j,
+            "mask_mod": lambda b, h, i, j: i >= j,
+        }
+        got = nbattn.varlen_attention(*[torch.to(x)] * 3, starts, starts, **options)
+        expected = nbattn.varlen_attention(x, x, x, starts, starts, **options)
+        np.testing.assert_allclose(got.numpy(), expected, rtol=1e-5, atol=1e-6)
+
     def test_block_mask(self, torch, rng):
         mask = nbattn.masks.sliding_window(70, left=5, right=3) | nbattn.BlockMask.from_dense(
             rng.random((70, 70)) < 0.02
@@ -481,6 +515,20 @@ class TestLater:
 
 
 class TestBadInput:
+    def test_functions_of_scores(self, torch, gpu, rng):
+        """As on the CPU, and before anything is launched."""
+        x = torch.to(normal(rng, (1, 1, 4, 4)))
+        for function, kind, message in (
+            (lambda s, b, h, i, j: [s, s][i], ValueError, "score_mod '<lambda>' .* cannot be compiled"),
+            (lambda s, b, h, i, j: (s, s), TypeError, "returns a tuple; expected a number"),
+            (lambda s, b, h: s, TypeError, "takes 3 arguments; expected 5"),
+        ):
+            with pytest.raises(kind, match=message):
+                nbattn.scaled_dot_product_attention(x, x, x, score_mod=function)
+        with pytest.raises(ValueError, match=r"mod_args\[0\] lives on a GPU; pass a copy of it on the host"):
+            nbattn.scaled_dot_product_attention(x, x, x, mod_args=(x,), score_mod=lambda s, b, h, i, j, x: s)
+        assert not gpu.launches
+
     def test_two_gpus(self, torch, rng):
         x = normal(rng, (1, 1, 4, 4))
         with pytest.raises(ValueError, match="query lives on GPU 0 and value on GPU 1; all must be on one"):
@@ -522,11 +570,6 @@ class TestBadInput:
         x = torch.to(normal(rng, (1, 1, 4, 4)))
         with pytest.raises(ValueError, match="key_lengths lives on a GPU; pass a copy of it on the host"):
             nbattn.scaled_dot_product_attention(x, x, x, key_lengths=torch.to(np.array([3])))
-
-    def test_functions_of_scores(self, torch, rng):
-        x = torch.to(normal(rng, (1, 1, 4, 4)))
-        with pytest.raises(ValueError, match="score_mod and mask_mod run on the CPU alone"):
-            nbattn.scaled_dot_product_attention(x, x, x, score_mod=lambda s, b, h, i, j: s)
 
     @pytest.mark.parametrize(
         ("change", "kind", "message"),

@@ -3,10 +3,12 @@
 import importlib.metadata
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import cuda_table
 import pytest
@@ -86,6 +88,60 @@ def test_units_compile(compiled):
     assert done.returncode == 0, done.stderr[-4000:]
     assert "0 bytes spill stores" in done.stdout
     assert not re.search(r"C7\d\d\d|[1-9]\d* bytes stack", done.stdout)
+
+
+FUNCTIONS = """
+import json, math, sys
+import cuda_table
+import numpy as np
+from nbattn.cuda import attention, mods
+from nbattn.resolve import Options, resolve_batch
+
+shift, steps = 0.25, np.arange(4.0)
+
+def helper(x):
+    return x * shift + steps[1]
+
+def score(s, batch, head, q_index, kv_index, table, x, n, flags):
+    y = math.exp(-abs(s)) + np.tanh(s) + np.where(q_index > kv_index, s, 0.5 * s) + np.maximum(s, x)
+    if flags[kv_index % 3] and n:
+        return y + table[batch, -1] + math.sqrt(abs(s) + 1)
+    return np.exp2(s) + 2.0 ** -head + float(kv_index) + helper(s)
+
+def mask(batch, head, q_index, kv_index, ids):
+    return ids[q_index] == ids[kv_index] or q_index >= kv_index
+
+flags, ids, table = np.array([True, False, True]), np.arange(70) % 3, np.ones((3, 4))
+cases = {
+    "float32": {"score_mod": score, "mod_args": (table, 1.5, 2, flags)},
+    "float64": {"score_mod": lambda s, b, h, i, j: score(s, b, h, i, j, table, 1.5, 2, flags)},
+    "float16": {"mask_mod": mask, "mod_args": (ids,)},
+}
+nothing = Options(None, None, False, None, 0, None, None, None, None, None, None)
+rows = {}
+for dtype, options in cases.items():
+    x = np.zeros((1, 2, 70, 8), dtype)
+    p = resolve_batch(x, x, x, nothing._replace(**options)).problem
+    kernel = attention._kernel_of(p, mods.of(p))
+    rows[kernel.name] = cuda_table.row(kernel, "sm_90a")
+print(json.dumps(rows))
+"""
+
+
+def test_functions_of_scores():
+    """Users' functions become part of the plain kernel."""
+    missing = [package for package in PACKAGES if installed(package) is None]
+    if missing:
+        pytest.skip(f"{', '.join(missing)} not installed: pip install nbattn[cuda]")
+    folder = Path(cuda_table.__file__).parent
+    path = os.pathsep.join([str(folder), str(folder.parent)])
+    command = [sys.executable, "-W", "ignore", "-c", FUNCTIONS]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+    assert done.returncode == 0, done.stderr[-4000:]
+    rows = json.loads(done.stdout)
+    found = [re.findall("score_mod|mask_mod", name) for name in rows]
+    assert found == [["score_mod"], ["score_mod"], ["mask_mod"]]
+    assert not any(row["local"] for row in rows.values())
 
 
 class TestWithoutCompilers:

@@ -76,6 +76,7 @@ def grids(q, k):
 
 
 class TestScoreMod:
+    @pytest.mark.gpu
     def test_alibi_as_a_function(self, backend, rng):
         q, k, v = inputs(rng)
         got = attention(q, k, v, score_mod=by_slope, mod_args=(SLOPES,), backend=backend, **FULL)
@@ -199,6 +200,7 @@ class TestScoreMod:
         assert np.isnan(got[:, :, 3]).all()
         assert np.isfinite(np.delete(got, 3, axis=2)).all()
 
+    @pytest.mark.gpu
     def test_if_and_loops(self, backend, rng):
         q, k, v = inputs(rng, queries=9, keys=20)
 
@@ -215,6 +217,7 @@ class TestScoreMod:
         got = attention(q, k, v, score_mod=stepped, mod_args=(steps,), backend=backend, **FULL)
         hold(got, formula(q, k, v, lambda s: s - less))
 
+    @pytest.mark.gpu
     def test_kinds_of_functions(self, backend, rng):
         q, k, v = inputs(rng)
         factor, pair = 3.0, (0.5, 2)
@@ -239,6 +242,7 @@ class TestScoreMod:
         for function in kinds:
             hold(attention(q, k, v, score_mod=function, backend=backend, **FULL), truth)
 
+    @pytest.mark.gpu
     @pytest.mark.parametrize(
         "x",
         [3, 2.5, True, np.float64(2), np.uint8(4), *(np.array([2, 1], d) for d in "bBhHiIlLefd?")],
@@ -250,6 +254,7 @@ class TestScoreMod:
         got = attention(q, k, v, score_mod=function, mod_args=(x,), backend=backend, **FULL)
         hold(got, formula(q, k, v, lambda s: s * float(np.ravel(x)[0])))
 
+    @pytest.mark.gpu
     @pytest.mark.parametrize("dtype", "bBhHiI")
     def test_small_integers_do_not_wrap_around(self, backend, dtype, rng):
         q, k, v = inputs(rng, 1, 1, 1, 4, 4, 2)
@@ -261,6 +266,7 @@ class TestScoreMod:
         square = x.astype(np.float64) ** 2
         hold(got, formula(q, k, v, lambda s: s + (square[:, None] - square) / 9999))
 
+    @pytest.mark.gpu
     def test_arguments_are_read_with_each_call(self, backend, rng):
         q, k, v = inputs(rng, 1, 1, 1, 3, 4, 2)
         x = np.array([1.0])

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..device import DeviceArray
 from ..problem import Problem, storage_name
-from . import arrays, compiler, decode, hopper, launch, mma
+from . import arrays, compiler, decode, hopper, launch, mma, mods
 from .compiler import WORDS
 
 TILE = (16, 16, 4, 4, 8, 32, 32)
@@ -35,9 +35,6 @@ def forward(problem: Problem, out: Any, lse: Any, weights: Any) -> None:
     Arrays of NumPy go to the current GPU and back.
     """
     p = problem
-    if p.score_mod is not None or p.mask_mod is not None:
-        msg = "score_mod and mask_mod run on the CPU alone; on a GPU pass mask, bias or a BlockMask"
-        raise ValueError(msg)
     if isinstance(p.query, DeviceArray):
         run(p, out, lse, weights, p.query.stream)
         return
@@ -111,7 +108,8 @@ def _few(
     send: Callable[[NDArray[Any]], int],
 ) -> decode.Start | None:
     """The launch for few queries over many keys; None where another kernel takes the problem."""
-    if weights is not None or p.bfloat16_products or not decode.is_few(p):
+    has_mods = p.score_mod is not None or p.mask_mod is not None
+    if weights is not None or p.bfloat16_products or has_mods or not decode.is_few(p):
         return None
     cached = decode.as_cache(p)
     return decode.prepared(cached, out, lse, send) if decode.covers(cached, out) else None
@@ -129,9 +127,10 @@ def _prepared(
         for tensor_cores in (hopper, mma):
             if tensor_cores.covers(p):
                 return tensor_cores.prepared(p, out, lse, send)
-    values = parameters(p, out, lse, weights)
+    functions = mods.of(p)
+    values = parameters(p, out, lse, weights) | mods.values(functions, send)
     values |= {name: send(array) for name, array in _on_host(p, values).items()}
-    return _kernel_of(p), values, _blocks(p, values)
+    return _kernel_of(p, functions), values, _blocks(p, values)
 
 
 def _on_host(p: Problem, values: dict[str, Any]) -> dict[str, NDArray[Any]]:
@@ -161,8 +160,24 @@ def _blocks(p: Problem, values: dict[str, Any]) -> int:
     return values["tiles"] * values["chunks"] * p.query.shape[1] * p.batch
 
 
-def _kernel_of(p: Problem) -> compiler.Kernel:
-    return kernel(p.storage, p.storage if p.bias is None else str(storage_name(p.bias.dtype)), _tile(p))
+def _kernel_of(p: Problem, functions: mods.Mods) -> compiler.Kernel:
+    cut = (p.storage, p.storage if p.bias is None else str(storage_name(p.bias.dtype)), _tile(p))
+    own = kernel(*cut)
+    if not functions.name:
+        return own
+    name = own.name + functions.name
+    if name not in _modded:
+        if len(_modded) >= mods.KEPT:
+            _modded.clear()
+        _modded[name] = replace(
+            own, name=name, build=partial(_build, *cut, functions), keeps=functions.keeps,
+            label=functions.label, parameters=own.parameters + functions.kinds,
+        )  # fmt: skip
+    return _modded[name]
+
+
+_modded: dict[str, compiler.Kernel] = {}
+"""Kernels with functions of the user's."""
 
 
 def _tile(p: Problem) -> tuple[int, ...]:
@@ -241,7 +256,11 @@ def kernels() -> list[compiler.Kernel]:
     ]
 
 
-def _build(storage: str, bias: str, tile: tuple[int, ...]) -> Any:
+def _build(storage: str, bias: str, tile: tuple[int, ...], functions: mods.Mods = mods.NONE) -> Any:
     from .plain import Tile, build
 
-    return build(storage, bias, Tile(*tile))
+    compute = np.float64 if storage == "float64" else np.float32
+    first = len(kernel(storage, bias, tile).parameters)
+    middle = first + sum(name.startswith("score_mod") for name, _ in functions.kinds)
+    score, mask = mods.build(functions.score, compute), mods.build(functions.mask, compute)
+    return build(storage, bias, Tile(*tile), score, mask, first, middle)

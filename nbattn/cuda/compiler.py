@@ -30,6 +30,8 @@ from ..folders import keep, kept, user_cache
 INSTALL = 'pip install "nbattn[cuda]"'
 FORMATS = {"int64": "q", "uint64": "Q", "int32": "i", "float64": "d", "float32": "f"}
 """Parameters' types for `struct`. "*float32" is a pointer, "int64x4" a tuple of four, "map" a tensor map.
+"float32[2]" is a contiguous array of Numba's with two axes, to be read: two words that are 0, its number of
+elements, their size, its address, its shape and its strides.
 
 A tensor map is 128 bytes that stay in the parameters' memory: kernels know its address alone.
 """
@@ -50,6 +52,8 @@ class Kernel:
     parameters: tuple[tuple[str, str], ...]  # names and types
     threads: int  # of a block, along x
     shared: int = 0  # bytes of dynamic shared memory
+    keeps: bool = True  # whether the name tells it from others in any process
+    label: str = ""  # of the functions of the user's that it calls
 
     @cached_property
     def layout(self) -> struct.Struct:
@@ -89,6 +93,8 @@ def _count(kind: str) -> int | None:
     """The length of a tuple's type; None for others."""
     if kind == "map":
         return MAP_WORDS
+    if kind[-1] == "]":
+        return 5 + 2 * int(kind[:-1].partition("[")[2])
     _, times, count = kind.partition("x")
     return int(count) if times else None
 
@@ -98,6 +104,8 @@ def _format(kind: str) -> str:
         return "P"
     if kind == "map":
         return f"{MAP_WORDS}Q"
+    if kind[-1] == "]":
+        return f"{_count(kind)}q"
     return (f"{_count(kind)}" if "x" in kind else "") + FORMATS[kind.partition("x")[0]]
 
 
@@ -140,6 +148,11 @@ def binary(kernel: Kernel, capability: tuple[int, int]) -> Binary:
                 raise RuntimeError(msg) from error
             msg = f"numba-cuda cannot compile for {arch}: {_line(error)}; reinstall it with {INSTALL}"
             raise ImportError(msg) from error
+        except Exception as error:
+            if not kernel.label:
+                raise
+            msg = f'{kernel.label} cannot be compiled for a GPU: {_line(error)}; backend="cpu" takes it'
+            raise ValueError(msg) from None
     return _linked(linker, code, arch, kernel.name)
 
 
@@ -179,6 +192,10 @@ def _type(types: Any, kind: str) -> Any:
         return types.CPointer(getattr(types, kind[1:]))
     if kind == "map":
         return types.CPointer(types.UniTuple(types.uint64, MAP_WORDS))
+    if kind[-1] == "]":
+        name, _, ndim = kind[:-1].partition("[")
+        element = types.boolean if name == "bool" else getattr(types, name)
+        return types.Array(element, int(ndim), "C", readonly=True)
     count = _count(kind)
     single = getattr(types, kind.partition("x")[0])
     return single if count is None else types.UniTuple(single, count)
@@ -277,7 +294,8 @@ def cache_folder() -> Path | None:
     """Where compiled kernels are kept, by a digest of all that they depend on; None where none can be."""
     digest = hashlib.sha256()
     here = Path(__file__).parent
-    for source in sorted((*here.parent.glob("problem.py*"), *here.glob("*.py*"))):
+    others = (here.parent.glob(pattern) for pattern in ("problem.py*", "cpu/functions.py*"))
+    for source in sorted((*(file for found in others for file in found), *here.glob("*.py*"))):
         digest.update(source.read_bytes())
     toolkit = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH", "NUMBA_CUDA_NVVM")]
     digest.update(repr((sys.version, platform.machine(), [*map(version_of, COMPILERS)], toolkit)).encode())
@@ -286,7 +304,8 @@ def cache_folder() -> Path | None:
 
 def cubin(kernel: Kernel, capability: tuple[int, int]) -> Binary:
     """The compiled kernel, from disk or from the compiler."""
-    folder, file = cache_folder(), f"{kernel.name}-{architecture(capability)}"
+    folder = cache_folder() if kernel.keeps else None
+    file = f"{kernel.name}-{architecture(capability)}"
     if code := kept(folder, file):
         return Binary(code, "")
     made = binary(kernel, capability)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import cuda
@@ -37,8 +37,15 @@ class Tile(NamedTuple):
     values: int  # keys whose values are in shared memory at a time
 
 
-def build(storage: str, bias_storage: str, tile: Tile) -> Callable[..., None]:
-    """The kernel for queries, keys and values of one dtype, and a bias of another."""
+def build(
+    storage: str, bias_storage: str, tile: Tile,
+    score_mod: Any = None, mask_mod: Any = None, first: int = 0, middle: int = 0,
+) -> Callable[..., None]:  # fmt: skip
+    """The kernel for queries, keys and values of one dtype, and a bias of another.
+
+    The arguments of users' functions are its parameters from `first` and from `middle` on.
+    """
+    has_score_mod, has_mask_mod = score_mod is not None, mask_mod is not None
     bands, lanes, rows, keys, columns, depth, values = tile
     threads = bands * lanes
     tile_rows, tile_keys, tile_columns = bands * rows, lanes * keys, lanes * columns
@@ -181,6 +188,14 @@ def build(storage: str, bias_storage: str, tile: Tile) -> Callable[..., None]:
                         seen = term != -infinity
                     if p.has_slopes != 0:
                         x += slope * number(j - position)
+                    # By itself, a constant's branch is gone before Numba asks what it calls.
+                    if has_mask_mod:  # noqa: SIM102
+                        if seen:
+                            seen = bool(mask_mod(batch, head, row, j, *p[middle:]))
+                    if has_score_mod:  # noqa: SIM102
+                        if seen:
+                            x = number(score_mod(x, batch, head, row, j, *p[first:middle]))
+                            seen = x != -infinity
                     if seen:
                         shown |= 1 << (r * keys + c)
                     else:
