@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 from benchmarks.gpu_cases import judged
 
-ROWS, KEYS, WIDTH = 64, 96, 128
-"""Of the left matrix, the right one, and the columns of both."""
-PANEL = 128 * KEYS
+ROWS = 64
+SHAPES = ((128, 64), (96, 128), (96, 192), (64, 256))
+"""Rows of the right matrices, and columns: of every tile of `nbattn.cuda.hopper`."""
 TILE_ROWS = 32
 TILE_PARAMETERS = (
     ("tile_map", "map"), ("out", "int64"), ("x", "int32"), ("y", "int32"), ("z", "int32"), ("w", "int32"),
@@ -40,6 +40,8 @@ class Check(NamedTuple):
     results: dict[str, Any]  # arrays to be written over
     expected: dict[str, Any]
     storage: str
+    threads: int = 256
+    registers: int = 0  # of a thread at the launch, where warpgroups pass them on
 
 
 def build_tile(isa: Any, hopper: Any) -> Callable[[Any], None]:
@@ -72,24 +74,30 @@ def build_tile(isa: Any, hopper: Any) -> Callable[[Any], None]:
     return kernel
 
 
-def build_products(isa: Any, hopper: Any, kind: str) -> Callable[[Any], None]:
-    """queries @ keys.T with both in shared memory, and weights @ values with the left ones in registers."""
+def build_products(
+    isa: Any, hopper: Any, kind: str, keys: int, width: int, passing: bool
+) -> Callable[[Any], None]:
+    """queries @ keys.T with both in shared memory, and weights @ values with the left ones in registers.
+
+    With `passing` three warpgroups do it, of which the first writes, with registers of the one that does not.
+    """
     cuda, int32, int64, float32 = isa.cuda, isa.int32, isa.int64, isa.float32
     same, thread, barrier, unroll = isa.same, isa.thread, isa.barrier, isa.unroll
     shared_memory, load_half, store_float = isa.shared_memory, isa.load_half, isa.store_float
     start_barrier, fence_barriers, wait_phase = hopper.start_barrier, hopper.fence_barriers, hopper.wait_phase
     expect, load_tile = hopper.expect, hopper.load_tile
     query_map, key_map, value_map = hopper.query_map, hopper.key_map, hopper.value_map
-    multiply, multiply_registers = hopper.product(kind, KEYS), hopper.product_of_registers(kind, WIDTH)
+    multiply, multiply_registers = hopper.product(kind, keys), hopper.product_of_registers(kind, width)
     fence_registers, commit_products = hopper.fence_registers, hopper.commit_products
-    n_scores, n_sums, n_weights = KEYS // 2, WIDTH // 2, KEYS // 4
+    n_scores, n_sums, n_weights = keys // 2, width // 2, keys // 4
     wait_scores, wait_sums = hopper.wait_products(n_scores, 0), hopper.wait_products(n_sums, 0)
     settled_scores, settled_sums = hopper.settled(n_scores), hopper.settled(n_sums)
-    panels, query_panel, panel = WIDTH // 64, 128 * ROWS, PANEL
+    panels, query_panel, panel = width // 64, 128 * ROWS, 128 * keys
     key_at = panels * query_panel
     value_at = key_at + panels * panel
     barrier_at = value_at + panels * panel
     eights = 1 << 62 | (1024 // 16) << 32
+    fewer_registers, more_registers = hopper.fewer_registers(32), hopper.more_registers(160)
 
     def kernel(p):
         s = cuda.local.array(n_scores, float32)
@@ -104,6 +112,8 @@ def build_products(isa: Any, hopper: Any, kind: str) -> Callable[[Any], None]:
             fence_barriers()
         barrier()
         if warpgroup == 0:
+            if passing:
+                fewer_registers()
             if same(int32(thread() >> 5)) == 0:
                 leader = thread() == 0
                 expect(room, barrier_at, leader)
@@ -113,18 +123,20 @@ def build_products(isa: Any, hopper: Any, kind: str) -> Callable[[Any], None]:
                     load_tile(int32(memory + key_at + i * panel), key, room, 64 * i, 0, 0, 0, leader)
                     load_tile(int32(memory + value_at + i * panel), value, room, 64 * i, 0, 0, 0, leader)
         else:
-            lane = int32(thread() & 31)
-            row = int32(((thread() >> 5) - 4) * 16 + (lane >> 2))
+            if passing:
+                more_registers()
+            lane, first = int32(thread() & 31), warpgroup == 1
+            row = int32(((thread() >> 5) & 3) * 16 + (lane >> 2))
             column = int32(2 * (lane & 3))
             for i in range(n_weights):
                 unroll()
-                at = (row + 8 * (i % 2)) * (2 * KEYS) + 2 * (column + 8 * (i % 4 // 2) + 16 * (i // 4))
+                at = (row + 8 * (i % 2)) * (2 * keys) + 2 * (column + 8 * (i % 4 // 2) + 16 * (i // 4))
                 low, high = load_half(p.weights + at, True), load_half(p.weights + at + 2, True)
                 weights[i] = int32(low | high << 16)
             wait_phase(room, 0)
             settled_scores(s)
             fence_registers()
-            for k in range(WIDTH // 16):
+            for k in range(width // 16):
                 unroll()
                 left = int64(eights | 1 << 16 | int64((memory + (k // 4) * query_panel + k % 4 * 32) >> 4))
                 right = int64(
@@ -135,14 +147,14 @@ def build_products(isa: Any, hopper: Any, kind: str) -> Callable[[Any], None]:
             wait_scores(s)
             for i in range(n_scores):
                 unroll()
-                at = (row + 8 * (i % 4 // 2)) * (4 * KEYS) + 4 * (column + i // 4 * 8 + i % 2)
-                store_float(p.scores + at, s[i], True)
+                at = (row + 8 * (i % 4 // 2)) * (4 * keys) + 4 * (column + i // 4 * 8 + i % 2)
+                store_float(p.scores + at, s[i], first)
             for i in range(n_sums):
                 unroll()
                 o[i] = float32(0)
             settled_sums(o)
             fence_registers()
-            for k in range(KEYS // 16):
+            for k in range(keys // 16):
                 unroll()
                 right = int64(eights | (panel // 16) << 16 | int64((memory + value_at + 2048 * k) >> 4))
                 multiply_registers(o, weights, 4 * k, right)
@@ -150,8 +162,8 @@ def build_products(isa: Any, hopper: Any, kind: str) -> Callable[[Any], None]:
             wait_sums(o)
             for i in range(n_sums):
                 unroll()
-                at = (row + 8 * (i % 4 // 2)) * (4 * WIDTH) + 4 * (column + i // 4 * 8 + i % 2)
-                store_float(p.sums + at, o[i], True)
+                at = (row + 8 * (i % 4 // 2)) * (4 * width) + 4 * (column + i // 4 * 8 + i % 2)
+                store_float(p.sums + at, o[i], first)
 
     return kernel
 
@@ -181,22 +193,27 @@ def checks(seed: int) -> list[Check]:
                 {"out": swizzled.ravel()}, "float16",
             )
         )  # fmt: skip
-    for storage, kind in (("float16", "f16"), ("bfloat16", "bf16")):
-        shapes = {"query_map": (ROWS, WIDTH), "key_map": (KEYS, WIDTH), "value_map": (KEYS, WIDTH),
-                  "weights": (ROWS, KEYS)}  # fmt: skip
+    kinds = {"float16": "f16", "bfloat16": "bf16"}
+    for storage, (keys, width), passing in (
+        *((storage, shape, False) for storage in kinds for shape in SHAPES), ("bfloat16", (64, 64), True),
+    ):  # fmt: skip
+        shapes = {"query_map": (ROWS, width), "key_map": (keys, width), "value_map": (keys, width),
+                  "weights": (ROWS, keys)}  # fmt: skip
         numbers = {name: rng.integers(-4, 5, shape).astype(np.float32) for name, shape in shapes.items()}
         query, key, value, weights = numbers.values()
         boxes = {name: (64, shape[0], 1, 1) for name, shape in shapes.items() if name != "weights"}
         found.append(
             Check(
-                f"products of {storage}", partial(build_products, kind=kind), PRODUCT_PARAMETERS,
-                256 * (ROWS + 2 * KEYS) + 8,
+                f"products of {storage} {keys} x {width}" + (" passing registers" if passing else ""),
+                partial(build_products, kind=kinds[storage], keys=keys, width=width, passing=passing),
+                PRODUCT_PARAMETERS, 2 * width * (ROWS + 2 * keys) + 8,
                 {name: _bits(x, storage) for name, x in numbers.items()},
-                {name: ((WIDTH, box[1], 1, 1), (256, 256, 256), box) for name, box in boxes.items()},
+                {name: ((width, box[1], 1, 1), (2 * width,) * 3, box) for name, box in boxes.items()},
                 {},
-                {"scores": np.full((ROWS, KEYS), np.nan, np.float32),
-                 "sums": np.full((ROWS, WIDTH), np.nan, np.float32)},
+                {"scores": np.full((ROWS, keys), np.nan, np.float32),
+                 "sums": np.full((ROWS, width), np.nan, np.float32)},
                 {"scores": query @ key.T, "sums": weights @ value}, storage,
+                *((512, 128) if passing else ()),
             )
         )  # fmt: skip
     return found
@@ -233,7 +250,9 @@ def kernel_of(check: Check) -> Any:
     # What is kept on disk knows no change of this file.
     version = zlib.crc32(Path(__file__).read_bytes())
     name = f"unit-{check.name.split(' at ')[0].replace(' ', '-')}-{version:x}"
-    return compiler.Kernel(name, build, check.parameters, 256, check.shared)
+    return compiler.Kernel(
+        name, build, check.parameters, check.threads, check.shared, registers=check.registers
+    )
 
 
 def _run(check: Check) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import importlib
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -97,6 +98,20 @@ class TestLaunch:
     def test_no_block_is_no_launch(self, gpu):
         launch.run(DOUBLE, {}, 0, launch.device(0), 0)
         assert not gpu.launches
+
+    def test_registers_that_warps_pass_on(self, gpu, monkeypatch):
+        """A kernel that waits for more than there are would never end, so it is not started."""
+        passing = replace(DOUBLE, name="double-passing", registers=128)
+        ask, given = launch._number, [120]
+        monkeypatch.setattr(
+            launch,
+            "_number",
+            lambda name, *x: given[0] if name == "cuFuncGetAttribute" else ask(name, *x),
+        )
+        with pytest.raises(RuntimeError, match=r"double-passing is made for 128 registers .* gives 120"):
+            launch.device(0).function(passing)
+        given[0] = 128
+        assert launch.device(0).function(passing) == launch.device(0).function(passing)
 
     def test_too_many_blocks(self, gpu):
         with pytest.raises(ValueError, match=r"fewer than 2\*\*31: split the batch"):

@@ -54,6 +54,7 @@ class Kernel:
     shared: int = 0  # bytes of dynamic shared memory
     keeps: bool = True  # whether the name tells it from others in any process
     label: str = ""  # of the functions of the user's that it calls
+    registers: int = 0  # that a thread must have at the launch, where warps pass them on to others
 
     @cached_property
     def layout(self) -> struct.Struct:

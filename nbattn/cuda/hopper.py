@@ -105,6 +105,7 @@ def kernel(storage: str, tile: Tile, full: bool) -> compiler.Kernel:
         parameters=PARAMETERS,
         threads=t.threads,
         shared=t.shared_bytes,
+        registers=t.launch_registers,
     )
 
 

@@ -38,6 +38,11 @@ class Tile(NamedTuple):
         return {1: (56, 240), 2: (40, 232), 3: (32, 160)}[self.groups]
 
     @property
+    def launch_registers(self) -> int:
+        """What a thread must have before: with fewer, those that take more would wait for ever."""
+        return 65536 // self.threads // 8 * 8
+
+    @property
     def panels(self) -> int:
         return -(-self.width // 64)
 

@@ -38,6 +38,7 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "cuModuleLoadData": (_P, _P),
     "cuModuleGetFunction": (_P, _P, ctypes.c_char_p),
     "cuFuncSetAttribute": (_P, _I, _I),
+    "cuFuncGetAttribute": (_P, _I, _P),
     "cuLaunchKernel": (_P, *[_U] * 7, _P, _P, _P),
     "cuMemAlloc_v2": (_P, _Z),
     "cuMemFree_v2": (_P,),
@@ -54,6 +55,7 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
 }
 """What is asked of the driver, and the C types of the arguments."""
 MAJOR, MINOR, SHARED_OPT_IN = 75, 76, 97  # CU_DEVICE_ATTRIBUTE_*
+REGISTERS = 4  # CU_FUNC_ATTRIBUTE_NUM_REGS
 DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 POINTER_DEVICE = 9  # CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
 BUFFER, BUFFER_SIZE = 1, 2  # CU_LAUNCH_PARAM_*
@@ -207,6 +209,12 @@ class Device:
                 raise RuntimeError(msg) from error
             raise
         function = _handle("cuModuleGetFunction", module, made.entry)
+        if kernel.registers:
+            found = _number("cuFuncGetAttribute", REGISTERS, function)
+            if found != kernel.registers:  # where it runs, some of its warps would wait for ever
+                needed = f"{kernel.name} is made for {kernel.registers} registers"
+                msg = f"{needed} of a thread, and this compiler gives {found}; another version of it may not"
+                raise RuntimeError(msg)
         if kernel.shared > 0:  # more than 48 KB have to be asked for
             ask("cuFuncSetAttribute", function, DYNAMIC_SHARED, kernel.shared)
         return function
