@@ -242,12 +242,11 @@ def check_rng(rng: Any) -> np.random.Generator:
 
 def on_host(x: ArrayLike, name: str) -> NDArray[Any]:
     """An array whose elements are looked at here."""
-    array = as_array(x, name)
-    if type(array) is DeviceArray:
+    if device.on_gpu(x):
         reason = "its numbers are checked, and reading them there would wait for the GPU"
         msg = f"{name} lives on a GPU; pass a NumPy array or a list, as {reason}"
         raise ValueError(msg)
-    return array
+    return as_array(x, name)
 
 
 def check_int_vector(x: ArrayLike, name: str, length: int) -> NDArray[np.int64]:
@@ -307,6 +306,8 @@ def check_offset(
             msg = f"query_offset must be an integer, an integer array or 'end', got {query_offset!r}"
             raise ValueError(msg)
         return key_lengths - query_lengths
+    if device.on_gpu(query_offset):
+        query_offset = on_host(query_offset, "query_offset")  # which says that it cannot
     if np.ndim(query_offset) == 0:
         offset = check_int(np.asarray(query_offset)[()], "query_offset")
         if abs(offset) >= UNBOUNDED:

@@ -568,8 +568,9 @@ class TestBadInput:
 
     def test_vectors_that_are_checked(self, torch, rng):
         x = torch.to(normal(rng, (1, 1, 4, 4)))
-        with pytest.raises(ValueError, match="key_lengths lives on a GPU; pass a copy of it on the host"):
-            nbattn.scaled_dot_product_attention(x, x, x, key_lengths=torch.to(np.array([3])))
+        for name, number in (("key_lengths", [3]), ("query_offset", [3]), ("query_offset", 3)):
+            with pytest.raises(ValueError, match=f"{name} lives on a GPU; pass a NumPy array or a list"):
+                nbattn.scaled_dot_product_attention(x, x, x, **{name: torch.to(np.array(number))})
 
     @pytest.mark.parametrize(
         ("change", "kind", "message"),

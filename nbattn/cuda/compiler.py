@@ -137,7 +137,7 @@ def binary(kernel: Kernel, capability: tuple[int, int]) -> Binary:
     record = types.NamedTuple([_type(types, kind) for _, kind in kernel.parameters], kernel.record)
     arch = architecture(capability)
     target = (*capability, SPECIFIC[capability]) if capability in SPECIFIC else capability
-    with _pretended(capability):
+    with _row_stack(), _pretended(capability):  # the first compilation imports more of numba-cuda
         try:
             code, _ = compiler.compile(
                 kernel.build(), types.void(record), cc=target, device=False, abi="numba", output="ltoir",
@@ -260,7 +260,7 @@ class _Target(NamedTuple):
 
 @contextmanager
 def _row_stack() -> Iterator[None]:
-    """numba-cuda up to 0.30 names `np.row_stack` when it is imported, which NumPy 2.5 no longer has."""
+    """numba-cuda up to 0.30 names `np.row_stack` as its modules are loaded, which NumPy 2.5 no longer has."""
     name = "row_stack"
     missing = not hasattr(np, name)
     if missing:
