@@ -618,6 +618,12 @@ class TestChoice:
             assert self.chosen(*arrays, **options)[2] == 0
         assert len(asked) == 4
 
+    @pytest.mark.parametrize("name", ["score_mod", "mask_mod"])
+    def test_functions_of_the_user_s(self, name, rng):
+        function = {"score_mod": lambda s, b, h, i, j: s, "mask_mod": lambda b, h, i, j: i >= j}[name]
+        problem = resolve_batch(*self.inputs(rng), NOTHING._replace(**{name: function})).problem
+        assert not hopper.covers(problem)
+
     def test_devices_of_the_other_kernel(self, rng, monkeypatch):
         for capability in ((8, 0), (8, 9), (10, 0), (12, 0)):
             monkeypatch.setattr(self.Gpu, "capability", capability)
