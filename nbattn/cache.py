@@ -52,7 +52,9 @@ class KVCache:
         How many of the first numbers turn; all unless given.
     backend : {None, "cpu", "reference", "cuda"}
         Who writes, and attends unless `attend` is told otherwise. With "cuda" the cache lies on the current
-        GPU, and takes arrays that lie there, or NumPy's, which are copied; lengths stay on the host.
+        GPU and takes arrays of PyTorch, CuPy and others that lie there, and gives back that library's,
+        or NumPy's. Masks, biases and `out` lie where the query does; slopes and sinks may be on the host,
+        lengths must be. It may be used on several streams, and then waits for the others.
 
     Attributes
     ----------

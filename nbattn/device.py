@@ -207,6 +207,11 @@ def _contiguous(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     return tuple(strides[::-1][: len(shape)]) if shape else ()
 
 
+def has_stream(array: DeviceArray) -> bool:
+    """Whether the array's library has a current stream, in the order of which it uses memory again."""
+    return any(is_of(array, library) for library in ("torch", "cupy", "numba", "numba_cuda"))
+
+
 def is_of(array: Any, library: str) -> bool:
     """Whether an array on a GPU is of the library of this name."""
     return type(array) is DeviceArray and _loaded(library, array.owner) is not None

@@ -212,6 +212,7 @@ class PagedKVCache:
         k, v, counts = self._store.check_new(key, value, lengths, len(handles))
         rows = self._places(handles).rows
         before = self._pages_now(rows) if self._store.is_on_gpu else None
+        self._store.order(k, writes=True)
         try:
             self._take_pages(rows, counts, k)
             self._store.write(self._places(handles), k, v, counts)

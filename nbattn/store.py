@@ -79,7 +79,7 @@ class Store:
         self.frequencies: Any = frequencies
         if frequencies is not None and self.is_on_gpu:
             self.frequencies = check.backend_module("append", "cuda").placed(frequencies)
-        storage, stored = _check_dtype(dtype)
+        storage, stored = _check_dtype(dtype, self.is_on_gpu)
         arrays: list[Any] = []
         for width, name in ((key_dim, "head_dim"), (value_dim, "value_dim")):
             if storage == "int4" and width % INT4_GROUP:
@@ -93,6 +93,7 @@ class Store:
             arrays.append(None if scales is None else _by_row(empty(scales, np.dtype(np.float32))))
         key, key_scales, value, value_scales = arrays
         self.pages = Pages(key, value, key_scales, value_scales, storage)
+        self.streams: set[int] = set()  # that have used it since it was written last, on a GPU
         self.checked: dict[Any, NDArray[np.int64]] = {}  # by layout: counts of appends that need no checks
 
     @property
@@ -162,6 +163,7 @@ class Store:
         self, places: Places, key: NDArray[Any], value: NDArray[Any], counts: NDArray[np.int64]
     ) -> None:
         """Write what `check_new` returned behind each sequence's end."""
+        self.order(key, writes=True)
         if places.writer is None:
             pages, module = self.pages, check.backend_module("append", self.backend)
             problem = AppendProblem(
@@ -194,6 +196,20 @@ class Store:
             msg = "a graph cannot hold calls of a PagedKVCache, whose pages change; use a KVCache"
             raise ValueError(msg)
         return places.there
+
+    def order(self, array: Any, *, writes: bool) -> None:
+        """Wait, on a GPU, for what other streams have written, and to write also for what they have read.
+
+        Nothing waits where all calls are on one stream, and in a graph, whose order is the caller's.
+        """
+        if not self.is_on_gpu:
+            return
+        module, stream = check.backend_module("append", "cuda"), getattr(array, "stream", 0)
+        if module.is_captured(array) or self.streams == {stream}:
+            return
+        if self.streams and (writes or stream not in self.streams):
+            module.wait(self.pages.key)
+        self.streams = {stream} if writes else self.streams | {stream}
 
     def copy(self, page: int, own: int, filled: int, key: Any) -> None:
         """Copy the first rows of a page to another one, on a GPU in the order of work on new keys."""
@@ -231,6 +247,7 @@ class Store:
         counts = check_counts(lengths, len(places.lengths), q.shape[2])
         offset = places.lengths - counts
         in_graph = self.lengths_in_a_graph(places, q)
+        self.order(q, writes=False)
         if in_graph is not None and lengths is not None:
             msg = "a graph cannot hold lengths; leave them out"
             raise ValueError(msg)
@@ -437,9 +454,11 @@ def check_size(x: Any, name: str, least: int = 1) -> int:
     return size
 
 
-def _check_dtype(dtype: DTypeLike) -> tuple[str, np.dtype[Any]]:
+def _check_dtype(dtype: DTypeLike, is_on_gpu: bool) -> tuple[str, Any]:
     """What a cache of this dtype is called, and the dtype of its arrays."""
     name = str(dtype)
+    if name.startswith("torch."):
+        dtype = name = name.removeprefix("torch.")
     if dtype is not None and name not in CACHE_DTYPES:
         try:
             dtype = np.dtype(dtype)
@@ -453,6 +472,8 @@ def _check_dtype(dtype: DTypeLike) -> tuple[str, np.dtype[Any]]:
         try:
             return name, np.dtype(importlib.import_module("ml_dtypes").bfloat16)
         except ImportError as error:
+            if is_on_gpu:  # where no NumPy array need have it
+                return name, device.Bfloat16()
             msg = "dtype 'bfloat16' needs the package ml_dtypes; install it"
             raise ValueError(msg) from error
     if name == "int4":

@@ -163,6 +163,9 @@ class Library:
         context._obj.value = self.contexts.pop()
         return 0
 
+    def cuCtxSynchronize(self):
+        return 0
+
     # --- memory
 
     def allocate(self, size, device):

@@ -2,17 +2,21 @@
 
 import copy
 import gc
+import sys
+import weakref
+from functools import partial
 
 import numpy as np
 import pytest
 import simulated_gpu
 import test_cache
+import test_cuda_arrays
 import test_decode
 import test_paged
 from cached import input_dtype, snapshot
 from ml_dtypes import bfloat16
 from oracle import assert_same_bits, normal
-from test_cuda_arrays import torch  # noqa: F401
+from test_cuda_arrays import cupy, numba, packed, torch  # noqa: F401
 
 import nbattn
 from nbattn import KVCache, PagedKVCache, device
@@ -111,6 +115,7 @@ class TestWho:
             (np.float16, {}), (bfloat16, {"is_causal": True}), (np.float16, {"key_lengths": [3, 40]}),
             (np.float16, {"queries": 2, "query_offset": "end", "return_lse": True}),
             (bfloat16, {"heads": 64}),
+            (np.float32, {"queries": 2}),
             (np.float16, {"sinks": np.zeros(4), "alibi_slopes": np.ones(4), "softcap": 3.0}),
         ):  # fmt: skip
             self.call(torch, dtype=dtype, **options)
@@ -121,7 +126,8 @@ class TestWho:
     def test_others(self, torch, chosen):  # noqa: F811
         mask = torch.to(np.ones((1, 40), bool))
         for options in (
-            {"queries": 17, "keys": 400}, {"queries": 3}, {"heads": 66, "queries": 2}, {"dtype": np.float32},
+            {"queries": 17, "keys": 400}, {"queries": 3}, {"heads": 66, "queries": 2},
+            {"dtype": np.float32, "dim": 80},
             {"mask": mask}, {"bias": torch.to(np.zeros((1, 40), np.float16))}, {"return_weights": True},
             {"dim": 264},
         ):  # fmt: skip
@@ -129,7 +135,7 @@ class TestWho:
         assert len(chosen) == 8
         assert not [name for name, *_ in chosen if name.startswith("decode")]
 
-    @pytest.mark.parametrize("storage", ["float16", "bfloat16", "int8"])
+    @pytest.mark.parametrize("storage", ["float16", "float32", "int8"])
     def test_caches(self, torch, chosen, storage):  # noqa: F811
         """A token's attention is the decode kernel's; what it lacks, and prompts, are others'."""
         dtype = input_dtype(storage)
@@ -156,6 +162,11 @@ class TestWho:
                 cache.attend(*more, halves)
                 assert chosen[-1][0].startswith("decode-mma-int8-")
                 assert chosen[-1][1]["query_kind"] == 1
+
+    def test_functions_of_scores(self, torch, chosen):  # noqa: F811
+        for mod in ({"score_mod": lambda s, b, h, i, j: s}, {"mask_mod": lambda b, h, i, j: j > 0}):
+            self.call(torch, **mod)
+            assert not chosen[-1][0].startswith("decode")
 
     def test_chunks_are_of_the_room_for_keys(self, torch, chosen):  # noqa: F811
         for keys, chunk, chunks in ((40, 128, 1), (4096, 128, 32), (4100, 256, 17), (32768, 1024, 32)):
@@ -338,6 +349,83 @@ class TestArrays:
         ]
         np.testing.assert_allclose(outputs[0], outputs[1], rtol=1e-5)
         assert cache.lengths == {first: 3, second: 6}
+
+
+class TestLifetime:
+    """What a cache holds, and what it waits for."""
+
+    @pytest.fixture
+    def gpu(self):
+        with simulated_gpu.installed() as library:
+            yield library
+
+    def test_tensors_are_not_kept(self, torch, gpu):  # noqa: F811
+        cache, paged = KVCache(1, 1, 9, 8, backend="cuda"), PagedKVCache(9, 4, 1, 8, backend="cuda")
+        kept = []
+        for take in (cache.append, *(partial(paged.append, paged.add()) for _ in range(3))):
+            x = torch.to(np.zeros((1, 1, 2, 8), np.float32))
+            take(x, x)
+            kept.append(weakref.ref(x))
+            del x
+        gc.collect()
+        assert not any(ref() for ref in kept)
+
+    def test_other_streams_are_waited_for(self, torch, gpu):  # noqa: F811
+        """Readers wait for the writer once, a writer for all; on one stream nobody waits."""
+        x = torch.to(np.zeros((1, 1, 1, 8), np.float32))
+        paged = PagedKVCache(9, 4, 1, 8, backend="cuda")
+        for cache, more in ((KVCache(1, 1, 9, 8, backend="cuda"), ()), (paged, (paged.add(),))):
+            waits = []
+            for call, stream in ((cache.append, 5), (cache.attend, 5), (cache.append, 5), (cache.attend, 6),
+                                 (cache.attend, 6), (cache.attend, 5), (cache.append, 5)):  # fmt: skip
+                torch.streams[0] = stream
+                before = gpu.calls.count("cuCtxSynchronize")
+                call(*more, *([x, x] if call == cache.append else [x]))
+                waits.append(gpu.calls.count("cuCtxSynchronize") - before)
+            assert waits == [0, 0, 0, 1, 0, 0, 1]
+
+    def test_numpy_after_tensors(self, torch, gpu):  # noqa: F811
+        cache, x = KVCache(1, 1, 9, 8, backend="cuda"), np.zeros((1, 1, 1, 8), np.float32)
+        cache.append(torch.to(x), torch.to(x))
+        assert "cuCtxSynchronize" not in gpu.calls
+        cache.attend(x)
+        assert gpu.calls.count("cuCtxSynchronize") == 1
+
+    def test_dtypes(self, torch, monkeypatch):  # noqa: F811
+        """PyTorch's, and bfloat16 where nothing on the host has it."""
+        x = torch.to(np.zeros((1, 1, 1, 8), bfloat16))
+        assert KVCache(1, 1, 9, 8, torch.float16, backend="cuda").dtype == "float16"
+        monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+        for dtype in (torch.bfloat16, "bfloat16"):
+            cache = KVCache(1, 1, 9, 8, dtype, backend="cuda")
+            cache.append(x, x)
+            assert cache.attend(x).torch_dtype == torch.bfloat16
+        with pytest.raises(ValueError, match="needs the package ml_dtypes"):
+            KVCache(1, 1, 9, 8, "bfloat16")
+
+    def test_graphs_of_the_plain_door(self, torch, gpu):  # noqa: F811
+        x = torch.to(np.zeros((2, 1, 1, 8), np.float32))
+        gpu.captured = {70}
+        nbattn.scaled_dot_product_attention(x, x, x)
+        for options in ({"key_lengths": [1, 0]}, {"sinks": np.ones(1)}):
+            with pytest.raises(ValueError, match="a graph cannot hold what lies on the host"):
+                nbattn.scaled_dot_product_attention(x, x, x, **options)
+
+
+@pytest.mark.parametrize("name", test_cuda_arrays.LIBRARIES)
+def test_every_library(name, gpu, request, rng):
+    """Turned queries too are theirs, and results."""
+    library = request.getfixturevalue(name)
+    gpu.capabilities = ((7, 5), (7, 5))
+    here, there = (KVCache(1, 1, 9, 8, rotary_base=10.0, backend=b) for b in ("reference", "cuda"))
+    x = normal(rng, (1, 1, 3, 8))
+    here.append(x, x)
+    before = gpu.calls.count("cuStreamSynchronize")
+    there.append(library.to(x), library.to(x))
+    assert gpu.calls.count("cuStreamSynchronize") - before == (name == "packed")
+    got = there.attend(library.to(x))
+    assert type(got) is type(library.to(x))
+    np.testing.assert_allclose(got.numpy(), here.attend(x), rtol=1e-5, atol=1e-6)
 
 
 class TestFailures:

@@ -19,7 +19,7 @@ from nbattn.resolve import resolve_batch
 pytestmark = pytest.mark.cuda_emu
 
 halves = pytest.mark.parametrize("dtype", [np.float16, bfloat16], ids=["float16", "bfloat16"])
-SMALL, SMALL_BYTES = Tile(32, 3), Tile(32, 4, 1)
+SMALL, SMALL_BYTES, SMALL_FLOATS = Tile(32, 3), Tile(32, 4, 1), Tile(32, 4, 4)
 Record = namedtuple("Record", [name for name, _ in PARAMETERS])
 NUMBERS = {"float32": np.float32, "int32": int, "int64": int}
 
@@ -122,6 +122,22 @@ class TestChunks:
         q, k, v = inputs(rng, 2, 2, 1, 1, 200, 32, dtype=np.float16)
         hold(q, k, v, launches=3)
 
+    @pytest.mark.parametrize("missing", [(0, 1), (2,)])
+    def test_a_fence_that_is_missing_is_noticed(self, missing, rng, monkeypatch):
+        """Those before a block counts itself in, and the one after."""
+        fences, fence = [], warp.Machine.fence
+
+        def some(self):
+            fences.append(self.number)
+            if fences.count(self.number) - 1 not in missing:
+                fence(self)
+
+        monkeypatch.setattr(warp.Machine, "fence", some)
+        q, k, v = inputs(rng, 1, 1, 1, 1, 200, 32, dtype=np.float16)
+        message = "counts itself in before" if 0 in missing else "is read before a fence"
+        with pytest.raises(AssertionError, match=message):
+            attend(q, k, v)
+
 
 class TestOptions:
     OPTIONS = (
@@ -223,6 +239,49 @@ class Paged:
             ).problem
         )  # fmt: skip
         return replace(p, key_pages=self.pages[0], value_pages=self.pages[1], page_table=self.table)
+
+
+class TestFloats:
+    """float32, whose numbers are multiplied in three parts."""
+
+    def test_sizes(self, rng):
+        for group, queries, keys in ((1, 1, 1), (3, 2, 150), (17, 1, 70)):
+            q, k, v = inputs(rng, 2, group, 1, queries, keys, 32, 24)
+            hold(
+                q, k, v, tile=SMALL_FLOATS, is_causal=True, query_offset="end", key_lengths=[keys, keys // 2]
+            )
+
+    def test_options(self, rng):
+        q, k, v = inputs(rng, 1, 4, 2, 2, 140, 29, 31)
+        q, k, v = (aligned(x) for x in (q, k, v))
+        more = {"sinks": normal(rng, 4), "alibi_slopes": rng.random(4), "softcap": 4.0, "scale": -0.4}
+        hold(q, k, v, tile=SMALL_FLOATS, window_size=(90, None), query_offset="end", **more)
+
+    @pytest.mark.parametrize("number", range(len(decode.FLOAT_TILES)))
+    def test_every_tile(self, number, rng):
+        tile = decode.FLOAT_TILES[number]
+        q, k, v = inputs(rng, 1, 2, 1, 1, 70, tile.width - 4, tile.width)
+        hold(q, k, v, tile=None)
+        assert tile.shared_bytes <= 99 << 10
+
+    def test_numbers_of_every_size(self, rng):
+        """The parts of the largest and of denormal numbers are none that overflow or vanish."""
+        q, k, v = inputs(rng, 1, 2, 1, 1, 40, 32)
+        v *= np.exp2(rng.integers(-140, 120, v.shape)).astype(np.float32)
+        v[0, 0, :, :2] = np.finfo(np.float32).max / 64 * np.sign(v[0, 0, :, :2])
+        hold(q * 0, k, v, tile=SMALL_FLOATS)
+
+    def test_seen_by_some(self, rng):
+        q, k, v = inputs(rng, 1, 4, 2, 3, 150, 32)
+        options = {"is_causal": True, "query_offset": "end", "window_size": (60, 0), "tile": SMALL_FLOATS}
+        v[0, 0, 149, 3] = v[0, 1, 148, 5] = v[0, 1, 87, 30] = k[0, 1, 149, 7] = np.nan
+        hold(q, k, v, **options)
+        v[np.isnan(v)], k[np.isnan(k)] = np.inf, 0
+        out, _, _ = attend(q, k, v, **options)
+        del options["tile"]
+        seen = oracle.see((1, 4, 3, 150), **options).astype(float) @ np.isinf(np.repeat(v, 2, axis=1))
+        np.testing.assert_array_equal(np.isinf(out), seen > 0)
+        assert np.isfinite(out[seen == 0]).all()
 
 
 class TestPages:

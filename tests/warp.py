@@ -18,6 +18,8 @@ import numpy as np
 
 HALVES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 LANES = np.arange(32)
+WRITTEN, FENCED, MET = range(3)
+"""What has become of what a block wrote for others: a fence, a barrier after it."""
 HEAP = 1 << 44
 """Where global memory begins: an address that was cut to 32 bits is none."""
 
@@ -94,6 +96,7 @@ class Machine:
         self.heap = np.zeros(0, np.uint8)
         self.readable, self.writable = np.zeros(0, bool), np.zeros(0, bool)
         self.shared_by_blocks = np.zeros(0, bool)
+        self.published, self.writer = np.zeros(0, int), np.zeros(0, int)
         self.outputs = []
         self.shared_bytes = shared_bytes
         self.conflicts = {}
@@ -114,6 +117,8 @@ class Machine:
             ("readable", False),
             ("writable", False),
             ("shared_by_blocks", False),
+            ("published", MET),
+            ("writer", -1),
         ):
             old = getattr(self, name)
             setattr(self, name, np.concatenate([old, np.full(grown - len(old), fill, old.dtype)]))
@@ -154,7 +159,7 @@ class Machine:
             array[...] = np.ascontiguousarray(view).view(array.dtype)[..., 0]
 
     def _start(self, number):
-        self.number = number
+        self.number, self.counted, self.acquired = number, False, False
         words = self.shared_bytes // 4
         self.shared = np.full(self.shared_bytes, 0xFF, np.uint8)  # NaN
         self.written_by, self.written_at = np.full(words, -1), np.full((words, 2), -1)
@@ -324,6 +329,14 @@ class Machine:
     def pack_bf16(self, low, high):
         return self._pack(ml_dtypes.bfloat16, low, high)
 
+    def top_halves(self, x, y):
+        return wrap((np.asarray(x) >> 16 & 0xFFFF) | (np.asarray(y) >> 16 & 0xFFFF) << 16)
+
+    def below_half(self, x):
+        number, top = self.number_of(x), self.number_of(np.asarray(x) & ~0xFFFF)
+        rest = np.asarray(number - top, np.float32)
+        return self.word_of(np.where(np.isnan(rest), np.float32(0), rest))
+
     def _two_bytes(self, word, i, j):
         data = self._lanes(word).astype(np.int32)[:, None].view(np.int8)
         return self._pack(ml_dtypes.bfloat16, data[:, i], data[:, j])
@@ -365,6 +378,7 @@ class Machine:
 
     def barrier(self):
         self.epoch += 1
+        self.published[self.published == FENCED] = MET
 
     def barrier_any(self, x):
         self.barrier()
@@ -496,6 +510,8 @@ class Machine:
         inside = ((at >= 0) & (at < len(self.heap))).all()
         assert inside, "no array lies there"
         assert self.readable[at].all(), "no array lies there"
+        others = (self.writer[at] >= 0) & (self.writer[at] != self.number)
+        assert self.acquired or not others.any(), "what another block wrote is read before a fence"
         return self.heap[at]
 
     def _load(self, address, wanted, dtype):
@@ -534,6 +550,8 @@ class Machine:
         assert len(np.unique(at)) == len(at), "two threads write one place"
         self.heap[at], self.writable[at] = data[wanted].ravel(), self.shared_by_blocks[at]
         self.readable[at] |= self.shared_by_blocks[at]
+        between = at[self.shared_by_blocks[at]]
+        self.published[between], self.writer[between] = WRITTEN, self.number
 
     def store_float(self, address, x, wanted):
         self._store(address, self._lanes(x, np.float32).copy()[:, None].view(np.uint8), wanted)
@@ -550,9 +568,16 @@ class Machine:
 
     def add_global(self, address, x, wanted):
         assert np.sum(wanted) == 1, "of several threads nobody knows who is first"
+        own = self.writer == self.number
+        assert (self.published[own] == MET).all(), "a block counts itself in before others see what it wrote"
+        self.counted, self.acquired = True, False
+        at = int(self._lanes(address)[np.argmax(wanted)]) - HEAP
+        self.writer[at : at + 4] = -1
         found = self._load(self._lanes(address), wanted, np.int32)
         self._store(address, (found + self._lanes(x)).astype(np.int32)[:, None].view(np.uint8), wanted)
+        self.writer[at : at + 4] = -1
         return found.astype(np.int64)
 
     def fence(self):
-        pass
+        self.published[self.published == WRITTEN] = FENCED
+        self.acquired = self.counted

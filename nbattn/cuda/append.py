@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..device import DeviceArray
+from ..device import DeviceArray, has_stream
 from ..problem import AppendProblem, storage_name
 from . import arrays, compiler, launch
 from .compiler import WORDS
-from .sending import Sender, copy_page, empty, is_captured, keep, placed, table_there, write
+from .sending import Sender, copy_page, empty, is_captured, keep, placed, table_there, wait, write
 
-__all__ = ["copy_page", "empty", "is_captured", "keep", "placed", "write"]  # what doors ask this module for
+__all__ = [
+    "copy_page",
+    "empty",
+    "is_captured",
+    "keep",
+    "placed",
+    "wait",
+    "write",
+]  # what doors ask this module for
 
 THREADS = 64
 PAGE_WORDS = {**WORDS, "int8": "int8", "int4": "uint8"}
@@ -37,7 +46,8 @@ class Plan:
     """Appends to one cache again and again."""
 
     def __init__(self, problem: AppendProblem) -> None:
-        self.problem = problem
+        none: Any = None
+        self.problem = replace(problem, key=none, value=none)  # the first call's, not to be kept alive
 
     def append(self, key: Any, value: Any, starts: Any, counts: NDArray[np.int64]) -> None:
         """Write keys and values (B, Hkv, S, D) to the positions from `starts` on.
@@ -64,6 +74,8 @@ class Plan:
             values |= _arrays(key=there[0], value=there[1], **pages)
             given = str(storage_name(key.dtype))
             launch.run(append_kernel(given, p.storage), values, blocks, place, stream)
+            if any(type(x) is DeviceArray and not has_stream(x) for x in (key, value)):
+                launch.ask("cuStreamSynchronize", stream)  # as JAX, which may use the memory again at once
 
 
 def rotate(

@@ -60,6 +60,12 @@ def run(
     with place.current(), ExitStack() as stack:
 
         def send(array: NDArray[Any]) -> int:
+            if launch.is_capturing(stream):
+                msg = (
+                    "a graph cannot hold what lies on the host: give all sequences one length and offset, "
+                    "and pass sinks and alibi_slopes on the GPU"
+                )
+                raise ValueError(msg)
             array = np.ascontiguousarray(array)
             address = stack.enter_context(launch.room(place, array.nbytes, stream))
             launch.ask("cuMemcpyHtoDAsync_v2", address, array.ctypes.data, array.nbytes, stream)

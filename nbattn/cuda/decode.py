@@ -20,8 +20,9 @@ from .workspace import workspace
 
 TILES = (Tile(64, 6), Tile(128, 6), Tile(256, 3))
 BYTE_TILES = (Tile(64, 8, 1), Tile(128, 8, 1))
+FLOAT_TILES = (Tile(64, 6, 4),)
 """A problem takes the first that is wide enough. At most 99 KB of shared memory."""
-STORAGES = ("float16", "bfloat16", "int8")
+STORAGES = ("float16", "bfloat16", "int8", "float32")
 CHUNKS = 32
 """Into how many chunks the keys that a cache has room for are cut."""
 SHORTEST = 2 * STEP
@@ -80,7 +81,7 @@ def covers(problem: CacheProblem, out: Any) -> bool:
         and has_runs(out)
         and all(has_runs(x) and _aligned(x) for x in (p.key_pages, p.value_pages))
         and has_runs(p.query)
-        and (p.storage == "int8" or _aligned(p.query))
+        and (p.storage in ("int8", "float32") or _aligned(p.query))
         and launch.device(p.query.device).capability >= CAPABILITY
     )
 
@@ -92,7 +93,7 @@ def tile_of(p: CacheProblem) -> Tile | None:
 
 
 def _tiles(storage: str) -> tuple[Tile, ...]:
-    return BYTE_TILES if storage == "int8" else TILES
+    return {"int8": BYTE_TILES, "float32": FLOAT_TILES}.get(storage, TILES)
 
 
 @cache
@@ -278,6 +279,7 @@ class Start:
 
     def __call__(self, place: launch.Device, stream: int, like: Any) -> None:
         """Start the kernel, for an array of the caller's."""
+        place.function(self.kernel)  # others need not wait while it is compiled
         with workspace(place, self.units, self.sums + self.states, stream, like) as (counters, sums):
             more = self.shared(counters, sums)
             launch.run(self.kernel, self.values | more, self.blocks, place, stream)

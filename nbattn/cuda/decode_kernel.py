@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from . import decode_bytes, decode_merge, decode_products
+from . import decode_bytes, decode_floats, decode_merge, decode_products
 from .decode_tiles import KEYS, REACH, ROWS, STEP, WEIGHTS, Place, Tile
 
 LOG2_E = 1 / math.log(2)
@@ -35,7 +35,13 @@ def build(isa: Any, storage: str, tile: Tile) -> Callable[[Any], None]:
     exp2, fma, maximum, exchange, tanh = isa.exp2, isa.fma, isa.maximum, isa.exchange, isa.tanh
     load_int64, load_float, load_word = isa.load_int64, isa.load_float, isa.load_word
     of_bytes = storage == "int8"
-    products = decode_bytes.build(isa, tile) if of_bytes else decode_products.build(isa, storage, tile)
+    if of_bytes:
+        products = decode_bytes.build(isa, tile)
+    elif storage == "float32":
+        products = decode_floats.build(isa, tile)
+    else:
+        products = decode_products.build(isa, storage, tile)
+    n_left, n_right = (12, 10) if storage == "float32" else (8, 6)
     begin_queries, take_queries, n_kept, score, weigh, add_values, add_exactly, not_finite = products[:-2]
     finish = decode_merge.build(isa, storage, tile, *products[-2:])
 
@@ -197,8 +203,8 @@ def build(isa: Any, storage: str, tile: Tile) -> Callable[[Any], None]:
         o = cuda.local.array(n_sums, float32)
         top = cuda.local.array(2, float32)
         total = cuda.local.array(2, float32)
-        a = cuda.local.array(8, int32)
-        b = cuda.local.array(6, int32)
+        a = cuda.local.array(n_left, int32)
+        b = cuda.local.array(n_right, int32)
         kept = cuda.local.array(n_kept, int32)
         x = locate(p)
         if x.part >= x.parts:

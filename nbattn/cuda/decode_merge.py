@@ -32,6 +32,7 @@ def build(
     )  # fmt: skip
     fence, add_global = isa.fence, isa.add_global
     pack_f16, pack_bf16, of_bytes = isa.pack_f16, isa.pack_bf16, storage == "int8"
+    of_floats = storage == "float32"
     pack = pack_f16 if storage == "float16" else pack_bf16
     width, sum_pitch, warp_bytes, states_at = tile.width, tile.sum_pitch, tile.warp_bytes, tile.states_at
     parts = width // 32  # columns of a lane
@@ -76,6 +77,8 @@ def build(
                 store_half(at + 2 * int64(c), pack_f16(y, y), wanted)
             else:
                 store_half(at + 2 * int64(c), pack_bf16(y, y), wanted)
+        elif of_floats:
+            store_float(at + 4 * int64(c), y, wanted)
         else:
             store_half(at + 2 * int64(c), pack(y, y), wanted)
 
@@ -201,6 +204,7 @@ def build(
             return
         fence()
         barrier()
+        fence()  # the thread that counts has seen the others' sums, and so has who counts after it
         counter = p.counters + 4 * int64(x.unit)
         first = thread() == 0
         before = add_global(counter, 1, first)

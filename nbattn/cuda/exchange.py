@@ -182,7 +182,7 @@ def new(like: DeviceArray, shape: tuple[int, ...], dtype: Any) -> DeviceArray:
         with cuda.gpus[like.device]:
             made = cuda.device_array(shape, np.dtype(dtype.name))
         return _from_interface(made, made.__cuda_array_interface__ | {"stream": like.stream})
-    library = _reader(owner)
+    library = owner.library if isinstance(owner, Memory) else _reader(owner)
     if library is None:
         msg = f"there is no way to make an array of {type(owner).__name__}; pass out"
         raise ValueError(msg)

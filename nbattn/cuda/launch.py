@@ -35,6 +35,7 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "cuCtxGetDevice": (_P,),
     "cuCtxPushCurrent_v2": (_P,),
     "cuCtxPopCurrent_v2": (_P,),
+    "cuCtxSynchronize": (),
     "cuModuleLoadData": (_P, _P),
     "cuModuleGetFunction": (_P, _P, ctypes.c_char_p),
     "cuFuncSetAttribute": (_P, _I, _I),

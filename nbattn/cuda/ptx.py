@@ -393,6 +393,20 @@ def high_bf16(word: int32) -> float32:
     """The bfloat16 in the upper half: ``and.b32 d, word, 0xffff0000;``"""
 
 
+@_line("prmt.b32 $0, $1, $2, 0x7632;", "=r,r,r")
+def top_halves(x: int32, y: int32) -> int32:
+    """Of two float32's words the upper halves, bfloat16 that are no larger: ``prmt.b32 d, x, y, 0x7632;``"""
+
+
+@_line(
+    "{ .reg .pred p; .reg .b32 t; .reg .f32 x, y; and.b32 t, $1, 0xffff0000; mov.b32 x, $1; mov.b32 y, t; "
+    "sub.f32 x, x, y; setp.nan.f32 p, x, x; selp.f32 x, 0f00000000, x, p; mov.b32 $0, x; }",
+    "=r,r",
+)
+def below_half(x: int32) -> int32:
+    """The word of a float32 less its upper half, 0 where that is none: ``sub.f32 d, x, x & 0xffff0000;``"""
+
+
 def _two_bytes(name: str, i: int, j: int) -> Any:
     # A byte b, its sign turned, in the low bits of 2**23 is 2**23 + 128 + b; and no bfloat16 rounds it.
     text = (

@@ -74,6 +74,12 @@ def is_captured(array: Any) -> bool:
     return type(array) is DeviceArray and launch.is_capturing(array.stream)
 
 
+def wait(array: DeviceArray) -> None:
+    """Have all that was launched on the array's GPU be done."""
+    with launch.device(array.device).current():
+        launch.ask("cuCtxSynchronize")
+
+
 def placed(array: NDArray[Any]) -> DeviceArray:
     """A copy of the array on the current GPU."""
     there = empty(array.shape, array.dtype)

@@ -14,8 +14,10 @@ from . import launch
 
 GRAPH_COUNTERS = 1 << 20
 """Counters of a GPU that calls in graphs take for good, 4 MB; later ones set theirs to 0 each time."""
+PER_THREAD = 2
+"""CU_STREAM_PER_THREAD"""
 _lock = threading.Lock()
-_kept: dict[tuple[int, int], list[tuple[int, int]]] = {}
+_kept: dict[tuple[int, int, int], list[tuple[int, int]]] = {}
 """By GPU and stream: addresses and bytes of counters and of sums. A stream's launches take turns."""
 _for_graphs: dict[int, list[int]] = {}
 """By GPU: the address of the next counter for graphs, and how many are left."""
@@ -54,7 +56,9 @@ def _kept_for(place: launch.Device, counted: int, size: int, stream: int) -> tup
         launch.ask("cuMemsetD8Async", many, 0, 4 * GRAPH_COUNTERS, stream)
         launch.ask("cuStreamSynchronize", stream)  # once: graphs run on any stream
         _for_graphs[place.ordinal] = [many, GRAPH_COUNTERS]
-    kept = _kept.setdefault((place.ordinal, stream), [(0, 0), (0, 0)])
+    # The default streams of threads share one handle.
+    key = place.ordinal, stream, threading.get_ident() if stream == PER_THREAD else 0
+    kept = _kept.setdefault(key, [(0, 0), (0, 0)])
     for i, wanted in enumerate((counted, size)):
         address, have = kept[i]
         if have >= wanted:
