@@ -5,6 +5,8 @@ import importlib
 import struct
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -112,6 +114,33 @@ class TestLaunch:
             launch.device(0).function(passing)
         given[0] = 128
         assert launch.device(0).function(passing) == launch.device(0).function(passing)
+
+    def test_again_from_many_threads(self, gpu):
+        """Each launch has its own parameters: what another thread is about to ask for does not reach it."""
+        call = launch.Call(DOUBLE, {"n": (1, 0), "times": 1}, 1, launch.device(0), ("x", "out"))
+        asked = []
+        go = threading.Barrier(4)
+
+        def launched(*arguments):
+            time.sleep(1e-4)  # others come in between
+            asked.append(DOUBLE.layout.unpack(ctypes.string_at(arguments[-1][1], DOUBLE.layout.size)))
+            return 0
+
+        gpu.cuLaunchKernel = launched
+
+        def many(first):
+            go.wait()
+            for i in range(20):
+                call(0, first + i, -first - i & 0xFFFF)
+
+        threads = [threading.Thread(target=many, args=(1000 * n,)) for n in range(1, 5)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert {(x, out) for x, *_, out, _ in asked} == {
+            (1000 * n + i, -1000 * n - i & 0xFFFF) for n in range(1, 5) for i in range(20)
+        }
 
     def test_too_many_blocks(self, gpu):
         with pytest.raises(ValueError, match=r"fewer than 2\*\*31: split the batch"):
@@ -313,6 +342,29 @@ class TestToolchain:
         }  # fmt: skip
         with pytest.raises(RuntimeError, match=r"capability 6\.1 is not supported.*numba-cuda\[cu12\]"):
             compiler.binary(DOUBLE, (6, 1))
+
+    @pytest.mark.parametrize("missing", ["NvvmSupportError", "NvrtcSupportError", "OSError"])
+    def test_nvvm_or_nvrtc(self, modules, missing):
+        error = OSError if missing == "OSError" else type(missing, (Exception,), {})
+
+        def compile_(*arguments, **options):
+            message = "libnvrtc.so.13: cannot open shared object file"
+            raise error(message)
+
+        types = SimpleNamespace(
+            void=tuple, float32=0, float64=0, int32=0, CPointer=lambda x: x, UniTuple=lambda x, n: x,
+            NamedTuple=lambda x, n: x,
+        )  # fmt: skip
+        modules |= {
+            "numba.cuda": SimpleNamespace(compile=compile_), "numba.cuda.types": types,
+            "cuda.bindings.nvjitlink": SimpleNamespace(version=lambda: (13, 5)),
+            "numba.cuda.dispatcher": SimpleNamespace(get_current_device=None),
+            "numba.cuda.cudadrv.error": SimpleNamespace(**{missing: error}),
+        }  # fmt: skip
+        with pytest.raises(
+            ImportError, match=r"cannot compile for sm_80: libnvrtc.*reinstall.*nbattn\[cuda\]"
+        ):
+            compiler.binary(DOUBLE, (8, 0))
 
     def test_old_driver(self, gpu):
         gpu.fail = {"cuModuleLoadData": 222}

@@ -263,6 +263,17 @@ def run(
 _put_pointer = struct.Struct("@P").pack_into
 
 
+class _Filled:
+    """A launch's parameters and what the driver is told of them, which takes longer to make than to use."""
+
+    def __init__(self, parameters: bytearray) -> None:
+        self.parameters, size = parameters, len(parameters)
+        address = ctypes.addressof((ctypes.c_char * size).from_buffer(parameters))
+        self._size, self.context = ctypes.c_size_t(size), ctypes.c_void_p()
+        self.all = (ctypes.c_void_p * 5)(BUFFER, address, BUFFER_SIZE, ctypes.addressof(self._size), 0)
+        self.to_context = ctypes.byref(self.context)
+
+
 class Call:
     """A launch to be made again: packed once, and only some pointers change."""
 
@@ -278,14 +289,26 @@ class Call:
         self.parameters = kernel.packed(values)
         self.function = place.function(kernel)
         self.offsets = [kernel.offsets[name] for name in pointers]
+        self._free: list[_Filled] = []
 
     def __call__(self, stream: int, *addresses: int) -> None:
         if self.blocks == 0:
             return
-        parameters = self.parameters[:]  # its own, as other threads may call too
+        try:
+            filled = self._free.pop()  # no other thread's: each takes one, and gives it back
+        except IndexError:
+            filled = _Filled(self.parameters[:])
         for offset, address in zip(self.offsets, addresses, strict=True):
-            _put_pointer(parameters, offset, address)
-        self.start(parameters, stream)
+            _put_pointer(filled.parameters, offset, address)
+        found, kernel, context = library(), self.kernel, filled.context
+        if found.cuCtxGetCurrent(filled.to_context) or context.value != self.place.context:
+            self.start(filled.parameters, stream)
+        elif status := found.cuLaunchKernel(
+            self.function, self.blocks, 1, 1, kernel.threads, 1, 1, kernel.shared, stream, None, filled.all
+        ):
+            name = "cuLaunchKernel"
+            raise DriverError(name, status)
+        self._free.append(filled)
 
     def start(self, parameters: bytearray, stream: int) -> None:
         if _handle("cuCtxGetCurrent") == self.place.context:
