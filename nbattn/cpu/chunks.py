@@ -125,7 +125,7 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
 
     load, store, get, put = simd.loads("float64" if size == 8 else "float32")
     _, store_outer, _, put_outer = simd.loads(outer)
-    get_int, put_int = simd.scalars(types.int64)
+    get_int, put_steps = simd.scalars(types.int64)[0], lookup.put_steps
     stored_bits = {"int8": 8, "int4": 4}.get(storage, 8 * outer_bytes)  # of a number
     add, sub, mul, fma, greater, splat = simd.add, simd.sub, simd.mul, simd.fma, simd.greater, simd.splat
     exp2_product = simd.exp2_product
@@ -373,9 +373,8 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
             if number < chunks:
                 # A helper that comes late finds no task, and must not touch memory that others use by then.
                 if ready < 0:
-                    for j in range(LONG):
-                        put_int(w.wide_keys + 8 * j, w.wide + j * padded(p.head_dim) * size)
-                        put_int(w.wide_values + 8 * j, w.wide + j * padded(p.value_dim) * size)
+                    put_steps(w.wide_keys, w.wide, padded(p.head_dim) * size, KEYS)
+                    put_steps(w.wide_values, w.wide, padded(p.value_dim) * size, LONG)
                 if ready != unit:
                     all_first, all_last = set_up(p, w, b, head, row0, rows, together)
                     ready = unit
