@@ -7,8 +7,9 @@ must be the same for the whole block. Fragments lie as the PTX ISA says ("Matrix
 All threads take a step together, which no real ones do. What they may not rely on is checked instead: a word
 of shared memory must not be touched by two threads, one of them writing, with no barrier between; a copy is
 seen by its own thread once waited for, and by others after a barrier; memory is read only where an array
-lies, and written once. Bank conflicts are counted. Where the ISA leaves open how tensor cores round, sums are
-cut off, as real ones do (Fasi et al., 2021, https://doi.org/10.7717/peerj-cs.330).
+lies, and written once. Bank conflicts are counted. Approximate instructions are off by what the ISA allows.
+Where it leaves open how tensor cores round, sums are cut off, as real ones do (Fasi et al., 2021,
+https://doi.org/10.7717/peerj-cs.330).
 """
 
 from types import SimpleNamespace
@@ -286,14 +287,20 @@ class Machine:
         flush = lambda y: np.where(np.abs(y) < tiny, np.copysign(np.float32(0), y), y)  # noqa: E731
         return self._number(lambda y: flush(function(flush(y))), x)
 
+    @staticmethod
+    def _wrong(y, by):
+        """y, off by as much as the ISA allows, up or down; what is exact on any device stays so."""
+        mantissa = y.view(np.uint32) & 0x7FFFFF
+        return np.where(mantissa == 0, y, y + np.where(mantissa & 1, by, -by).astype(np.float32))
+
     def exp2(self, x):
-        return self._flushed(np.exp2, x)
+        return self._flushed(lambda x: self._wrong(y := np.exp2(x), 2.0**-22 * y), x)
 
     def log2(self, x):
-        return self._flushed(np.log2, x)
+        return self._flushed(lambda x: self._wrong(y := np.log2(x), 2.0**-22 * np.maximum(np.abs(y), 1)), x)
 
     def reciprocal(self, x):
-        return self._flushed(np.reciprocal, x)
+        return self._flushed(lambda x: self._wrong(y := np.reciprocal(x), 2.0**-23 * y), x)
 
     def tanh(self, x):
         return self._number(np.tanh, x)

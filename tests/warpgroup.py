@@ -224,6 +224,7 @@ class Role(warp.Machine):
         super().__init__(count, gpu.shared_bytes)
         self.all, self.ids = block, np.arange(first, first + count)
         self.heap, self.readable, self.writable = gpu.heap, gpu.readable, gpu.writable
+        self.published, self.writer, self.counted, self.acquired = gpu.published, gpu.writer, False, False
         self.shared_by_blocks = gpu.shared_by_blocks
         self.conflicts, self.counts, self.number = gpu.conflicts, gpu.counts, block.number
         self.shared = block.shared
