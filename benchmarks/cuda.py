@@ -1,4 +1,4 @@
-"""asv: attention and softmax of tensors on a GPU, until it is done; rows without a GPU are left out.
+"""asv: attention, decode and softmax of tensors on a GPU, until it is done; without one rows are left out.
 
 `gpu.py` compares the same kernels with PyTorch's; this is for their history.
 """
@@ -18,6 +18,8 @@ with suppress(ImportError):  # commits before these names have no results
 
     from .attention import case_of
 
+SIZES = 32, 32768, 64
+"""Query heads, keys and head_dim of decode."""
 DTYPES = ["bfloat16", "float16", "float32", "float64"]
 
 
@@ -63,6 +65,32 @@ class Prefill(_OnGpu):
         self.run = partial(nbattn.scaled_dot_product_attention, *x, is_causal=case.causal)
 
     def time_attention(self, dtype: str, shape: str) -> None:
+        self.until_done()
+
+
+class Decode(_OnGpu):
+    """A token over a cache, outside of a graph."""
+
+    params = (["bfloat16", "int8", "float32"], [0, 16], [1, 4, 8])
+    param_names = ("dtype", "page_size", "group")
+
+    def prepare(self, dtype: str, page_size: int, group: int) -> None:
+        heads, keys, dim = SIZES
+        given, kv_heads = "bfloat16" if dtype == "int8" else dtype, heads // group
+        new, query = normal(given, 1, kv_heads, keys, dim), normal(given, 1, heads, 1, dim)
+        if page_size:
+            pages = nbattn.PagedKVCache(
+                -(-keys // page_size), page_size, kv_heads, dim, dtype, backend="cuda"
+            )
+            sequence = pages.add()
+            pages.append(sequence, new, new)
+            self.run = partial(pages.attend, sequence, query)
+        else:
+            cache = nbattn.KVCache(1, kv_heads, keys, dim, dtype, backend="cuda")
+            cache.append(new, new)
+            self.run = partial(cache.attend, query)
+
+    def time_attend(self, dtype: str, page_size: int, group: int) -> None:
         self.until_done()
 
 
