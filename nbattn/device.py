@@ -236,10 +236,10 @@ def layout(x: Any) -> Any:
     return None
 
 
-def repeated(run: Callable[..., None], like: DeviceArray, shape: tuple[int, ...]) -> Any:
+def repeated(run: Callable[..., Any], like: DeviceArray, shape: tuple[int, ...]) -> Any:
     """A function of arrays whose `layout` is known that gives the result of `run(*addresses, stream)`.
 
-    The result lies as `like`, of the arrays' library and in that shape.
+    The result lies as `like`, of the arrays' library and in that shape. Where `run` says False, it is None.
     """
     owner, ordinal = like.owner, like.device
     if (torch := _loaded("torch", owner)) is not None:
@@ -247,8 +247,8 @@ def repeated(run: Callable[..., None], like: DeviceArray, shape: tuple[int, ...]
 
         def repeat(*arrays: Any) -> Any:
             out = torch.empty(shape, dtype=dtype, device=place)
-            run(*[x.data_ptr() for x in arrays], out.data_ptr(), _torch_stream(torch, ordinal))
-            return out
+            done = run(*[x.data_ptr() for x in arrays], out.data_ptr(), _torch_stream(torch, ordinal))
+            return None if done is False else out
 
         return repeat
     cupy: Any = _loaded("cupy", owner)
@@ -257,8 +257,8 @@ def repeated(run: Callable[..., None], like: DeviceArray, shape: tuple[int, ...]
     def repeat_cupy(*arrays: Any) -> Any:
         with cupy.cuda.Device(ordinal):
             out = cupy.empty(shape, dtype)
-            run(*[x.data.ptr for x in arrays], out.data.ptr, cupy.cuda.get_current_stream().ptr)
-        return out
+            done = run(*[x.data.ptr for x in arrays], out.data.ptr, cupy.cuda.get_current_stream().ptr)
+        return None if done is False else out
 
     return repeat_cupy
 

@@ -235,12 +235,15 @@ class Store:
     ) -> NDArray[Any] | AttentionOutput:
         """Attention of the last positions' queries, as `KVCache.attend` says."""
         layout = None
+        if lengths is None and (backend is None or backend == (self.backend or "cpu")):
+            if not (self.is_on_gpu and out is not None):
+                layout = _layout(query, given, return_lse, self.is_on_gpu)
+            if (known := places.readers.get(layout)) is not None:
+                result = known(query, out, given)
+                if result is not None:
+                    return result
         if self.is_on_gpu:
             query, out, given = self._on_gpu(query, out, given, backend)
-        elif lengths is None and (backend is None or backend == (self.backend or "cpu")):
-            layout = _layout(query, given, return_lse)
-            if (known := places.readers.get(layout)) is not None:
-                return known(query, out, given)
         options = Options(*given)
         module = check.backend_module("decode", backend or self.backend)
         q = check_query(query, self.pages, len(places.lengths))
@@ -278,6 +281,8 @@ class Store:
         if type(result) is DeviceArray:
             if (counts < q.shape[2]).any():
                 check.backend_module("append", "cuda").clear(result, lse, counts)
+            if layout is not None and in_graph is None and lse is None:
+                self._remember_on_gpu(places, layout, module, problem, result)
             result, lse = map(device.given_back, (result, lse))
             return result if lse is None else AttentionOutput(result, None, lse)
         for b in np.flatnonzero(counts < q.shape[2]):
@@ -287,6 +292,28 @@ class Store:
         if layout is not None and q.size <= PLAN_NUMBERS and check.kernel_view(q) is q:
             self._remember(places, layout, module, problem, result, return_lse)
         return result if lse is None else AttentionOutput(result, None, lse)
+
+    def _remember_on_gpu(
+        self, places: Places, layout: Any, module: ModuleType, problem: CacheProblem, result: DeviceArray
+    ) -> None:
+        """Make calls of this layout short from the third on, while all sequences are of one length."""
+        if self._is_first(places, layout) or self.frequencies is not None:
+            return
+        later, queries = module.later(problem, result), problem.query.shape[2]
+        if later is None:
+            return
+
+        def run(query: int, output: int, stream: int) -> bool:
+            return self.streams == {stream} and later.forward(places.longest, query, output, stream)
+
+        repeated = device.repeated(run, result, result.shape)
+
+        def again(query: Any, out: Any, given: Any) -> Any:
+            """The output; None where this call is another."""
+            same = queries <= places.longest == places.lengths.min()
+            return repeated(query) if same else None
+
+        places.readers[layout] = again
 
     def _on_gpu(
         self, query: Any, out: Any, given: tuple[Any, ...], backend: str | None
@@ -310,11 +337,7 @@ class Store:
         return_lse: bool,
     ) -> None:
         """Make calls of this layout short from the third on."""
-        readers = places.readers
-        if layout not in readers:
-            if len(readers) >= PLANS:
-                readers.clear()
-            readers[layout] = None
+        if self._is_first(places, layout):
             return
         forward = module.Plan(problem).forward
         lengths, queries, offset = places.lengths, np.array([problem.query.shape[2]]), problem.offset
@@ -350,7 +373,16 @@ class Store:
                 output = output.astype(dtype)
             return output if sums is None else AttentionOutput(output, None, sums)
 
-        readers[layout] = again
+        places.readers[layout] = again
+
+    def _is_first(self, places: Places, layout: Any) -> bool:
+        """Whether no call of this layout was seen; then it is from now on."""
+        if layout in places.readers:
+            return False
+        if len(places.readers) >= PLANS:
+            places.readers.clear()
+        places.readers[layout] = None
+        return True
 
     def turned(self, query: NDArray[Any], offset: Any, backend: str | None) -> NDArray[Any]:
         """Queries of a rotary cache, turned by their positions."""
@@ -389,12 +421,17 @@ def _by_row(array: Any) -> Any:
 _PLAIN = frozenset((bool, int, float, type(None)))
 
 
-def _layout(query: Any, options: tuple[Any, ...], return_lse: Any) -> Any:
+def _layout(query: Any, options: tuple[Any, ...], return_lse: Any, is_on_gpu: bool) -> Any:
     """Everything but the query's numbers that decides how a call goes, as a key; None where it cannot be."""
     mask, bias, is_causal, window, scale, softcap, slopes, sinks = options
-    if type(query) is not np.ndarray or mask is not None or bias is not None:
+    if mask is not None or bias is not None or (type(query) is np.ndarray) == is_on_gpu:
         return None
-    layout = (query.shape, query.strides, query.dtype, query.flags.aligned)
+    if is_on_gpu:
+        layout = device.layout(query)
+        if layout is None:
+            return None
+    else:
+        layout = (query.shape, query.strides, query.dtype, query.flags.aligned)
     if is_causal is True and return_lse is False and window is scale is softcap is slopes is sinks is None:
         return layout
     sides: Any = () if window is None else window

@@ -20,7 +20,7 @@ from oracle import assert_same_bits, normal
 from test_cuda_arrays import cupy, numba, packed, torch  # noqa: F401
 
 import nbattn
-from nbattn import KVCache, PagedKVCache, device
+from nbattn import KVCache, PagedKVCache, device, store
 from nbattn.cuda import append, decode, launch, sending
 from nbattn.cuda.workspace import workspace
 from nbattn.reference import append as reference
@@ -194,6 +194,84 @@ class TestLater:
             nbattn.scaled_dot_product_attention(q, k, k)
         counters = [parameters[at] for parameters in made]
         assert counters[0] == counters[2] == counters[4] != counters[1] == counters[3]
+
+    @pytest.fixture
+    def told(self, gpu):
+        """What each launch of the decode kernel is told: parameters by name, and its blocks."""
+        made, kernels = [], {k.name: k for k in decode.kernels()}
+
+        def cu_launch_kernel(function, blocks, *arguments):
+            kernel = kernels.get(gpu.functions[function].name)
+            if kernel is not None:
+                numbers = kernel.layout.unpack(ctypes.string_at(arguments[-1][1], kernel.layout.size))
+                names = (name for name, _ in kernel.parameters)
+                made.append(dict(zip(names, numbers, strict=True)) | {"blocks": blocks})
+            return 0
+
+        gpu.cuLaunchKernel = cu_launch_kernel
+        return made
+
+    @pytest.mark.parametrize("storage", ["bfloat16", "int8"])
+    def test_steps_are_short(self, torch, gpu, told, monkeypatch, storage):  # noqa: F811
+        """A later step tells the kernel what the first ones do, and checks nothing again."""
+        checked = []
+        check_query = store.check_query
+        monkeypatch.setattr(store, "check_query", lambda *a: checked.append(1) or check_query(*a))
+        cache = KVCache(2, 2, 300, 32, storage, backend="cuda")
+
+        def step(query, short, **options):
+            checked.clear(), told.clear()
+            result = cache.attend(query, **options)
+            assert (type(result), result.shape) == (type(query), query.shape)
+            assert bool(checked) != short
+            before = dict(cache._places.readers)
+            cache._places.readers.clear()
+            cache.attend(query, **options)
+            cache._places.readers.update(before)
+            first, second = told
+            assert {name for name in first if first[name] != second[name]} <= {"out"}
+            return first
+
+        def tensor(heads, tokens):
+            return torch.to(np.zeros((2, heads, tokens, 32), input_dtype(storage)))
+
+        cache.append(tensor(2, 126), tensor(2, 126))
+        one, two = tensor(4, 1), tensor(4, 2)
+        for query, options in ((one, {}), (two, {}), (one, {"window_size": (9, 0), "softcap": 3.0})):
+            for _ in range(2):
+                step(query, False, **options)
+        chunks = []
+        for _ in range(4):
+            cache.append(tensor(2, 1), tensor(2, 1))
+            chunks.append(step(one, True)["chunks"])
+            step(two, True)
+            step(one, True, window_size=(9, 0), softcap=3.0)
+        assert chunks == [1, 1, 2, 2]
+        out = tensor(4, 1)
+        assert cache.attend(one, out=out) is out
+        torch.streams[0] = 71  # waits for the writer, then knows the stream
+        assert step(one, False)["key_length"] == 130
+        torch.streams[0] = 70
+        cache.append(tensor(2, 1), tensor(2, 1))
+        step(one, True)
+        cache.truncate([131, 130])
+        assert step(one, False)["key_lengths"]
+        cache.truncate([1, 1])
+        step(one, True)
+        assert step(two, False)["offset"] == -1
+
+    def test_graphs_have_their_own_steps(self, torch, gpu, told):  # noqa: F811
+        cache, x = (
+            KVCache(1, 2, 300, 32, "bfloat16", backend="cuda"),
+            torch.to(np.zeros((1, 2, 1, 32), bfloat16)),
+        )
+        cache.append(x, x)
+        for _ in range(3):
+            cache.attend(x)
+        cache.advance()
+        gpu.captured = {70}
+        cache.attend(x)
+        assert [bool(parameters["from_end"]) for parameters in told] == [False] * 3 + [True]
 
 
 STORAGES = ("float32", "bfloat16", "int8", "int4")

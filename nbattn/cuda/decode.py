@@ -301,6 +301,39 @@ class Again:
             self.call(stream, *addresses, counters, sums, sums + s.sums)
 
 
+class Later:
+    """A cache's attention again and again: only queries, output and the length that all share change."""
+
+    def __init__(self, problem: Any, out: DeviceArray) -> None:
+        # The first call's arrays are not to be kept alive.
+        self.problem = replace(problem, query=replace(problem.query, owner=None))
+        self.out = replace(out, owner=None)
+        self.chunk, self.queries = chunk_of(problem), problem.query.shape[2]
+        self.place = launch.device(problem.query.device)
+        self.launches: dict[int, Again] = {}  # by how many chunks there are
+
+    def forward(self, length: int, query: int, out: int, stream: int) -> bool:
+        """Start the kernel for these addresses; not in a graph, which would keep the length."""
+        if launch.is_capturing(stream):
+            return False
+        chunks = -(-length // self.chunk)
+        again = self.launches.get(chunks)
+        if again is None:
+            p = replace(self.problem, max_keys=length)
+            tile = cast(Tile, tile_of(p))
+            made = start(kernel(p.storage, tile), p, self.out, None, tile, {})
+            again = self.launches[chunks] = Again(made, self.place, ("query", "out", "key_length", "offset"))
+        again(stream, query, out, length, length - self.queries)
+        return True
+
+
+def later(problem: CacheProblem, out: Any) -> Later | None:
+    """What makes a call of a cache again at other lengths, where the launch needs nothing of the host."""
+    p: Any = problem
+    sent = p.ring or p.alibi_slopes is not None or p.sinks is not None or vectors(p)
+    return Later(p, out) if not sent and is_few_of_cache(p) and covers(p, out) else None
+
+
 def prepared(problem: CacheProblem, out: Any, lse: Any, send: Any) -> Start:
     """What writes attention to `out` (B, Hq, Sq, Dv) and maybe `lse` (B, Hq, Sq).
 
