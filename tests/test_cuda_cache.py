@@ -353,6 +353,30 @@ class TestArrays:
         np.testing.assert_array_equal(here.lengths, there.lengths)
         assert {launched.stream for launched in gpu.launches} == {70}
 
+    def test_steps(self, torch, gpu, rng):  # noqa: F811
+        """Appends of one layout are packed once; other strides, dtypes, lengths and streams are told."""
+        here, there = (
+            KVCache(2, 2, 40, 32, "int8", rotary_base=100.0, backend=b) for b in ("reference", "cuda")
+        )
+        x = normal(rng, (2, 2, 9, 32))
+        here.append(x, x, [9, 9]), there.append(x, x, [9, 9])
+        for n in range(8):
+            k, v = (normal(rng, (2, 1 + n % 2, 2, 32), np.float16 if n > 5 else np.float32) for _ in "kv")
+            k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))
+            torch.streams[0] = 70 + (n == 3)
+            lengths = [0, 1] if n == 4 else None
+            here.append(k, v, lengths), there.append(torch.to(k), torch.to(v), lengths)
+            q = normal(rng, (2, 2, 1, 32))
+            np.testing.assert_allclose(
+                there.attend(torch.to(q)).numpy(), here.attend(q), rtol=1e-5, atol=1e-5
+            )
+        assert gpu.launches[-1].stream == 70
+        assert 71 in {launched.stream for launched in gpu.launches}
+        with pytest.raises(ValueError, match="capacity"):
+            there.append(
+                torch.to(np.zeros((2, 2, 30, 32), np.float32)), torch.to(np.zeros((2, 2, 30, 32), np.float32))
+            )
+
     @pytest.mark.parametrize("window", [None, 5])
     def test_append_in_a_graph(self, torch, gpu, window, rng):  # noqa: F811
         """The simulated GPU makes captured launches at once."""
