@@ -94,6 +94,31 @@ class Decode(_OnGpu):
         self.until_done()
 
 
+class Graph(_OnGpu):
+    """A step of a decoder in a graph, always at the end of the same cache."""
+
+    params = ("bfloat16", "int8")
+    param_names = ("dtype",)
+
+    def prepare(self, dtype: str) -> None:
+        import torch
+
+        heads, keys, dim = SIZES
+        self.cache = nbattn.KVCache(1, heads // 4, keys, dim, dtype, backend="cuda")
+        prompt, token = (normal("bfloat16", 1, heads // 4, n, dim) for n in (keys, 1))
+        self.cache.append(prompt, prompt)
+        query = normal("bfloat16", 1, heads, 1, dim)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.cache.append(token, token)
+            self.cache.attend(query)
+        self.run = graph.replay
+
+    def time_step(self, dtype: str) -> None:
+        self.cache.advance(0)
+        self.until_done()
+
+
 class Softmax(_OnGpu):
     params = (DTYPES, [-1, 0])
     param_names = ("dtype", "axis")

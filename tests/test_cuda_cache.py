@@ -5,7 +5,9 @@ import ctypes
 import gc
 import sys
 import weakref
+from contextlib import contextmanager
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from ml_dtypes import bfloat16
 from oracle import assert_same_bits, normal
 from test_cuda_arrays import cupy, numba, packed, torch  # noqa: F401
 
+import benchmarks.cuda
 import nbattn
 from nbattn import KVCache, PagedKVCache, device, store
 from nbattn.cuda import append, decode, launch, sending
@@ -655,6 +658,33 @@ class TestGraphs:
         assert (values["key_lengths"], values["from_end"]) == (lengths, 1)
         assert blocks == 4 * (1 if window is None else 2)
         np.testing.assert_array_equal(simulated_gpu.view(cache._places.there), [30, 30])
+
+    @pytest.mark.parametrize("storage", benchmarks.cuda.Graph.params)
+    def test_benchmark(self, gpu, torch, storage, monkeypatch):  # noqa: F811
+        """A row is a step that `advance` and a replay make, and a wait for it."""
+        made, done = [], []
+        monkeypatch.setattr(launch, "run", lambda kernel, *_: made.append(kernel.name))
+        monkeypatch.setattr(launch.Call, "__call__", lambda *_: None)  # the prompt's append
+        monkeypatch.setattr(launch, "require", lambda: None)
+        monkeypatch.setattr(benchmarks.cuda, "SIZES", (8, 40, 32))
+        monkeypatch.setattr(benchmarks.cuda, "normal", lambda _, *shape: torch.to(np.zeros(shape, bfloat16)))
+
+        @contextmanager
+        def graph(graph):
+            gpu.captured = {70}
+            yield
+            gpu.captured = set()
+
+        torch.cuda = SimpleNamespace(
+            is_available=lambda: True, synchronize=lambda: done.append("wait"), graph=graph,
+            CUDAGraph=lambda: SimpleNamespace(replay=lambda: done.append("replay")),
+        )  # fmt: skip
+        row = benchmarks.cuda.Graph()
+        row.setup(storage)
+        assert [name.partition("-")[0] for name in made] == ["append", "decode"]
+        done.clear()
+        row.time_step(storage)
+        assert (done, len(made), row.cache.lengths[0]) == (["replay", "wait"], 2, 40)
 
     def test_refused(self, gpu, torch):  # noqa: F811
         x = torch.to(np.zeros((2, 2, 1, 32), np.float16))
