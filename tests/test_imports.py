@@ -61,8 +61,16 @@ def test_guide_names_everything():
         assert f"`{name}`" in nbattn.__doc__ or name.endswith("Output"), name
 
 
+@pytest.mark.parametrize("name", ["nbattn.cpu", "nbattn.cuda"])
+def test_every_kernel_file_has_its_place(name):
+    """Who opens a folder reads there what each of its files is for."""
+    folder = importlib.import_module(name)
+    names = [module.name for module in pkgutil.iter_modules(folder.__path__)]
+    assert not [name for name in names if f"`{name}`" not in folder.__doc__]
+
+
 def test_every_module_imports():
     for module in pkgutil.walk_packages(nbattn.__path__, "nbattn."):
         # These are for numba-cuda without its simulator, and imported where kernels are compiled.
-        if not module.name.endswith(("__main__", "cuda.ptx", "cuda.ptx_hopper")):
+        if not module.name.endswith(("__main__", "cuda.ptx", "cuda.ptx_lines", "cuda.ptx_hopper")):
             assert importlib.import_module(module.name).__doc__, module.name

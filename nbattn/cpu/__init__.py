@@ -15,7 +15,7 @@ what one kernel alone needs:
 - `hidden` is the kernel of additive attention, with queries in its lanes too, `recurrence` that of linear
   attention, with columns of values, and `exponentials` that of softmax;
 - few queries over long keys, whose lanes are numbers of a head: `chunks` is the kernel; `dots` are its
-  products, of what `kinds` reads, `sweeps` says which of them takes what, `lookup` finds rows in pages,
-  `rows` sets the queries up, `seen` is what `scores` is for the others, `weights` comes after it, and `aside`
-  is for values that are not finite.
+  products, and `nibbles` those of int4, of what `kinds` reads; `sweeps` says which of them takes what,
+  `lookup` finds rows in pages, `rows` sets the queries up, `seen` is what `scores` is for the others,
+  `weights` comes after it, and `aside` is for values that are not finite.
 """

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from .decode_products import query_row
 from .decode_tiles import Tile
 
 
 def build(isa: Any, tile: Tile) -> tuple[Any, ...]:
     """What `decode_kernel` needs for int8, in the order of the last line."""
     jit, unroll, thread, flip = isa.jit, isa.unroll, isa.thread, isa.flip
-    int32, int64, float32, quotient = isa.int32, isa.int64, isa.float32, isa.quotient
+    int32, int64, float32 = isa.int32, isa.int64, isa.float32
     load_matrices, load_matrices_turned = isa.load_matrices, isa.load_matrices_turned
     load_shared_float, load_float, load_half = isa.load_shared_float, isa.load_float, isa.load_half
     select, multiply, pack = isa.select, isa.multiply_bf16, isa.pack_bf16
@@ -26,6 +27,7 @@ def build(isa: Any, tile: Tile) -> tuple[Any, ...]:
     width, pitch, scales_at = tile.width, tile.pitch, tile.scales_at
     steps = width // 16
     n_queries = 4 * steps
+    address = query_row(isa)
 
     @jit
     def begin_queries(p, x, target):
@@ -51,17 +53,13 @@ def build(isa: Any, tile: Tile) -> tuple[Any, ...]:
             unroll()
             row = int32(x.row0 + g + 8 * r)
             wanted = g + 8 * r < x.rows
-            head = quotient(row, int32(p.queries))
-            address = (
-                p.query + x.b * p.query_b + int64(x.h + head) * p.query_h
-                + int64(row - head * p.queries) * p.query_s
-            )  # fmt: skip
+            start = address(p, x, row)
             for step in range(steps):
                 unroll()
                 for e in range(2):
                     unroll()
                     c = int32(16 * step + 4 * q + 2 * e)
-                    y, z = number(p, address, c, wanted), number(p, address, int32(c + 1), wanted)
+                    y, z = number(p, start, c, wanted), number(p, start, int32(c + 1), wanted)
                     word = pack(y, z)
                     at = 4 * step + 2 * e + r
                     kept[at] = word

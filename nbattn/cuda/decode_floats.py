@@ -10,22 +10,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from .decode_products import HALF
+from .decode_products import HALF, column, leaving, query_row
 from .decode_tiles import KEYS, Tile
 
 
 def build(isa: Any, tile: Tile) -> tuple[Any, ...]:
     """What `decode_kernel` needs for float32, in the order of the last line."""
     jit, unroll, thread, flip = isa.jit, isa.unroll, isa.thread, isa.flip
-    int32, int64, float32, quotient = isa.int32, isa.int64, isa.float32, isa.quotient
+    int32, int64, float32 = isa.int32, isa.int64, isa.float32
     load_matrices, load_shared, load_float = isa.load_matrices, isa.load_shared, isa.load_float
-    load_shared_float, store_shared_float = isa.load_shared_float, isa.store_shared_float
+    load_shared_float = isa.load_shared_float
     select, select_int, fma, multiply = isa.select, isa.select_int, isa.fma, isa.multiply_bf16
     top_halves, below_half, word_of = isa.top_halves, isa.below_half, isa.word_of
     number_of, warp_barrier = isa.number_of, isa.warp_barrier
     width, pitch = tile.width, tile.pitch
     steps, value_tiles, words = width // 16, width // 8, pitch // 4
     n_queries = 4 * steps
+    address, leave = query_row(isa), leaving(isa)
 
     @jit
     def split(x, y, target, at, apart):
@@ -59,18 +60,14 @@ def build(isa: Any, tile: Tile) -> tuple[Any, ...]:
             unroll()
             row = int32(x.row0 + g + 8 * r)
             wanted = g + 8 * r < x.rows
-            head = quotient(row, int32(p.queries))
-            address = (
-                p.query + x.b * p.query_b + int64(x.h + head) * p.query_h
-                + int64(row - head * p.queries) * p.query_s
-            )  # fmt: skip
+            start = address(p, x, row)
             for step in range(steps):
                 unroll()
                 for e in range(2):
                     unroll()
                     c = int32(16 * step + 8 * e + q)
-                    y = load_float(address + 4 * int64(c), wanted & (c < p.head_dim))
-                    z = load_float(address + 4 * int64(c + 4), wanted & (c + 4 < p.head_dim))
+                    y = load_float(start + 4 * int64(c), wanted & (c < p.head_dim))
+                    z = load_float(start + 4 * int64(c + 4), wanted & (c + 4 < p.head_dim))
                     split(word_of(y), word_of(z), kept, 4 * step + 2 * e + r, n_queries)
 
     @jit
@@ -127,12 +124,7 @@ def build(isa: Any, tile: Tile) -> tuple[Any, ...]:
         g, q = int32(lane >> 2), int32(lane & 3)
         for h in range(2):
             unroll()
-            for i in range(4):
-                unroll()
-                row, key = int32(g + 8 * (i // 2)), int32(2 * q + i % 2)
-                x = select(((seen >> (4 * h + i)) & 1) != 0, s[4 * h + i], float32(-1))
-                store_shared_float(int32(weights + 4 * (row * HALF + key)), x, True)
-            warp_barrier()
+            leave(s, seen, weights, h)
             for key in range(HALF):
                 first = int32(values + (HALF * h + key) * pitch + (((q >> 1) ^ key) << 4) + (q & 1) * 8)
                 for r in range(2):
@@ -149,12 +141,7 @@ def build(isa: Any, tile: Tile) -> tuple[Any, ...]:
                             o[at] = select(hidden, o[at], fma(weight, x, o[at]))
             warp_barrier()
 
-    @jit
-    def column(k):
-        """Of the numbers of a row that a thread has, in which column number k lies, after its first."""
-        return (k // 2) * 8 + k % 2
-
     n_kept = 3 * n_queries
     return (
-        begin_queries, take_queries, n_kept, score, None, add_values, add_exactly, not_finite, column, 2,
+        begin_queries, take_queries, n_kept, score, None, add_values, add_exactly, not_finite, jit(column), 2,
     )  # fmt: skip

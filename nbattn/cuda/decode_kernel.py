@@ -14,14 +14,12 @@ which it sets back to 0, so that the same launch can be made again, from a graph
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 from . import decode_bytes, decode_floats, decode_merge, decode_products
 from .decode_tiles import KEYS, REACH, ROWS, STEP, WEIGHTS, Place, Tile
-
-LOG2_E = 1 / math.log(2)
+from .mma_rows import LOG2_E
 
 
 def build(isa: Any, storage: str, tile: Tile) -> Callable[[Any], None]:

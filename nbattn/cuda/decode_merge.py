@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 from .decode_tiles import ROWS, WARPS, Tile
+from .mma_rows import LN2, LOG2_E
 
-LN2, LOG2_E = math.log(2), 1 / math.log(2)
 AHEAD = 4
 """Chunks whose sums a thread reads at a time."""
 

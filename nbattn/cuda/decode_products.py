@@ -2,11 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from .decode_tiles import KEYS, ROWS, Tile
 
 HALF = KEYS // 2
+
+
+def query_row(isa: Any) -> Callable[..., Any]:
+    """The function `address` of a kernel."""
+    jit, int32, int64, quotient = isa.jit, isa.int32, isa.int64, isa.quotient
+
+    @jit
+    def address(p, x, row):
+        """Where a row of the heads that share a key head begins: query `row % queries` of one of them."""
+        head = quotient(row, int32(p.queries))
+        query = int64(row - head * p.queries)
+        return p.query + x.b * p.query_b + int64(x.h + head) * p.query_h + query * p.query_s
+
+    return address
+
+
+def leaving(isa: Any) -> Callable[..., None]:
+    """The function `leave` of a kernel."""
+    jit, unroll, thread, int32, float32 = isa.jit, isa.unroll, isa.thread, isa.int32, isa.float32
+    select, store_shared_float, warp_barrier = isa.select, isa.store_shared_float, isa.warp_barrier
+
+    @jit
+    def leave(s, seen, weights, h):
+        """Half h of the warp's weights -> its memory for them, rows of HALF; -1 where a row does not see."""
+        lane = int32(thread() & 31)
+        g, q = int32(lane >> 2), int32(lane & 3)
+        for i in range(4):
+            unroll()
+            row, key = int32(g + 8 * (i // 2)), int32(2 * q + i % 2)
+            x = select(((seen >> (4 * h + i)) & 1) != 0, s[4 * h + i], float32(-1))
+            store_shared_float(int32(weights + 4 * (row * HALF + key)), x, True)
+        warp_barrier()
+
+    return leave
+
+
+def column(k: int) -> int:
+    """Of the numbers of a row that a thread has, in which column number k lies, after its first."""
+    return (k // 2) * 8 + k % 2
 
 
 def build(isa: Any, storage: str, tile: Tile) -> tuple[Any, ...]:
@@ -15,15 +55,15 @@ def build(isa: Any, storage: str, tile: Tile) -> tuple[Any, ...]:
     int32, int64, float32 = isa.int32, isa.int64, isa.float32
     load_matrices, load_matrices_turned = isa.load_matrices, isa.load_matrices_turned
     load_shared, load_shared_float = isa.load_shared, isa.load_shared_float
-    store_shared_float, warp_barrier = isa.store_shared_float, isa.warp_barrier
-    select, select_int, fma = isa.select, isa.select_int, isa.fma
-    smaller, larger, quotient, copy_async = isa.smaller, isa.larger, isa.quotient, isa.copy_async
+    warp_barrier, select, select_int, fma = isa.warp_barrier, isa.select, isa.select_int, isa.fma
+    smaller, larger, copy_async = isa.smaller, isa.larger, isa.copy_async
     half = storage == "float16"
     multiply = isa.multiply_f16 if half else isa.multiply_bf16
     pack = isa.pack_f16 if half else isa.pack_bf16
     low, high = (isa.low_f16, isa.high_f16) if half else (isa.low_bf16, isa.high_bf16)
     exponent = 0x7C00 if half else 0x7F80  # all of its bits
     steps, value_tiles, pitch = tile.width // 16, tile.width // 8, tile.pitch
+    address, leave = query_row(isa), leaving(isa)
     words, panels = pitch // 4, pitch // 128
 
     @jit
@@ -34,12 +74,7 @@ def build(isa: Any, storage: str, tile: Tile) -> tuple[Any, ...]:
         for i in range(ROWS // 4):
             unroll()
             row = int32(r + 4 * i)
-            number = int32(x.row0 + row)
-            head = quotient(number, int32(p.queries))
-            source = (
-                p.query + x.b * p.query_b + int64(x.h + head) * p.query_h
-                + int64(number - head * p.queries) * p.query_s + int64(c * 16)
-            )  # fmt: skip
+            source = address(p, x, int32(x.row0 + row)) + int64(c * 16)
             for panel in range(panels):
                 unroll()
                 size = smaller(larger(int32(row_bytes - panel * 128 - c * 16), 0), 16)
@@ -109,12 +144,7 @@ def build(isa: Any, storage: str, tile: Tile) -> tuple[Any, ...]:
         g, q = int32(lane >> 2), int32(lane & 3)
         for h in range(2):
             unroll()
-            for i in range(4):
-                unroll()
-                row, key = int32(g + 8 * (i // 2)), int32(2 * q + i % 2)
-                x = select(((seen >> (4 * h + i)) & 1) != 0, s[4 * h + i], float32(-1))
-                store_shared_float(int32(weights + 4 * (row * HALF + key)), x, True)
-            warp_barrier()
+            leave(s, seen, weights, h)
             for key in range(HALF):
                 address = int32(values + (HALF * h + key) * pitch + 4 * q)
                 for r in range(2):
@@ -131,11 +161,7 @@ def build(isa: Any, storage: str, tile: Tile) -> tuple[Any, ...]:
                             o[at] = select(hidden, o[at], fma(weight, x, o[at]))
             warp_barrier()
 
-    @jit
-    def column(k):
-        """Of the numbers of a row that a thread has, in which column number k lies, after its first."""
-        return (k // 2) * 8 + k % 2
-
     return (
-        begin_queries, take_queries, 4 * steps, score, None, add_values, add_exactly, not_finite, column, 2,
+        begin_queries, take_queries, 4 * steps, score, None, add_values, add_exactly, not_finite,
+        isa.jit(column), 2,
     )  # fmt: skip

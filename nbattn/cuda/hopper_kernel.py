@@ -17,15 +17,12 @@ only then the block is done again, one product at a time, with such values added
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
-from . import hopper_mend, hopper_scores
+from . import hopper_mend, hopper_scores, mma_rows
 from .hopper_tiles import REACH, Place, Tile
-from .mma_scores import LOG2_E
 
-LN2 = math.log(2)
 DONE, TURN = 1, 3
 """Barriers: of all that work, and the first group's turn (`hopper_mend` has number 2)."""
 SWIZZLED = 1 << 62
@@ -41,11 +38,7 @@ def build(isa: Any, hopper: Any, storage: str, tile: Tile, full: bool) -> Callab
     int32, int64, float32, same, quotient = isa.int32, isa.int64, isa.float32, isa.same, isa.quotient
     barrier, warp_barrier, shared_memory = isa.barrier, isa.warp_barrier, isa.shared_memory
     store_shared, copy_out = isa.store_shared, isa.copy_out
-    select, select_int, smaller, exp2, log2 = isa.select, isa.select_int, isa.smaller, isa.exp2, isa.log2
-    reciprocal, fma, maximum, exchange = isa.reciprocal, isa.fma, isa.maximum, isa.exchange
-    load_int64, load_float, store_float, store_half = (
-        isa.load_int64, isa.load_float, isa.store_float, isa.store_half,
-    )  # fmt: skip
+    select_int, smaller, store_half = isa.select_int, isa.smaller, isa.store_half
     half = storage == "float16"
     pack, kind = (isa.pack_f16, "f16") if half else (isa.pack_bf16, "bf16")
     start_barrier, fence_barriers, wait_phase = hopper.start_barrier, hopper.fence_barriers, hopper.wait_phase
@@ -56,6 +49,7 @@ def build(isa: Any, hopper: Any, storage: str, tile: Tile, full: bool) -> Callab
     query_map, key_map, value_map = hopper.query_map, hopper.key_map, hopper.value_map
     fence_registers, commit_products = hopper.fence_registers, hopper.commit_products
     change, hide, soften, rescale = hopper_scores.build(isa, tile)
+    sequence, end_row = mma_rows.finding(isa), mma_rows.ending(isa, has_sinks=True)
     look, mend, not_finite = hopper_mend.build(isa, hopper, storage, tile)
 
     block_rows, block_keys, groups, stages, turns = (
@@ -92,15 +86,7 @@ def build(isa: Any, hopper: Any, storage: str, tile: Tile, full: bool) -> Callab
         b = quotient(unit, heads)
         h = int32(unit - b * heads)
         row0 = int32((per_unit - 1 - turned) * block_rows)
-        offset, length = p.offset, p.key_length
-        if p.offsets != 0:
-            offset = load_int64(p.offsets + 8 * b)
-        if p.key_lengths != 0:
-            length = load_int64(p.key_lengths + 8 * b)
-        slot, count, start, key_start = int64(b), int64(p.queries), int64(0), int64(0)
-        if p.query_starts != 0:
-            start, key_start = load_int64(p.query_starts + 8 * b), load_int64(p.key_starts + 8 * b)
-            slot, count = int64(0), load_int64(p.query_starts + 8 * b + 8) - start
+        offset, length, slot, count, start, key_start = sequence(p, b)
         return Place(
             same(int32(slot)), h, quotient(h, int32(p.group)), row0, same(int32(count)), same(int32(length)),
             same(int32(min(max(offset - p.left, -REACH), REACH))),
@@ -204,21 +190,7 @@ def build(isa: Any, hopper: Any, storage: str, tile: Tile, full: bool) -> Callab
         for r in range(2):
             unroll()
             i = int32(x.row0 + first + g + 8 * r)
-            amount = float32(total[r] + exchange(total[r], 1))
-            amount = float32(amount + exchange(amount, 2))
-            largest, share = top[r], float32(1)
-            if p.sinks != 0:
-                # Only now: below a large sink float16 would not hold the weights.
-                sink = float32(load_float(p.sinks + 4 * x.h, True) * float32(LOG2_E))
-                largest = maximum(largest, sink)
-                zero_point = select(largest == float32(-infinity), float32(0), largest)
-                share = exp2(float32(top[r] - zero_point))
-                amount = fma(amount, share, exp2(float32(sink - zero_point)))
-            factor = select(amount == float32(0), float32(0), float32(share * reciprocal(amount)))
-            if p.lse != 0:
-                natural = float32((largest + log2(amount)) * float32(LN2))
-                natural = select(amount == float32(0), float32(-infinity), natural)
-                store_float(x.lse + int64(i) * p.lse_s, natural, (i < x.queries) & (q == 0))
+            factor = end_row(p, x, top[r], total[r], i, q)
             target = x.out + int64(i) * p.out_s + 4 * q
             place = int32(memory + (first + g + 8 * r) * 128 + 4 * q)
             for j in range(value_tiles):

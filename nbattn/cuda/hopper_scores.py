@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from . import mma_rows
 from .hopper_tiles import Tile
-from .mma_scores import LARGE
 
 TANH = (-1 / 3, 2 / 15, -17 / 315)
 """tanh x = x + x * (these * x**2, x**4, x**6), to 5e-7 of it up to a quarter."""
@@ -19,8 +19,8 @@ def build(isa: Any, tile: Tile) -> tuple[Callable[..., None], ...]:
     """The functions `change`, `hide`, `soften` and `rescale` of a kernel."""
     jit, unroll, reread_thread = isa.jit, isa.unroll, isa.reread_thread
     int32, float32 = isa.int32, isa.float32
-    select, smaller, any_lane = isa.select, isa.smaller, isa.any_lane
-    exp2, fma, maximum, exchange, reciprocal = isa.exp2, isa.fma, isa.maximum, isa.exchange, isa.reciprocal
+    select, smaller = isa.select, isa.smaller
+    exp2, fma, maximum, reciprocal = isa.exp2, isa.fma, isa.maximum, isa.reciprocal
     columns, sums = tile.keys // 4, tile.value_width // 4  # a thread's of a row
     n_scores, infinity = tile.keys // 2, float("inf")
     first, second, third = TANH
@@ -76,38 +76,14 @@ def build(isa: Any, tile: Tile) -> tuple[Callable[..., None], ...]:
                 at, j = place(r, k), offset(k)
                 s[at] = select((begin <= j) & (j < end), s[at], float32(-infinity))
 
+    soften_row = mma_rows.softening(isa, place, columns)
+
     @jit
     def soften(s, top, total, factor, log2_scale):
         """Scores -> weights, 2 to what they are below the largest so far; `factor` is for earlier sums."""
         for r in range(2):
             unroll()
-            largest = s[place(r, 0)]
-            for k in range(1, columns):
-                unroll()
-                largest = maximum(largest, s[place(r, k)])
-            largest = maximum(largest, exchange(largest, 1))
-            largest = maximum(largest, exchange(largest, 2))
-            largest = maximum(top[r], float32(largest * log2_scale))
-            zero_point = select(largest == float32(-infinity), float32(0), largest)
-            # Sums that are still 0 stay, and so does what `mend` has added to them.
-            empty = top[r] == float32(-infinity)
-            factor[r] = select(empty, float32(1), exp2(float32(top[r] - zero_point)))
-            top[r] = largest
-            # As one rounding, s * scale - zero_point of the largest score is not 0 but what zero_point lost.
-            slope, large = log2_scale, maximum(zero_point, -zero_point) > float32(LARGE)
-            if any_lane(large):
-                slope = select(large, float32(1), log2_scale)
-                for k in range(columns):
-                    unroll()
-                    x = s[place(r, k)]
-                    s[place(r, k)] = select(large, float32(x * log2_scale), x)
-            amount = float32(0)
-            for k in range(columns):
-                unroll()
-                weight = exp2(fma(s[place(r, k)], slope, -zero_point))
-                s[place(r, k)] = weight
-                amount = float32(amount + weight)
-            total[r] = fma(total[r], factor[r], amount)
+            factor[r] = soften_row(s, r, top, total, log2_scale)
 
     @jit
     def rescale(o, factor):

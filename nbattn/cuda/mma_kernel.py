@@ -18,15 +18,11 @@ that see them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
-from . import mma_mend, mma_products, mma_scores, mma_split
-from .mma_scores import LOG2_E
+from . import mma_mend, mma_products, mma_rows, mma_scores, mma_split
 from .mma_tiles import REACH, Place, Tile
-
-LN2 = math.log(2)
 
 
 def build(isa: Any, storage: str, tile: Tile, full: bool) -> Callable[[Any], None]:
@@ -37,16 +33,13 @@ def build(isa: Any, storage: str, tile: Tile, full: bool) -> Callable[[Any], Non
     barrier, barrier_any, warp_barrier = isa.barrier, isa.barrier_any, isa.warp_barrier
     shared_memory, store_shared, copy_out = isa.shared_memory, isa.store_shared, isa.copy_out
     copy_async, commit_copies, wait_copies = isa.copy_async, isa.commit_copies, isa.wait_copies
-    select, select_int, smaller, larger = isa.select, isa.select_int, isa.smaller, isa.larger
-    exp2, log2, reciprocal, fma = isa.exp2, isa.log2, isa.reciprocal, isa.fma
-    maximum, exchange = isa.maximum, isa.exchange
-    load_int64, load_float, store_float, store_half = (
-        isa.load_int64, isa.load_float, isa.store_float, isa.store_half,
-    )  # fmt: skip
+    select_int, smaller, larger = isa.select_int, isa.smaller, isa.larger
+    store_float, store_half = isa.store_float, isa.store_half
     wide, pack = storage == "float32", isa.pack_f16 if storage == "float16" else isa.pack_bf16
     products = mma_split.build(isa, tile) if wide else mma_products.build(isa, storage, tile)
     value_place, load_queries, score, add_values, n_left, n_right, n_parts = products
     change, hide, soften = mma_scores.build(isa, storage, tile)
+    sequence, end_row = mma_rows.finding(isa), mma_rows.ending(isa, has_sinks=full)
     mend, not_finite = mma_mend.build(isa, storage, tile)
 
     threads, block_rows, block_keys, keep = tile.threads, tile.rows, tile.keys, tile.keep
@@ -90,15 +83,7 @@ def build(isa: Any, storage: str, tile: Tile, full: bool) -> Callable[[Any], Non
         shared_head = quotient(h, int32(p.group))
         # Last blocks first: causal ones see most keys.
         row0 = int32((per_head - 1 - (number - unit * per_head)) * block_rows)
-        offset, length = p.offset, p.key_length
-        if p.offsets != 0:
-            offset = load_int64(p.offsets + 8 * b)
-        if p.key_lengths != 0:
-            length = load_int64(p.key_lengths + 8 * b)
-        slot, count, start, key_start = int64(b), int64(p.queries), int64(0), int64(0)
-        if p.query_starts != 0:
-            start, key_start = load_int64(p.query_starts + 8 * b), load_int64(p.key_starts + 8 * b)
-            slot, count = int64(0), load_int64(p.query_starts + 8 * b + 8) - start
+        offset, length, slot, count, start, key_start = sequence(p, b)
         return Place(
             b, h, row0, same(int32(count)), same(int32(length)), offset,
             same(int32(min(max(offset - p.left, -REACH), REACH))),
@@ -119,21 +104,7 @@ def build(isa: Any, storage: str, tile: Tile, full: bool) -> Callable[[Any], Non
         for r in range(rows):
             unroll()
             i, at = int32(x.row0 + first + g + 8 * r), (r // 2) * sums_of + (r % 2) * 2
-            amount = float32(total[r] + exchange(total[r], 1))
-            amount = float32(amount + exchange(amount, 2))
-            largest, share = top[r], float32(1)
-            if full and p.sinks != 0:
-                # Only now: below a large sink float16 would not hold the weights.
-                sink = float32(load_float(p.sinks + 4 * x.h, True) * float32(LOG2_E))
-                largest = maximum(largest, sink)
-                zero_point = select(largest == float32(-infinity), float32(0), largest)
-                share = exp2(float32(top[r] - zero_point))
-                amount = fma(amount, share, exp2(float32(sink - zero_point)))
-            factor = select(amount == float32(0), float32(0), float32(share * reciprocal(amount)))
-            if p.lse != 0:
-                natural = float32((largest + log2(amount)) * float32(LN2))
-                natural = select(amount == float32(0), float32(-infinity), natural)
-                store_float(x.lse + int64(i) * p.lse_s, natural, (i < x.queries) & (q == 0))
+            factor = end_row(p, x, top[r], total[r], i, q)
             target = x.out + int64(i) * p.out_s + 2 * unit * q
             place = int32(memory + (first + g + 8 * r) * value_pitch + 4 * q)
             for j in range(value_tiles):

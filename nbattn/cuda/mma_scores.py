@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
+from . import mma_rows
 from .mma_tiles import Tile
-
-LOG2_E = 1 / math.log(2)
-LARGE = float(1 << 12)
-"""Exponents from which on the rounding of ``scale * maximum`` may move a weight of 1 in float16."""
 
 
 def build(isa: Any, storage: str, tile: Tile) -> tuple[Callable[..., None], ...]:
     """The functions `change`, `hide` and `soften` of a kernel."""
     jit, unroll, reread_thread = isa.jit, isa.unroll, isa.reread_thread
     int32, int64, float32 = isa.int32, isa.int64, isa.float32
-    select, smaller, any_lane, flip = isa.select, isa.smaller, isa.any_lane, isa.flip
-    exp2, fma, maximum, exchange, tanh = isa.exp2, isa.fma, isa.maximum, isa.exchange, isa.tanh
+    select, smaller, flip, fma, tanh = isa.select, isa.smaller, isa.flip, isa.fma, isa.tanh
     load_float, load_half, load_byte = isa.load_float, isa.load_half, isa.load_byte
     low = isa.low_f16 if storage == "float16" else isa.low_bf16  # float32's bias is float32
     rows, scores_of, sums_of, warp_rows = tile.thread_rows, tile.scores, tile.sums, 16 * tile.warp_tiles
@@ -113,41 +108,17 @@ def build(isa: Any, storage: str, tile: Tile) -> tuple[Callable[..., None], ...]
                 at, j = place(r, k), offset(k)
                 s[at] = select((first <= j) & (j < last), s[at], float32(-infinity))
 
+    soften_row = mma_rows.softening(isa, place, columns)
+
     @jit
     def soften(s, o, top, total, log2_scale):
         """Scores -> weights, 2 to what they are below the largest so far; what was summed before follows."""
         for r in range(rows):
             unroll()
-            largest = s[place(r, 0)]
-            for k in range(1, columns):
-                unroll()
-                largest = maximum(largest, s[place(r, k)])
-            largest = maximum(largest, exchange(largest, 1))
-            largest = maximum(largest, exchange(largest, 2))
-            largest = maximum(top[r], float32(largest * log2_scale))
-            zero_point = select(largest == float32(-infinity), float32(0), largest)
-            # Sums that are still 0 stay, and so does what `mend` has added to them.
-            empty = top[r] == float32(-infinity)
-            rescale = select(empty, float32(1), exp2(float32(top[r] - zero_point)))
-            top[r] = largest
-            # As one rounding, s * scale - zero_point of the largest score is not 0 but what zero_point lost.
-            factor, large = log2_scale, maximum(zero_point, -zero_point) > float32(LARGE)
-            if any_lane(large):
-                factor = select(large, float32(1), log2_scale)
-                for k in range(columns):
-                    unroll()
-                    x = s[place(r, k)]
-                    s[place(r, k)] = select(large, float32(x * log2_scale), x)
-            amount = float32(0)
-            for k in range(columns):
-                unroll()
-                weight = exp2(fma(s[place(r, k)], factor, -zero_point))
-                s[place(r, k)] = weight
-                amount = float32(amount + weight)
-            total[r] = fma(total[r], rescale, amount)
+            factor = soften_row(s, r, top, total, log2_scale)
             for k in range(value_columns):
                 unroll()
                 at = (r // 2) * sums_of + (r % 2) * 2 + (k // 2) * 4 + k % 2
-                o[at] = float32(o[at] * rescale)
+                o[at] = float32(o[at] * factor)
 
     return change, hide, soften

@@ -11,94 +11,20 @@ shared memory 32 bits, of global memory 64.
 
 # mypy: disable-error-code="empty-body"
 
-import inspect
 import math
-from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
 
 from llvmlite import ir
 from numba import cuda
-from numba.cuda import cgutils, types
-from numba.cuda.extending import intrinsic, register_jitable
+from numba.cuda import types
+from numba.cuda.extending import register_jitable
+
+from .ptx_lines import F32, I8, I32, asm, boolean, element, emitted, float32, int32, int64, one_line
 
 __all__ = ["cuda", "float32", "int32", "int64"]
 
-if TYPE_CHECKING:
-    int32: TypeAlias = int
-    int64: TypeAlias = int
-    float32: TypeAlias = float
-    boolean: TypeAlias = bool
-else:
-    int32, int64, float32, boolean = types.int32, types.int64, types.float32, types.boolean
 jit = register_jitable(inline="always")
-
-I1, I8, I32, I64, F32 = ir.IntType(1), ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
-
-
-def _asm(b: Any, results: list[Any], arguments: list[Any], text: str, constraints: str, stays: bool) -> Any:
-    """Inline PTX: its results. `stays` says that it must stay: it has effects, or reads what others write."""
-    result = results[0] if len(results) == 1 else ir.LiteralStructType(results)
-    result = result if results else ir.VoidType()
-    function = ir.FunctionType(result, [x.type for x in arguments])
-    if stays:
-        constraints = ",".join(filter(None, (constraints, "~{memory}")))
-    # What a warp does together must not move to where only some of its threads come.
-    together = ("convergent",) if any(x in text for x in (".sync", "bar.")) else ()
-    value = b.call(ir.InlineAsm(function, text, constraints, side_effect=stays), arguments, attrs=together)
-    if len(results) > 1:
-        return [b.extract_value(value, i) for i in range(len(results))]
-    return [value] if results else []
-
-
-def _intrinsic(name: str, about: str | None, result: Any, arguments: dict[str, Any], emit: Any) -> Any:
-    """The function of this name that becomes what ``emit(context, builder, types, values)`` emits.
-
-    An argument's type None takes what it is given.
-    """
-
-    def define(typingctx: Any, *given: Any) -> Any:
-        wanted = zip(arguments.values(), given, strict=True)
-        signature = result(*(have if want is None else want for want, have in wanted))
-
-        def codegen(context: Any, b: Any, signature: Any, values: Any) -> Any:
-            value = emit(context, b, signature.args, list(values))
-            return context.get_dummy_value() if value is None else value
-
-        return signature, codegen
-
-    kind = inspect.Parameter.POSITIONAL_ONLY
-    parameters = [inspect.Parameter(x, kind) for x in ("typingctx", *arguments)]
-    define.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    define.__name__, define.__doc__ = name, about
-    return intrinsic(define)
-
-
-def _line(text: str, constraints: str, stays: bool = False) -> Callable[[Callable[..., Any]], Any]:
-    """The intrinsic of one line of PTX on scalars, of which the function's annotations say the types."""
-
-    def make(function: Callable[..., Any]) -> Any:
-        arguments = dict(function.__annotations__)
-        result = arguments.pop("return")
-
-        def emit(context: Any, b: Any, _: Any, values: list[Any]) -> Any:
-            values = [b.zext(x, I32) if x.type == I1 else x for x in values]
-            if result is None:
-                _asm(b, [], values, text, constraints, stays)
-                return None
-            kind = I32 if result == boolean else context.get_value_type(result)
-            (value,) = _asm(b, [kind], values, text, constraints, stays)
-            return b.icmp_signed("!=", value, ir.Constant(I32, 0)) if result == boolean else value
-
-        kind = types.void if result is None else result
-        return _intrinsic(function.__name__, function.__doc__, kind, arguments, emit)
-
-    return make
-
-
-def _place(context: Any, b: Any, array_type: Any, array: Any, index: Any, step: int) -> Any:
-    data = cgutils.create_struct_proxy(array_type)(context, b, value=array).data
-    return b.gep(data, [b.add(index, ir.Constant(index.type, step))], inbounds=True)
 
 
 # --- the loop, the thread, the block ------------------------------------------------------------------------
@@ -140,33 +66,33 @@ def _unroll(context: Any, b: Any, _: Any, values: Any) -> None:
     b.loops_to_unroll.append(b.block)
 
 
-unroll = _intrinsic(
+unroll = emitted(
     "unroll", "First in a loop's body: it is unrolled in full, ``llvm.loop.unroll.full``.", types.void, {},
     _unroll,
 )  # fmt: skip
 
 
-@_line("mov.u32 $0, %tid.x;", "=r")
+@one_line("mov.u32 $0, %tid.x;", "=r")
 def thread() -> int32:
     """The thread's number in its block: ``mov.u32 d, %tid.x;``"""
 
 
-@_line("mov.u32 $0, %tid.x;", "=r", stays=True)
+@one_line("mov.u32 $0, %tid.x;", "=r", stays=True)
 def reread_thread() -> int32:
     """`thread`, read where it stands: the compiler keeps no register for it or what follows from it."""
 
 
-@_line("mov.u32 $0, %ctaid.x;", "=r")
+@one_line("mov.u32 $0, %ctaid.x;", "=r")
 def block() -> int32:
     """The block's number: ``mov.u32 d, %ctaid.x;``"""
 
 
-@_line("mov.u32 $0, %ctaid.x;", "=r", stays=True)
+@one_line("mov.u32 $0, %ctaid.x;", "=r", stays=True)
 def reread_block() -> int32:
     """`block`, read where it stands."""
 
 
-@_line("shfl.sync.idx.b32 $0, $1, 0, 0x1f, 0xffffffff;", "=r,r", stays=True)
+@one_line("shfl.sync.idx.b32 $0, $1, 0, 0x1f, 0xffffffff;", "=r,r", stays=True)
 def same(x: int32) -> int32:
     """x, which is the same in all threads, so that the compiler knows: ``shfl.sync.idx.b32 d, x, 0, 31, ~0;``
 
@@ -174,17 +100,17 @@ def same(x: int32) -> int32:
     """
 
 
-@_line("div.u32 $0, $1, $2;", "=r,r,r")
+@one_line("div.u32 $0, $1, $2;", "=r,r,r")
 def quotient(x: int32, y: int32) -> int32:
     """Of numbers that are not negative: ``div.u32 d, x, y;``"""
 
 
-@_line("bar.sync 0;", "", stays=True)
+@one_line("bar.sync 0;", "", stays=True)
 def barrier() -> None:
     """All threads of the block meet, and see each other's shared memory: ``bar.sync 0;``"""
 
 
-@_line(
+@one_line(
     "{ .reg .pred p; setp.ne.b32 p, $1, 0; bar.red.or.pred p, 0, p; selp.b32 $0, 1, 0, p; }",
     "=r,r",
     stays=True,
@@ -193,13 +119,16 @@ def barrier_any(x: boolean) -> boolean:
     """`barrier`, and whether x holds in any thread: ``bar.red.or.pred p, 0, q;``"""
 
 
-@_line("bar.warp.sync 0xffffffff;", "", stays=True)
+@one_line("bar.warp.sync 0xffffffff;", "", stays=True)
 def warp_barrier() -> None:
     """All threads of the warp meet: ``bar.warp.sync 0xffffffff;``"""
 
 
-@_line("{ .reg .pred p; setp.ne.b32 p, $1, 0; vote.sync.any.pred p, p, 0xffffffff; selp.b32 $0, 1, 0, p; }",
-       "=r,r", stays=True)  # fmt: skip
+@one_line(
+    "{ .reg .pred p; setp.ne.b32 p, $1, 0; vote.sync.any.pred p, p, 0xffffffff; selp.b32 $0, 1, 0, p; }",
+    "=r,r",
+    stays=True,
+)
 def any_lane(x: boolean) -> boolean:
     """Whether x holds in any thread of the warp: ``vote.sync.any.pred p, q, ~0;``"""
 
@@ -216,14 +145,14 @@ def _shared(context: Any, b: Any, _: Any, values: Any) -> Any:
     return b.ptrtoint(memory, I32)
 
 
-shared_memory = _intrinsic(
+shared_memory = emitted(
     "shared_memory",
     "The address of the block's dynamic shared memory: ``.extern .shared .align 1024 .b8 memory[];``",
     int32, {}, _shared,
 )  # fmt: skip
 
 
-@_line("cp.async.cg.shared.global.L2::128B [$0], [$1], 16, $2;", "r,l,r", stays=True)
+@one_line("cp.async.cg.shared.global.L2::128B [$0], [$1], 16, $2;", "r,l,r", stays=True)
 def copy_async(shared: int32, address: int64, size: int32) -> None:
     """Start to copy 16 bytes, of which all from `size` (0 to 16) on are zeros and not read.
 
@@ -231,18 +160,21 @@ def copy_async(shared: int32, address: int64, size: int32) -> None:
     """
 
 
-@_line("{ .reg .pred p; setp.ne.b32 p, $3, 0; @p cp.async.ca.shared.global [$0], [$1], 4, $2; }", "r,l,r,r",
-       stays=True)  # fmt: skip
+@one_line(
+    "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p cp.async.ca.shared.global [$0], [$1], 4, $2; }",
+    "r,l,r,r",
+    stays=True,
+)
 def copy_word_async(shared: int32, address: int64, size: int32, wanted: boolean) -> None:
     """`copy_async` of 4 bytes: ``@p cp.async.ca.shared.global [shared], [address], 4, size;``"""
 
 
-@_line("cp.async.commit_group;", "", stays=True)
+@one_line("cp.async.commit_group;", "", stays=True)
 def commit_copies() -> None:
     """The thread's copies so far are a group: ``cp.async.commit_group;``"""
 
 
-@_line("cp.async.wait_group 0;", "", stays=True)
+@one_line("cp.async.wait_group 0;", "", stays=True)
 def wait_copies() -> None:
     """Wait for the thread's own copies; others' are there after a `barrier`: ``cp.async.wait_group 0;``"""
 
@@ -251,33 +183,33 @@ def wait_copies() -> None:
 def wait_older(left: int) -> Any:
     """A function that waits for the thread's groups of copies but so many: ``cp.async.wait_group left;``"""
 
-    @_line(f"cp.async.wait_group {left};", "", stays=True)
+    @one_line(f"cp.async.wait_group {left};", "", stays=True)
     def wait() -> None: ...
 
     return wait
 
 
-@_line("ld.shared.b32 $0, [$1];", "=r,r", stays=True)
+@one_line("ld.shared.b32 $0, [$1];", "=r,r", stays=True)
 def load_shared(address: int32) -> int32:
     """``ld.shared.b32 d, [address];``"""
 
 
-@_line("ld.shared.f32 $0, [$1];", "=f,r", stays=True)
+@one_line("ld.shared.f32 $0, [$1];", "=f,r", stays=True)
 def load_shared_float(address: int32) -> float32:
     """``ld.shared.f32 d, [address];``"""
 
 
-@_line("{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.shared.b32 [$0], $1; }", "r,r,r", stays=True)
+@one_line("{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.shared.b32 [$0], $1; }", "r,r,r", stays=True)
 def store_shared(address: int32, x: int32, wanted: boolean) -> None:
     """``@p st.shared.b32 [address], x;``"""
 
 
-@_line("{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.shared.f32 [$0], $1; }", "r,f,r", stays=True)
+@one_line("{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.shared.f32 [$0], $1; }", "r,f,r", stays=True)
 def store_shared_float(address: int32, x: float32, wanted: boolean) -> None:
     """``@p st.shared.f32 [address], x;``"""
 
 
-@_line("red.shared.or.b32 [$0], $1;", "r,r", stays=True)
+@one_line("red.shared.or.b32 [$0], $1;", "r,r", stays=True)
 def or_shared(address: int32, x: int32) -> None:
     """Set the bits of x, whatever other threads set: ``red.shared.or.b32 [address], x;``"""
 
@@ -287,13 +219,13 @@ def _ldmatrix(name: str, suffix: str, about: str) -> Any:
 
     def emit(context: Any, b: Any, kinds: Any, values: list[Any]) -> None:
         fragment, index, address = values
-        words = _asm(b, [I32] * 4, [address], f"{line} {{$0,$1,$2,$3}}, [$4];", "=r,=r,=r,=r,r", stays=True)
+        words = asm(b, [I32] * 4, [address], f"{line} {{$0,$1,$2,$3}}, [$4];", "=r,=r,=r,=r,r", stays=True)
         for k, word in enumerate(words):
-            b.store(word, _place(context, b, kinds[0], fragment, index, k))
+            b.store(word, element(context, b, kinds[0], fragment, index, k))
 
     arguments = {"fragment": None, "index": int64, "address": int32}
     about = f"{about}\n\n    ``{line} {{d0, d1, d2, d3}}, [address];``\n    "
-    return _intrinsic(name, about, types.void, arguments, emit)
+    return emitted(name, about, types.void, arguments, emit)
 
 
 load_matrices = _ldmatrix("load_matrices", "", """Four 8 x 8 matrices of 16 bits -> fragment[index:index + 4].
@@ -311,14 +243,14 @@ def _mma(shape: str, kind: str, a_words: int, b_words: int) -> Any:
 
     def emit(context: Any, b: Any, kinds: Any, values: list[Any]) -> None:
         c, ci, x, xi, y, yi = values
-        places = [_place(context, b, kinds[0], c, ci, k) for k in range(4)]
-        words = [b.load(_place(context, b, kinds[2], x, xi, k)) for k in range(a_words)]
-        words += [b.load(_place(context, b, kinds[4], y, yi, k)) for k in range(b_words)]
+        places = [element(context, b, kinds[0], c, ci, k) for k in range(4)]
+        words = [b.load(element(context, b, kinds[2], x, xi, k)) for k in range(a_words)]
+        words += [b.load(element(context, b, kinds[4], y, yi, k)) for k in range(b_words)]
         numbers = iter(range(8 + len(words)))
         operands = (",".join(f"${next(numbers)}" for _ in range(n)) for n in (4, a_words, b_words, 4))
         text = f"{line} {', '.join(f'{{{x}}}' for x in operands)};"
         constraints = "=f,=f,=f,=f," + "r," * len(words) + "0,1,2,3"
-        results = _asm(b, [F32] * 4, words + [b.load(p) for p in places], text, constraints, stays=False)
+        results = asm(b, [F32] * 4, words + [b.load(p) for p in places], text, constraints, stays=False)
         for value, place in zip(results, places, strict=True):
             b.store(value, place)
 
@@ -327,7 +259,7 @@ def _mma(shape: str, kind: str, a_words: int, b_words: int) -> Any:
     ``{line} c, a, b, c;``
     """
     arguments = {"c": None, "ci": int64, "a": None, "ai": int64, "b": None, "bi": int64}
-    return _intrinsic(f"multiply_{kind}", about, types.void, arguments, emit)
+    return emitted(f"multiply_{kind}", about, types.void, arguments, emit)
 
 
 multiply_f16 = _mma("m16n8k16", "f16", 4, 2)
@@ -338,67 +270,67 @@ multiply_tf32 = _mma("m16n8k8", "tf32", 4, 2)
 # --- numbers ------------------------------------------------------------------------------------------------
 
 
-@_line("ex2.approx.ftz.f32 $0, $1;", "=f,f")
+@one_line("ex2.approx.ftz.f32 $0, $1;", "=f,f")
 def exp2(x: float32) -> float32:
     """2 to the x, to 2**-22 of it: ``ex2.approx.ftz.f32 d, x;``"""
 
 
-@_line("lg2.approx.ftz.f32 $0, $1;", "=f,f")
+@one_line("lg2.approx.ftz.f32 $0, $1;", "=f,f")
 def log2(x: float32) -> float32:
     """``lg2.approx.ftz.f32 d, x;``"""
 
 
-@_line("rcp.approx.ftz.f32 $0, $1;", "=f,f")
+@one_line("rcp.approx.ftz.f32 $0, $1;", "=f,f")
 def reciprocal(x: float32) -> float32:
     """``rcp.approx.ftz.f32 d, x;``"""
 
 
-@_line("fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f")
+@one_line("fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f")
 def fma(x: float32, y: float32, z: float32) -> float32:
     """x * y + z, rounded once: ``fma.rn.f32 d, x, y, z;``"""
 
 
-@_line("max.f32 $0, $1, $2;", "=f,f,f")
+@one_line("max.f32 $0, $1, $2;", "=f,f,f")
 def maximum(x: float32, y: float32) -> float32:
     """The larger; of a NaN and a number the number: ``max.f32 d, x, y;``"""
 
 
-@_line("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f")
+@one_line("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f")
 def pack_f16(low: float32, high: float32) -> int32:
     """Two numbers rounded to float16, `low` in the lower half: ``cvt.rn.f16x2.f32 d, high, low;``"""
 
 
-@_line("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f")
+@one_line("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f")
 def pack_bf16(low: float32, high: float32) -> int32:
     """Two numbers rounded to bfloat16, `low` in the lower half: ``cvt.rn.bf16x2.f32 d, high, low;``"""
 
 
-@_line("{ .reg .b16 l, h; mov.b32 {l, h}, $1; cvt.f32.f16 $0, l; }", "=f,r")
+@one_line("{ .reg .b16 l, h; mov.b32 {l, h}, $1; cvt.f32.f16 $0, l; }", "=f,r")
 def low_f16(word: int32) -> float32:
     """The float16 in the lower half: ``cvt.f32.f16 d, l;``"""
 
 
-@_line("{ .reg .b16 l, h; mov.b32 {l, h}, $1; cvt.f32.f16 $0, h; }", "=f,r")
+@one_line("{ .reg .b16 l, h; mov.b32 {l, h}, $1; cvt.f32.f16 $0, h; }", "=f,r")
 def high_f16(word: int32) -> float32:
     """The float16 in the upper half: ``cvt.f32.f16 d, h;``"""
 
 
-@_line("{ .reg .b32 x; shl.b32 x, $1, 16; mov.b32 $0, x; }", "=f,r")
+@one_line("{ .reg .b32 x; shl.b32 x, $1, 16; mov.b32 $0, x; }", "=f,r")
 def low_bf16(word: int32) -> float32:
     """The bfloat16 in the lower half: ``shl.b32 d, word, 16;``"""
 
 
-@_line("{ .reg .b32 x; and.b32 x, $1, 0xffff0000; mov.b32 $0, x; }", "=f,r")
+@one_line("{ .reg .b32 x; and.b32 x, $1, 0xffff0000; mov.b32 $0, x; }", "=f,r")
 def high_bf16(word: int32) -> float32:
     """The bfloat16 in the upper half: ``and.b32 d, word, 0xffff0000;``"""
 
 
-@_line("prmt.b32 $0, $1, $2, 0x7632;", "=r,r,r")
+@one_line("prmt.b32 $0, $1, $2, 0x7632;", "=r,r,r")
 def top_halves(x: int32, y: int32) -> int32:
     """Of two float32's words the upper halves, bfloat16 that are no larger: ``prmt.b32 d, x, y, 0x7632;``"""
 
 
-@_line(
+@one_line(
     "{ .reg .pred p; .reg .b32 t; .reg .f32 x, y; and.b32 t, $1, 0xffff0000; mov.b32 x, $1; mov.b32 y, t; "
     "sub.f32 x, x, y; setp.nan.f32 p, x, x; selp.f32 x, 0f00000000, x, p; mov.b32 $0, x; }",
     "=r,r",
@@ -420,14 +352,14 @@ def _two_bytes(name: str, i: int, j: int) -> Any:
 
     bytes_of.__name__ = name
     bytes_of.__doc__ = f"The signed bytes {i} and {j} of a word as two bfloat16, by ``prmt`` and ``add.f32``."
-    return _line(text, "=r,r")(bytes_of)
+    return one_line(text, "=r,r")(bytes_of)
 
 
 bytes_01, bytes_23 = _two_bytes("bytes_01", 0, 1), _two_bytes("bytes_23", 2, 3)
 bytes_02, bytes_13 = _two_bytes("bytes_02", 0, 2), _two_bytes("bytes_13", 1, 3)
 
 
-@_line("and.b32 $0, $1, 0xffffe000;", "=f,f", stays=True)
+@one_line("and.b32 $0, $1, 0xffffe000;", "=f,f", stays=True)
 def cut(x: float32) -> float32:
     """x without its last 13 bits, which tf32 lacks: ``and.b32 d, x, 0xffffe000;``
 
@@ -435,22 +367,22 @@ def cut(x: float32) -> float32:
     """
 
 
-@_line("mov.b32 $0, $1;", "=r,f")
+@one_line("mov.b32 $0, $1;", "=r,f")
 def word_of(x: float32) -> int32:
     """The bits of a float32: ``mov.b32 d, x;``"""
 
 
-@_line("mov.b32 $0, $1;", "=f,r")
+@one_line("mov.b32 $0, $1;", "=f,r")
 def number_of(word: int32) -> float32:
     """The float32 of these bits: ``mov.b32 d, word;``"""
 
 
-@_line("shfl.sync.bfly.b32 $0, $1, $2, 0x1f, 0xffffffff;", "=f,f,r", stays=True)
+@one_line("shfl.sync.bfly.b32 $0, $1, $2, 0x1f, 0xffffffff;", "=f,f,r", stays=True)
 def exchange(x: float32, distance: int32) -> float32:
     """x of the lane whose number differs by these bits: ``shfl.sync.bfly.b32 d, x, distance, 31, ~0;``"""
 
 
-@_line("shfl.sync.bfly.b32 $0, $1, $2, 0x1f, 0xffffffff;", "=r,r,r", stays=True)
+@one_line("shfl.sync.bfly.b32 $0, $1, $2, 0x1f, 0xffffffff;", "=r,r,r", stays=True)
 def exchange_word(x: int32, distance: int32) -> int32:
     """`exchange` of a word."""
 
@@ -467,23 +399,23 @@ def _select(context: Any, b: Any, _: Any, values: list[Any]) -> Any:
 
 def _choice(name: str, kind: Any) -> Any:
     about = "x where the condition holds, else y: ``selp.b32 d, x, y, p;``"
-    return _intrinsic(name, about, kind, {"condition": boolean, "x": kind, "y": kind}, _select)
+    return emitted(name, about, kind, {"condition": boolean, "x": kind, "y": kind}, _select)
 
 
 select, select_int = _choice("select", float32), _choice("select_int", int32)
 
 
-@_line("xor.b32 $0, $1, $2;", "=r,r,r", stays=True)
+@one_line("xor.b32 $0, $1, $2;", "=r,r,r", stays=True)
 def flip(x: int32, y: int32) -> int32:
     """``xor.b32 d, x, y;`` where it stands: the compiler keeps no register for it."""
 
 
-@_line("min.s32 $0, $1, $2;", "=r,r,r")
+@one_line("min.s32 $0, $1, $2;", "=r,r,r")
 def smaller(x: int32, y: int32) -> int32:
     """``min.s32 d, x, y;``"""
 
 
-@_line("max.s32 $0, $1, $2;", "=r,r,r")
+@one_line("max.s32 $0, $1, $2;", "=r,r,r")
 def larger(x: int32, y: int32) -> int32:
     """``max.s32 d, x, y;``"""
 
@@ -491,26 +423,26 @@ def larger(x: int32, y: int32) -> int32:
 # --- global memory ------------------------------------------------------------------------------------------
 
 
-@_line("ld.global.b64 $0, [$1];", "=l,l", stays=True)
+@one_line("ld.global.b64 $0, [$1];", "=l,l", stays=True)
 def load_int64(address: int64) -> int64:
     """``ld.global.b64 d, [address];``"""
 
 
-@_line(
+@one_line(
     "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p ld.global.b32 $0, [$1]; }", "=&r,l,r", stays=True
 )
 def load_word(address: int64, wanted: boolean) -> int32:
     """The word at the address where `wanted`, else 0: ``@p ld.global.b32 d, [address];``"""
 
 
-@_line(
+@one_line(
     "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p ld.global.b32 $0, [$1]; }", "=&f,l,r", stays=True
 )
 def load_float(address: int64, wanted: boolean) -> float32:
     """The number at the address where `wanted`, else 0: ``@p ld.global.b32 d, [address];``"""
 
 
-@_line(
+@one_line(
     "{ .reg .pred p; .reg .b16 x; setp.ne.b32 p, $2, 0; mov.b16 x, 0; @p ld.global.b16 x, [$1]; "
     "cvt.u32.u16 $0, x; }", "=r,l,r", stays=True,
 )  # fmt: skip
@@ -518,7 +450,7 @@ def load_half(address: int64, wanted: boolean) -> int32:
     """16 bits at the address where `wanted`, else 0: ``@p ld.global.b16 d, [address];``"""
 
 
-@_line(
+@one_line(
     "{ .reg .pred p; .reg .b16 x; setp.ne.b32 p, $2, 0; mov.b16 x, 0; @p ld.global.u8 x, [$1]; "
     "cvt.u32.u16 $0, x; }", "=r,l,r", stays=True,
 )  # fmt: skip
@@ -526,12 +458,12 @@ def load_byte(address: int64, wanted: boolean) -> int32:
     """The byte at the address where `wanted`, else 0: ``@p ld.global.u8 d, [address];``"""
 
 
-@_line("{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.global.f32 [$0], $1; }", "l,f,r", stays=True)
+@one_line("{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.global.f32 [$0], $1; }", "l,f,r", stays=True)
 def store_float(address: int64, x: float32, wanted: boolean) -> None:
     """``@p st.global.f32 [address], x;``"""
 
 
-@_line(
+@one_line(
     "{ .reg .pred p; .reg .b16 x; setp.ne.b32 p, $2, 0; cvt.u16.u32 x, $1; @p st.global.b16 [$0], x; }",
     "l,r,r", stays=True,
 )  # fmt: skip
@@ -539,7 +471,7 @@ def store_half(address: int64, x: int32, wanted: boolean) -> None:
     """The lower 16 bits: ``@p st.global.b16 [address], x;``"""
 
 
-@_line(
+@one_line(
     "{ .reg .pred p; .reg .b32 a, b, c, d; setp.ne.b32 p, $2, 0; ld.shared.v4.b32 {a, b, c, d}, [$1]; "
     "@p st.global.v4.b32 [$0], {a, b, c, d}; }", "l,r,r", stays=True,
 )  # fmt: skip
@@ -547,12 +479,12 @@ def copy_out(address: int64, shared: int32, wanted: boolean) -> None:
     """16 bytes of shared memory to global memory: ``ld.shared.v4.b32``, ``@p st.global.v4.b32``"""
 
 
-@_line("{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.global.b32 [$0], $1; }", "l,r,r", stays=True)
+@one_line("{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.global.b32 [$0], $1; }", "l,r,r", stays=True)
 def store_word(address: int64, x: int32, wanted: boolean) -> None:
     """``@p st.global.b32 [address], x;``"""
 
 
-@_line(
+@one_line(
     "{ .reg .pred p; setp.ne.b32 p, $3, 0; mov.b32 $0, 0; @p atom.global.add.u32 $0, [$1], $2; }",
     "=&r,l,r,r", stays=True,
 )  # fmt: skip
@@ -560,7 +492,7 @@ def add_global(address: int64, x: int32, wanted: boolean) -> int32:
     """Add to a word where `wanted`: what it was, else 0. ``@p atom.global.add.u32 d, [address], x;``"""
 
 
-@_line("fence.acq_rel.gpu;", "", stays=True)
+@one_line("fence.acq_rel.gpu;", "", stays=True)
 def fence() -> None:
     """What the thread wrote before, or saw, other blocks see before what it writes next.
 

@@ -17,7 +17,7 @@ from llvmlite.ir.values import ArgumentAttributes
 from numba.cuda import cgutils, types
 
 from .compiler import MAP_WORDS
-from .ptx import F32, I32, I64, _asm, _intrinsic, _line, _place, boolean, float32, int32, int64
+from .ptx_lines import F32, I32, I64, asm, boolean, element, emitted, float32, int32, int64, one_line
 
 # --- products -----------------------------------------------------------------------------------------------
 
@@ -39,7 +39,7 @@ def _multiply(b: Any, sums: list[Any], left: list[Any], right: Any, add: Any, ki
     )
     constraints = ["=f"] * n + ["r" if in_registers else "l"] * words + ["l", "r", *map(str, range(n))]
     arguments = [*left, right, add, *(b.load(place) for place in sums)]
-    results = _asm(b, [F32] * n, arguments, text, ",".join(constraints), stays=True)
+    results = asm(b, [F32] * n, arguments, text, ",".join(constraints), stays=True)
     for value, place in zip(results, sums, strict=True):
         b.store(value, place)
 
@@ -53,11 +53,11 @@ def product(kind: str, columns: int) -> Any:
 
     def emit(context: Any, b: Any, kinds: Any, values: list[Any]) -> None:
         c, left, right, add = values
-        sums = [_place(context, b, kinds[0], c, ir.Constant(I64, 0), k) for k in range(columns // 2)]
+        sums = [element(context, b, kinds[0], c, ir.Constant(I64, 0), k) for k in range(columns // 2)]
         _multiply(b, sums, [left], right, b.zext(add, I32), kind, 0)
 
     arguments = {"c": None, "a": int64, "b": int64, "add": boolean}
-    return _intrinsic("product", product.__doc__, types.void, arguments, emit)
+    return emitted("product", product.__doc__, types.void, arguments, emit)
 
 
 def product_of_registers(kind: str, columns: int) -> Any:
@@ -68,25 +68,25 @@ def product_of_registers(kind: str, columns: int) -> Any:
 
     def emit(context: Any, b: Any, kinds: Any, values: list[Any]) -> None:
         c, left, at, right = values
-        sums = [_place(context, b, kinds[0], c, ir.Constant(I64, 0), k) for k in range(columns // 2)]
-        words = [b.load(_place(context, b, kinds[1], left, at, k)) for k in range(4)]
+        sums = [element(context, b, kinds[0], c, ir.Constant(I64, 0), k) for k in range(columns // 2)]
+        words = [b.load(element(context, b, kinds[1], left, at, k)) for k in range(4)]
         _multiply(b, sums, words, right, ir.Constant(I32, 1), kind, 1)
 
     arguments = {"c": None, "a": None, "ai": int64, "b": int64}
-    return _intrinsic("product_of_registers", product_of_registers.__doc__, types.void, arguments, emit)
+    return emitted("product_of_registers", product_of_registers.__doc__, types.void, arguments, emit)
 
 
 def _tied(name: str, about: str | None, text: str, count: int) -> Any:
     """A function of an array whose numbers are known only after it, for all that the compiler knows."""
 
     def emit(context: Any, b: Any, kinds: Any, values: list[Any]) -> None:
-        places = [_place(context, b, kinds[0], values[0], ir.Constant(I64, 0), k) for k in range(count)]
+        places = [element(context, b, kinds[0], values[0], ir.Constant(I64, 0), k) for k in range(count)]
         constraints = ",".join(["=f"] * count + [str(k) for k in range(count)])
-        results = _asm(b, [F32] * count, [b.load(p) for p in places], text, constraints, stays=True)
+        results = asm(b, [F32] * count, [b.load(p) for p in places], text, constraints, stays=True)
         for value, place in zip(results, places, strict=True):
             b.store(value, place)
 
-    return _intrinsic(name, about, types.void, {"c": None}, emit)
+    return emitted(name, about, types.void, {"c": None}, emit)
 
 
 def settled(count: int) -> Any:
@@ -102,17 +102,17 @@ def wait_products(count: int, left: int) -> Any:
     return _tied("wait_products", wait_products.__doc__, f"wgmma.wait_group.sync.aligned {left};", count)
 
 
-@_line("wgmma.fence.sync.aligned;", "", stays=True)
+@one_line("wgmma.fence.sync.aligned;", "", stays=True)
 def fence_registers() -> None:
     """Registers that were written may be products' now: ``wgmma.fence.sync.aligned;``"""
 
 
-@_line("wgmma.commit_group.sync.aligned;", "", stays=True)
+@one_line("wgmma.commit_group.sync.aligned;", "", stays=True)
 def commit_products() -> None:
     """The products so far are a group: ``wgmma.commit_group.sync.aligned;``"""
 
 
-@_line("{ .reg .pred p; setp.lt.f32 p, $0, 0f00000000; @p bar.sync 15, 128; }", "f", stays=True)
+@one_line("{ .reg .pred p; setp.lt.f32 p, $0, 0f00000000; @p bar.sync 15, 128; }", "f", stays=True)
 def after(x: float32) -> None:
     """What follows stays behind x, which is never below 0: ``@p bar.sync 15, 128;``, p being x < 0.
 
@@ -128,9 +128,9 @@ def _set_registers(name: str, direction: str, count: int) -> Any:
     about = f"``setmaxnreg.{direction}.sync.aligned.u32 {count};``"
 
     def emit(context: Any, b: Any, _: Any, values: list[Any]) -> None:
-        _asm(b, [], [], f"setmaxnreg.{direction}.sync.aligned.u32 {count};", "", stays=True)
+        asm(b, [], [], f"setmaxnreg.{direction}.sync.aligned.u32 {count};", "", stays=True)
 
-    return _intrinsic(name, about, types.void, {}, emit)
+    return emitted(name, about, types.void, {}, emit)
 
 
 def fewer_registers(count: int) -> Any:
@@ -146,17 +146,17 @@ def more_registers(count: int) -> Any:
 # --- barriers of some warps ---------------------------------------------------------------------------------
 
 
-@_line("bar.sync $0, $1;", "r,r", stays=True)
+@one_line("bar.sync $0, $1;", "r,r", stays=True)
 def meet(number: int32, threads: int32) -> None:
     """So many threads meet at barrier `number`: ``bar.sync number, threads;``"""
 
 
-@_line("bar.arrive $0, $1;", "r,r", stays=True)
+@one_line("bar.arrive $0, $1;", "r,r", stays=True)
 def announce(number: int32, threads: int32) -> None:
     """Count among those who `meet` there, and go on: ``bar.arrive number, threads;``"""
 
 
-@_line(
+@one_line(
     "{ .reg .pred p; setp.ne.b32 p, $3, 0; bar.red.or.pred p, $1, $2, p; selp.b32 $0, 1, 0, p; }",
     "=r,r,r,r", stays=True,
 )  # fmt: skip
@@ -164,24 +164,24 @@ def meet_any(number: int32, threads: int32, x: boolean) -> boolean:
     """`meet`, and whether x holds in any thread: ``bar.red.or.pred p, number, threads, q;``"""
 
 
-@_line("{ .reg .pred p; setp.ne.b32 p, $2, 0; @p mbarrier.init.shared::cta.b64 [$0], $1; }", "r,r,r",
+@one_line("{ .reg .pred p; setp.ne.b32 p, $2, 0; @p mbarrier.init.shared::cta.b64 [$0], $1; }", "r,r,r",
        stays=True)  # fmt: skip
 def start_barrier(address: int32, count: int32, wanted: boolean) -> None:
     """An mbarrier whose phases end after so many arrivals: ``@p mbarrier.init.shared::cta.b64``"""
 
 
-@_line("fence.mbarrier_init.release.cluster;", "", stays=True)
+@one_line("fence.mbarrier_init.release.cluster;", "", stays=True)
 def fence_barriers() -> None:
     """mbarriers are there for copies too, once threads have met: ``fence.mbarrier_init.release.cluster;``"""
 
 
-@_line("{ .reg .pred p; setp.ne.b32 p, $1, 0; @p mbarrier.arrive.shared::cta.b64 _, [$0]; }", "r,r",
+@one_line("{ .reg .pred p; setp.ne.b32 p, $1, 0; @p mbarrier.arrive.shared::cta.b64 _, [$0]; }", "r,r",
        stays=True)  # fmt: skip
 def arrive(address: int32, wanted: boolean) -> None:
     """``@p mbarrier.arrive.shared::cta.b64 _, [address];``"""
 
 
-@_line(
+@one_line(
     "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1; }",
     "r,r,r", stays=True,
 )  # fmt: skip
@@ -189,7 +189,7 @@ def expect(address: int32, size: int32, wanted: boolean) -> None:
     """`arrive`, and the phase waits for so many bytes: ``mbarrier.arrive.expect_tx.shared::cta.b64``"""
 
 
-@_line(
+@one_line(
     "{ .reg .pred p; again: mbarrier.try_wait.parity.shared::cta.b64 p, [$0], $1; @p bra done; bra again; "
     "done: }", "r,r", stays=True,
 )  # fmt: skip
@@ -231,18 +231,18 @@ def _map(number: int) -> Any:
             cgutils.get_or_insert_named_metadata(module, "nvvm.annotations").add(note)
         return b.ptrtoint(argument, I64)
 
-    return _intrinsic(f"map_{number}", _map.__doc__, int64, {}, emit)
+    return emitted(f"map_{number}", _map.__doc__, int64, {}, emit)
 
 
 query_map, key_map, value_map = map(_map, range(3))
 
 
-@_line("{ .reg .pred p; setp.ne.b32 p, $1, 0; @p prefetch.tensormap [$0]; }", "l,r", stays=True)
+@one_line("{ .reg .pred p; setp.ne.b32 p, $1, 0; @p prefetch.tensormap [$0]; }", "l,r", stays=True)
 def prefetch_map(address: int64, wanted: boolean) -> None:
     """``@p prefetch.tensormap [address];``"""
 
 
-@_line(
+@one_line(
     "{ .reg .pred p; setp.ne.b32 p, $7, 0; @p cp.async.bulk.tensor.4d.shared::cluster.global.tile"
     ".mbarrier::complete_tx::bytes [$0], [$1, {$3, $4, $5, $6}], [$2]; }", "r,l,r,r,r,r,r,r", stays=True,
 )  # fmt: skip
@@ -256,6 +256,6 @@ def load_tile(
     """
 
 
-@_line("fence.proxy.async.shared::cta;", "", stays=True)
+@one_line("fence.proxy.async.shared::cta;", "", stays=True)
 def fence_shared() -> None:
     """What the thread wrote to shared memory is there for products too: ``fence.proxy.async.shared::cta;``"""
