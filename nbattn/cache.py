@@ -9,7 +9,8 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from . import check, device
 from .attention import AttentionOutput
-from .store import Places, Store, check_size, refuse
+from .check_cache import check_size, refuse
+from .store import Places, Store
 
 
 class KVCache:

@@ -10,7 +10,8 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from . import check
 from .attention import AttentionOutput
-from .store import Places, Store, check_size
+from .check_cache import check_size
+from .store import Places, Store
 
 GROUPS = 256
 """Sequences that were appended or attended together, whose tables and plans a cache keeps."""

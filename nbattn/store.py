@@ -6,7 +6,6 @@ a store of one page for each sequence.
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,9 +17,10 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from . import check, device
 from .attention import AttentionOutput
+from .check_cache import check_counts, check_dtype, check_rotary, check_size
 from .decode import Options, Pages, cache_problem, check_query, run, wide
 from .device import DeviceArray
-from .problem import CACHE_DTYPES, INT4_GROUP, UNBOUNDED, AppendProblem, CacheProblem, storage_name
+from .problem import INT4_GROUP, UNBOUNDED, AppendProblem, CacheProblem, storage_name
 
 LINE = 64
 """Bytes of a cache line."""
@@ -75,11 +75,11 @@ class Store:
         self.backend, self.window = backend, window
         check.backend_module("decode", backend)
         empty = check.backend_module("append", "cuda").empty if self.is_on_gpu else _empty
-        frequencies, self.interleaved = _check_rotary(key_dim, *rotary)
+        frequencies, self.interleaved = check_rotary(key_dim, *rotary)
         self.frequencies: Any = frequencies
         if frequencies is not None and self.is_on_gpu:
             self.frequencies = check.backend_module("append", "cuda").placed(frequencies)
-        storage, stored = _check_dtype(dtype, self.is_on_gpu)
+        storage, stored = check_dtype(dtype, self.is_on_gpu)
         arrays: list[Any] = []
         for width, name in ((key_dim, "head_dim"), (value_dim, "value_dim")):
             if storage == "int4" and width % INT4_GROUP:
@@ -463,77 +463,3 @@ def _empty(shape: tuple[int, ...], dtype: np.dtype[Any] | type) -> NDArray[Any]:
     memory = np.empty(count + LINE, np.uint8)
     start = -memory.ctypes.data % LINE
     return memory[start : start + count].view(dtype).reshape(shape)
-
-
-def check_counts(lengths: ArrayLike | None, batch: int, most: int) -> NDArray[np.int64]:
-    """How many of the new rows belong to each sequence, (B,)."""
-    if lengths is None:
-        return np.full(batch, most, np.int64)
-    counts = check.check_int_vector(lengths, "lengths", batch)
-    refuse((counts < 0) | (counts > most), counts, "lengths", "expected 0 to {}", np.full(batch, most))
-    return counts
-
-
-def refuse(
-    wrong: NDArray[np.bool_], values: NDArray[np.int64], name: str, text: str, limits: NDArray[np.int64]
-) -> None:
-    if wrong.any():
-        b = int(np.flatnonzero(wrong)[0])
-        msg = f"{name}[{b}] is {values[b]}; {text.format(limits[b])}"
-        raise ValueError(msg)
-
-
-def check_size(x: Any, name: str, least: int = 1) -> int:
-    size = check.check_int(x, name)
-    if size < least:
-        msg = f"{name} is {size}; expected at least {least}"
-        raise ValueError(msg)
-    return size
-
-
-def _check_dtype(dtype: DTypeLike, is_on_gpu: bool) -> tuple[str, Any]:
-    """What a cache of this dtype is called, and the dtype of its arrays."""
-    name = str(dtype)
-    if name.startswith("torch."):
-        dtype = name = name.removeprefix("torch.")
-    if dtype is not None and name not in CACHE_DTYPES:
-        try:
-            dtype = np.dtype(dtype)
-            name = dtype.name
-        except TypeError:
-            pass  # the name is what came
-    if name not in CACHE_DTYPES:
-        msg = f"dtype is {name}; expected {', '.join(CACHE_DTYPES)}"
-        raise ValueError(msg)
-    if name == "bfloat16" and isinstance(dtype, str):
-        try:
-            return name, np.dtype(importlib.import_module("ml_dtypes").bfloat16)
-        except ImportError as error:
-            if is_on_gpu:  # where no NumPy array need have it
-                return name, device.Bfloat16()
-            msg = "dtype 'bfloat16' needs the package ml_dtypes; install it"
-            raise ValueError(msg) from error
-    if name == "int4":
-        return name, np.dtype(np.uint8)
-    return name, np.dtype(dtype).newbyteorder("=")
-
-
-def _check_rotary(
-    head_dim: int, base: Any, interleaved: Any, rotary_dim: Any
-) -> tuple[NDArray[np.float64] | None, bool]:
-    """Radians per position of each pair, or None; and whether the pairs lie interleaved."""
-    interleaved = check.check_flag(interleaved, "rotary_interleaved")
-    if base is None:
-        if rotary_dim is not None or interleaved:
-            msg = "rotary_dim and rotary_interleaved need a rotary_base"
-            raise ValueError(msg)
-        return None, False
-    number = check.check_number(base, "rotary_base")
-    width = head_dim if rotary_dim is None else check.check_int(rotary_dim, "rotary_dim")
-    if number <= 0:
-        msg = f"rotary_base must be positive, got {number}"
-        raise ValueError(msg)
-    if width % 2 or not 2 <= width <= head_dim:
-        msg = f"rotary_dim is {width}; expected an even number from 2 to head_dim {head_dim}"
-        raise ValueError(msg)
-    return number ** (-np.arange(0, width, 2) / width), interleaved
