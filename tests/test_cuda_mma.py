@@ -337,6 +337,7 @@ def test_names_are_those_of_ptx():
     tree = ast.parse((Path(nbattn.__file__).parent / "cuda" / "ptx.py").read_text())
     names = {n.name: len(n.args.args) for n in tree.body if isinstance(n, ast.FunctionDef)}
     assigned = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    assigned |= {x.name for n in tree.body if isinstance(n, ast.ImportFrom) and n.level for x in n.names}
     machine = {name: f for name, f in inspect.getmembers(warp.Machine(32, 0)) if name[0] != "_"}
     used = {name for name, function in machine.items() if callable(function)} - {
         "place",
