@@ -18,7 +18,8 @@ from ml_dtypes import bfloat16
 
 import nbattn
 from nbattn import scaled_dot_product_attention as attend
-from nbattn.cpu import runtime, team
+from nbattn.cpu import runtime, sleeping, team
+from nbattn.cpu.sleeping import SLEEPS
 
 PACKAGE = Path(nbattn.__file__).parent
 DTYPES = [np.float32, np.float64, np.float16, bfloat16]
@@ -195,22 +196,54 @@ class TestThreads:
         assert team._team.calls.empty()
 
     @pytest.mark.skipif(
-        sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2, reason="needs Linux and two processors"
+        not SLEEPS or len(os.sched_getaffinity(0)) < 2, reason="needs Linux and two processors"
     )
     def test_helpers_wake_on_other_processors(self, rng, monkeypatch):
         cpus = os.sched_getaffinity(0)
-        here = min(cpus)
         x = rng.standard_normal((4, 300, 64))
         monkeypatch.setattr(team, "_team", team._Team())
-        monkeypatch.setattr(team, "_current_cpu", lambda: here)
         monkeypatch.setattr(runtime, "threads", lambda: 2)
-        attend(x, x, x)
-        until(lambda: team._team.asleep)
-        (helper,) = team._team.asleep
-        team._team.send_away()
-        assert os.sched_getaffinity(helper) == cpus - {here}
-        attend(x, x, x)
+        expected = attend(x, x, x)
+        slot = team._team.board[0]
+        until(lambda: slot[0] % team.ROUND == team.ASLEEP)
+        np.testing.assert_array_equal(attend(x, x, x), expected)
+        bits = np.unpackbits(slot[sleeping.OTHERS // 8 :].view(np.uint8), bitorder="little")
+        assert set(np.flatnonzero(bits)) == cpus - {slot[sleeping.CPU]}
+        (helper,) = team._team.resting() or [int(slot[sleeping.THREAD])]
         until(lambda: os.sched_getaffinity(helper) == cpus)  # free again, once it is awake
+
+    @pytest.mark.skipif(not SLEEPS, reason="needs Linux")
+    def test_sleeping_helpers_take_calls_without_python(self, rng, monkeypatch):
+        """From no queue, and again and again."""
+        x = rng.standard_normal((4, 300, 64))
+        monkeypatch.setattr(team, "_team", team._Team())
+        monkeypatch.setattr(runtime, "threads", lambda: 3)
+        expected = attend(x, x, x, backend="cpu")  # not in the short way of calls that repeat
+        until(lambda: len(team._team.resting()) == 2)
+        monkeypatch.setattr(team._Team, "put", None)
+        offer, reached = team._Call.offer, []
+        monkeypatch.setattr(team._Call, "offer", lambda own, n: reached.append(offer(own, n)) or reached[-1])
+        for _ in range(5):
+            np.testing.assert_array_equal(attend(x, x, x, backend="cpu"), expected)
+            until(lambda: all(slot[0] % team.ROUND == team.ASLEEP for slot in team._team.board[:2]))
+        assert reached == [2] * 5
+
+    def test_what_waits_in_the_queue_is_taken_by_who_sleeps_or_ends_a_call(self, rng, monkeypatch):
+        monkeypatch.setattr(team, "_team", team._Team())
+        mates, done = team._team, []
+
+        class Waiting:
+            def help(self):
+                done.append(threading.current_thread())
+
+        assert mates.grow(2) == 2
+        for _ in range(20):
+            mates.put(Waiting(), 2)
+            mates.rouse(2), mates.rouse(2)  # a sleeper that saw an empty queue looks again
+            until(lambda: mates.calls.empty() and mates.queued[0] == 0)
+            until(lambda: len(done) % 2 == 0)
+        assert len(done) == 40
+        until(lambda: len(mates.resting()) == 2)
 
     def test_short_calls_share_with_who_is_awake(self, rng, monkeypatch):
         """Helpers are woken where short calls follow each other closely; results never change."""
@@ -228,7 +261,7 @@ class TestThreads:
         assert set(roused) == {2}
         assert 1 < team._team.size <= 2
         # Nobody has anything left to do.
-        until(lambda: len(team._team.asleep) == team._team.size)
+        until(lambda: len(team._team.resting()) == team._team.size)
 
     def test_an_interrupt_of_a_short_call_that_a_helper_is_in(self, rng, monkeypatch):
         """The call is over before the interrupt leaves it."""
@@ -258,7 +291,7 @@ class TestThreads:
         x = rng.standard_normal((4, 300, 64))
         monkeypatch.setattr(team, "_team", team._Team())
         monkeypatch.setattr(runtime, "threads", lambda: 3)
-        expected, offer, awake = attend(x, x, x), team._Call.offer, []
+        expected, offer, awake = attend(x, x, x, backend="cpu"), team._Call.offer, []
 
         def counted(call, helpers):
             awake.append(offer(call, helpers))
@@ -267,7 +300,7 @@ class TestThreads:
         monkeypatch.setattr(team._Call, "offer", counted)
 
         def reached():
-            np.testing.assert_array_equal(attend(x, x, x), expected)
+            np.testing.assert_array_equal(attend(x, x, x, backend="cpu"), expected)
             return any(awake)
 
         until(reached)

@@ -2,6 +2,8 @@
 
 import gc
 import importlib
+import pickle
+import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,6 +13,8 @@ import pytest
 import nbattn
 from nbattn import attention
 from nbattn import scaled_dot_product_attention as sdpa
+from nbattn.cpu import repeats, runtime, team
+from nbattn.cpu.sleeping import SLEEPS
 
 softmax = importlib.import_module("nbattn.softmax")  # not the function of this name
 
@@ -18,23 +22,30 @@ softmax = importlib.import_module("nbattn.softmax")  # not the function of this 
 @pytest.fixture(autouse=True)
 def fresh():
     attention._repeats.clear()
+    attention._latest = (None,) * 7
     softmax._repeats.clear()
 
 
-def arrays(rng, dtype=np.float32):
-    return [rng.standard_normal((2, 3, 9, 8)).astype(dtype) for _ in range(3)]
+def arrays(rng, dtype=np.float32, length=9):
+    """Few enough for the kernel that reads keys once, or with 20 for the one whose lanes are queries."""
+    return [rng.standard_normal((2, 3, length, 8)).astype(dtype) for _ in range(3)]
 
 
+lengths = pytest.mark.parametrize("length", [9, 20])
+
+
+@lengths
 @pytest.mark.parametrize(
     "options",
     [{}, {"is_causal": True}, {"window_size": (2, None), "query_offset": 3}, {"scale": -0.5, "softcap": 2.0}],
 )
-def test_same_as_the_long_way(rng, options):
+def test_same_as_the_long_way(rng, options, length):
     for _ in range(4):
-        x = arrays(rng)
+        x = arrays(rng, length=length)
         np.testing.assert_array_equal(sdpa(*x, **options), sdpa(*x, backend="cpu", **options))
     assert len(attention._repeats) == 1
     assert all(attention._repeats.values())
+    assert (attention._latest[-1] is not None) == repeats.arrays.KNOWN
 
 
 def test_layouts_and_options_stay_apart(rng):
@@ -126,6 +137,106 @@ def test_alike_to_the_eye(rng):
             sdpa(*x, is_causal=1)
         with pytest.raises(TypeError, match="query_offset"):
             sdpa(*x, is_causal=True, query_offset=1.0)
+
+
+@lengths
+def test_the_next_call_may_have_any_arrays(rng, length):
+    """A call that is as the latest one but for its arrays: laid out in another way, or no arrays of NumPy's
+    own."""
+
+    class Own(np.ndarray):
+        pass
+
+    x = arrays(rng, length=length)
+    wide = [np.repeat(a, 2, axis=2) for a in x]
+    copies = [pickle.loads(pickle.dumps(a)) for a in x]  # their dtypes are other objects
+    assert not any(a.dtype is x[0].dtype for a in copies)
+    others = [
+        [a[:, :, ::2] for a in wide], [a[::-1] for a in x], [a[:1] for a in x], [a[0] for a in x], copies,
+        [a.view(Own) for a in x], [a.astype(np.float64) for a in x], [x[0], x[1][:, :1], x[2][:, :1]],
+        [a.tolist() for a in x], [np.asfortranarray(a) for a in x], [a.byteswap().view(">f4") for a in x],
+        [np.broadcast_to(a[:, :1], a.shape) for a in x], [x[0][:, :, :4], *x[1:]],
+    ]  # fmt: skip
+    for other in others:
+        expected = sdpa(*other, backend="cpu")
+        for _ in range(4):
+            sdpa(*x)
+        assert attention._latest[-1] is not None
+        for _ in range(4):
+            np.testing.assert_array_equal(sdpa(*other), expected, strict=True)
+            np.testing.assert_array_equal(sdpa(*x), sdpa(*x, backend="cpu"))
+    with pytest.raises(TypeError, match="query"):
+        sdpa(None, *x[1:])
+    with pytest.raises(TypeError, match="dtype"):
+        sdpa(x[0].view(np.int32), *x[1:])
+
+
+@lengths
+def test_an_array_reshaped_in_place(rng, length):
+    x = arrays(rng, length=length)
+    for _ in range(4):
+        sdpa(*x)
+    for a in x:
+        a.shape = (3, 2, length, 8)
+    assert sdpa(*x).shape == (3, 2, length, 8)
+    np.testing.assert_array_equal(sdpa(*x), sdpa(*x, backend="cpu"))
+
+
+def test_options_as_other_objects(rng):
+    x = arrays(rng)
+    for scale in (0.25, 0.5, 0.25):
+        for _ in range(4):
+            # A new float each time, and that of the call before.
+            for factor in (float(repr(scale)), scale):
+                np.testing.assert_array_equal(sdpa(*x, scale=factor), sdpa(*x, scale=scale, backend="cpu"))
+        np.testing.assert_array_equal(sdpa(*x), sdpa(*x, backend="cpu"))
+
+
+@pytest.mark.parametrize("length", [32, 300])
+def test_an_interrupt_of_a_call_that_a_helper_is_in(rng, monkeypatch, length):
+    """The call is over before the interrupt leaves it."""
+    monkeypatch.setattr(runtime, "threads", lambda: 2)
+    x = rng.standard_normal((3, 1, 4, length, 32)).astype(np.float32)
+    expected = [sdpa(*x) for _ in range(3)][-1]
+    again, asked = attention._latest[-1].__self__, []
+    hand_over = again.hand_over
+
+    def slow(record):
+        asked.append(record)
+        state = hand_over(record)
+        return repeats.RUNNING if len(asked) < 3 else state
+
+    def interrupt(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(again, "hand_over", slow)
+    with monkeypatch.context() as patch:
+        patch.setattr(repeats.time, "sleep", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            sdpa(*x)
+    assert len(asked) >= 3
+    np.testing.assert_array_equal(sdpa(*x), expected)
+
+
+@pytest.mark.skipif(not SLEEPS, reason="needs Linux")
+def test_calls_wake_helpers_that_sleep(rng, monkeypatch):
+    """Long ones at once, short ones where they follow each other closely; results never change."""
+    monkeypatch.setattr(team, "CLOSELY", 60.0)
+    for length in (32, 300):
+        monkeypatch.setattr(team, "_team", team._Team())
+        monkeypatch.setattr(runtime, "threads", lambda: 1)
+        x = rng.standard_normal((3, 1, 4, length, 32)).astype(np.float32)
+        expected = [sdpa(*x) for _ in range(4)][-1]
+        assert team._team.size == 0
+        monkeypatch.setattr(runtime, "threads", lambda: 3)
+        end = time.monotonic() + 10
+        # Until both were offered calls.
+        while team._team.size < 2 or any(slot[0] < team.ROUND for slot in team._team.board[:2]):
+            np.testing.assert_array_equal(sdpa(*x), expected)
+            assert time.monotonic() < end
+        while len(team._team.resting()) < 2:
+            assert time.monotonic() < end
+        np.testing.assert_array_equal(sdpa(*x), expected)
 
 
 def test_memory_of_layouts_is_bounded(rng):

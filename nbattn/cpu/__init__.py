@@ -5,8 +5,9 @@ and `softmax`, and for the layers `matvec` (a few rows times a matrix), `product
 fill the parameters of a kernel (through `records`) and choose the threads. Below them, from what is shared to
 what one kernel alone needs:
 
-- `runtime` compiles and keeps kernels, and `team` runs them on several threads, with `handover` for helpers
-  that are awake; `emitters` write LLVM code, and `simd` makes intrinsics of them;
+- `runtime` compiles and keeps kernels, and `team` runs them on several threads, which `handover` reaches
+  without Python and `sleeping` puts to sleep; `repeats` makes short calls again, and `arrays` looks at their
+  inputs; `emitters` write LLVM code, and `simd` makes intrinsics of them;
 - many queries, whose lanes are queries: `blocks` is the kernel, `hard` has its own, and `layout` says where
   they keep things; `queries` is what comes before the softmax, of which `tiles` and `amx` are the products,
   `panels` reads and writes memory for them, and `scores` (with `masks`) makes scores of them; `outputs` is

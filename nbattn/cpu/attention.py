@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..problem import STORAGE_DTYPES, Problem, storage_name
-from . import blocks, decode, layout, mods, records, runtime, team
+from . import arrays, blocks, decode, layout, mods, records, repeats, runtime, team
 from .layout import PARAMETERS, STATE_ROWS, TABLES
 from .masks import WORDS
 from .panels import KEYS
@@ -109,26 +109,30 @@ class Repeat:
         self.kernel = _kernel_of(problem)
         self.words, _ = _parameters(problem, out)
         self.keep_alive = problem.offset, problem.key_lengths
-        self.tasks, self.workspace_bytes = int(self.words[TASKS]), int(self.words[WORKSPACE_BYTES])
-        work = _work(problem)
-        self.small, self.short = work < SERIAL_WORK, work < SHORT_WORK
+        self.work = _work(problem)
+        self.small = self.work < SERIAL_WORK
+
+    def again(self, inputs: tuple[Any, ...], result: NDArray[Any]) -> repeats.Again | None:
+        """What makes it in one native call, of inputs and a result as the caller sees them; or None."""
+        if not arrays.KNOWN:
+            return None
+        if self.plan is not None:
+            return self.plan.again(inputs, result)
+        helpers = repeats.helpers(int(self.words[TASKS]), self.work, SHORT_WORK, SERIAL_WORK)
+        if helpers is None:
+            return None
+        places = repeats.Places(QUERY, QUERY + 1, QUERY + 2, QUERY + 3, WORKSPACE, WORKSPACE, 0)
+        return repeats.Again(self.kernel, self.words, places, *helpers, int(self.words[WORKSPACE_BYTES]),
+                             inputs, result, self.keep_alive)  # fmt: skip
 
     def forward(self, query: NDArray[Any], key: NDArray[Any], value: NDArray[Any], out: NDArray[Any]) -> None:
         if self.plan is not None:
             self.plan.forward(query, out, pages=(key, value))
             return
         words: Any = self.words.copy()
-        arrays = query, key, value, out
-        if not self.small or not runtime.whereabouts(query):
-            _ARRAYS.pack_into(words, 8 * QUERY, *map(runtime.address, arrays))
-            _run(self.kernel, words, self.small, (arrays, self))
-        elif self.tasks > 0:
-            _ARRAYS.pack_into(words, 8 * QUERY, *map(runtime.whereabouts, arrays))
-            helpers = 0 if self.short else min(runtime.threads(), self.tasks) - 1
-            memory, words[WORKSPACE] = runtime.scratch((helpers + 1) * self.workspace_bytes)
-            # Waking a helper takes 60 us: sixty calls of 4x32x32 after a pause would not have them back.
-            team.run_among_awake(self.kernel, words, helpers, (arrays, memory), QUERY, 4, wakes=False)
-            runtime.keep(memory)
+        given = query, key, value, out
+        _ARRAYS.pack_into(words, 8 * QUERY, *map(runtime.address, given))
+        _run(self.kernel, words, self.small, (given, self))
 
 
 _ARRAYS = struct.Struct("4q")

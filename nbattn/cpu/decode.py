@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..problem import INT4_GROUP, STORAGE_DTYPES, CacheProblem, Problem, storage_name
 from ..reference.attention import merge_states
-from . import chunks, layout, records, runtime, simd, team
+from . import chunks, layout, records, repeats, runtime, simd, team
 from .chunks import CALL, CHUNK, PARAMETERS, PLACES, ROWS
 
 _WORDS = records.words_of(PARAMETERS)
@@ -141,7 +141,7 @@ class Plan:
             attend_many(replace(self.many, query=query, max_keys=keys), out, lse)
             return
         keys = self.max_keys if max_keys is None else max_keys
-        chunks = max(1, min(-(-keys // CHUNK), (self.span - 1) // CHUNK + 2))
+        chunks = self._chunks(keys)
         tasks = self.units * chunks
         if tasks == 0:
             return
@@ -165,6 +165,28 @@ class Plan:
         run = team.run_among_awake if helpers > 0 and work < SERIAL_WORK else team.run
         run(self.kernel, words, helpers, (query, out, lse, pages, places, self, memory))
         runtime.keep(memory)
+
+    def _chunks(self, keys: int) -> int:
+        """How many a row has at most."""
+        return max(1, min(-(-keys // CHUNK), (self.span - 1) // CHUNK + 2))
+
+    def again(self, inputs: tuple[Any, ...], out: NDArray[Any]) -> repeats.Again | None:
+        """What makes the call with all of its keys in one native call; see `attention.Repeat`."""
+        if self.many is not None:
+            return None
+        chunks = self._chunks(self.max_keys)
+        tasks, work = self.units * chunks, self.work_per_key * min(self.max_keys, self.span)
+        helpers = repeats.helpers(tasks, work, SHORT_WORK, SERIAL_WORK)
+        if helpers is None:
+            return None
+        words: Any = self.words.copy()
+        words[0] = tasks
+        eager = tasks - 8 * min(helpers[0] + 1, runtime.threads())
+        _CALL.pack_into(words, _CALL_BYTES, 0, 0, 0, 0, 0, chunks, eager, 0, 0, *self.places)
+        at = _WORDS
+        places = repeats.Places(at["query"], at["key"], at["value"], at["out"], at["partials"],
+                                at["workspace"], tasks * self.partial_bytes)  # fmt: skip
+        return repeats.Again(self.kernel, words, places, *helpers, self.workspace_bytes, inputs, out, self)
 
 
 # --- many queries over cached keys --------------------------------------------------------------------------

@@ -175,10 +175,13 @@ _compile_lock = threading.RLock()
 _kernels: dict[str, Any] = {}
 
 
-def compiled(name: str, build: Callable[..., Callable[[Any], Any]], on_disk: bool = True) -> Any:
+def compiled(
+    name: str, build: Callable[..., Callable[[Any], Any]], on_disk: bool = True, nogil: bool = True
+) -> Any:
     """The kernel of this name, from memory, from disk, or compiled.
 
-    ``build(jit, inline)`` returns the kernel as a plain function; these decorate the functions it calls.
+    ``build(jit, inline)`` returns the kernel as a plain function; these decorate the functions it calls. It
+    runs without the interpreter's lock unless `nogil` is False.
     """
     try:
         return _kernels[name]
@@ -191,7 +194,7 @@ def compiled(name: str, build: Callable[..., Callable[[Any], Any]], on_disk: boo
         if name not in _kernels:
             function = build(*jit_for(name))
             function.__qualname__ += f".{name}"
-            kernel = numba.njit(no_cfunc_wrapper=True, **OPTIONS)(function)
+            kernel = numba.njit(no_cfunc_wrapper=True, **OPTIONS | {"nogil": nogil})(function)
             if on_disk:
                 kernel._cache = DiskCache(name)
             kernel.compile(SIGNATURE)
@@ -231,20 +234,15 @@ def bits(x: float) -> int:
 
 _word_at = ctypes.c_ssize_t.from_address
 _probe = np.empty(1)
-# NumPy's C interface puts the data pointer right behind the object's head, where it takes a tenth of the time
-# of `array.ctypes.data`.
-_DATA = object.__basicsize__
-_DIRECT = sys.implementation.name == "cpython" and _word_at(id(_probe) + _DATA).value == _probe.ctypes.data
+DATA = object.__basicsize__
+"""Where NumPy's C interface puts an array's data pointer: right behind the object's head."""
+IS_DIRECT = sys.implementation.name == "cpython" and _word_at(id(_probe) + DATA).value == _probe.ctypes.data
+"""Whether it lies there; reading it takes a tenth of the time of `array.ctypes.data`."""
 
 
 def address(array: NDArray[Any]) -> int:
     """Where the array's first element lies."""
-    return _word_at(id(array) + _DATA).value if _DIRECT else array.ctypes.data
-
-
-def whereabouts(array: NDArray[Any]) -> int:
-    """Where the address of the array's first element lies, which native code finds faster; else 0."""
-    return id(array) + _DATA if _DIRECT else 0
+    return _word_at(id(array) + DATA).value if IS_DIRECT else array.ctypes.data
 
 
 _NONE = np.empty(0, np.uint8), 0

@@ -6,14 +6,12 @@ once (workqueue) or after a fork (GNU OpenMP).
 
 from __future__ import annotations
 
-import ctypes
 import os
 import struct
-import sys
 import threading
 import time
 from contextlib import suppress
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -21,36 +19,47 @@ from numpy.typing import NDArray
 
 from .handover import (
     ALONE,
+    ASLEEP,
+    AWAY,
     BOARD,
+    ENTRY,
     FINISHED,
+    LAYOUT,
     LINGER,
     OFFER,
+    ROUND,
+    ROUSE,
     RUNNING,
     SETTLE,
     SHARE,
     TAKEN_BACK,
     TICKETS,
     WANTED,
+    WORKSPACE,
 )
 from .handover import kernel as _hand_over
-from .runtime import NEXT_TASK, TASKS, TASKS_DONE, address, entry, whereabouts
+from .runtime import NEXT_TASK, TASKS, TASKS_DONE, address, entry
+from .sleeping import SLEEPS, SLOT_BYTES, THREAD
+
+BOARD_SLOTS = 64
+CLOSELY = 200e-6
+"""Seconds between short calls that helpers are woken for: they look for the next one a little longer."""
 
 
 class _Team:
-    """Helper threads that live as long as the process, and the queue they take calls from."""
+    """Helper threads that live as long as the process, and the queue of calls for those that have no slot,
+    are in another call, or sleep in Python."""
 
     def __init__(self) -> None:
         self.calls: SimpleQueue[_Call | _Rouse] = SimpleQueue()
-        self.size = 0
+        self.size = self.slots = 0
         self.last_alone = 0.0
-        self.asleep: set[int] = set()
-        """The system's ids of helpers that wait for a call."""
-        self.sent_away: dict[int, set[int]] = {}
-        """Where helpers that `send_away` moved may run once they are awake."""
         self.lock = threading.RLock()  # a signal handler may call while this thread holds it
-        self.board = np.zeros((BOARD_SLOTS, 8), np.int64)
+        self.board = np.zeros((BOARD_SLOTS + 1, SLOT_BYTES // 8), np.int64)
         self.board_at = address(self.board)
-        """A cache line for each of the first helpers, where calls reach it while it is awake (`handover`)."""
+        """A slot for each of the first helpers, where calls reach it (`handover`), and one whose first word
+        is not 0 where there are calls in the queue."""
+        self.queued = self.board[BOARD_SLOTS]
 
     def grow(self, size: int) -> int:
         """Have `size` helpers where that many can be had; return how many there are."""
@@ -64,32 +73,43 @@ class _Team:
                 except RuntimeError:  # the system's limit, or the interpreter is at its end
                     self.size -= 1
                     break
+            self.slots = min(self.size, BOARD_SLOTS)
         return self.size
 
     def rouse(self, helpers: int) -> None:
         """Wake helpers for calls to come, if the last one that met none was just before."""
         now = time.perf_counter()
         closely, self.last_alone = now - self.last_alone < CLOSELY, now
-        if closely and self.calls.empty():
-            helpers = min(self.grow(helpers), helpers)
-            self.send_away()
-            for _ in range(helpers):
-                self.calls.put(_Rouse())
-
-    def send_away(self) -> None:
-        """Let sleeping helpers wake on other cores than this thread's.
-
-        Linux likes to wake a thread beside the one that wakes it, and on two cores may leave both there for
-        milliseconds: half of the calls after a pause ran at one core's rate.
-        """
-        if _current_cpu is None or not 0 < len(self.asleep) <= SENT_AWAY:
+        if not closely:
             return
-        with suppress(OSError, RuntimeError):  # not allowed here; or one woke while they were counted
-            cpus = os.sched_getaffinity(0)
-            others = cpus - {_current_cpu()}
-            for helper in tuple(self.asleep) if others else ():
-                self.sent_away[helper] = cpus
-                os.sched_setaffinity(helper, others)
+        helpers = min(self.grow(helpers), helpers)
+        if SLEEPS:
+            record = np.zeros(TICKETS, np.int64)
+            record[0], record[BOARD:WORKSPACE] = ROUSE, (self.board_at, self.slots, helpers)
+            _hand_over()(address(record))
+        elif self.calls.empty():
+            self.put(_Rouse(), helpers)
+
+    def put(self, call: _Call | _Rouse, helpers: int) -> None:
+        """Leave a call in the queue for so many."""
+        with self.lock:
+            for _ in range(helpers):
+                self.calls.put(call)
+            self.queued[0] = 1
+
+    def get(self) -> _Call | _Rouse | None:
+        """The next call of the queue, or None."""
+        with suppress(Empty):
+            return self.calls.get_nowait()
+        with self.lock:
+            if self.calls.empty():
+                self.queued[0] = 0
+                return None
+        return self.get()
+
+    def resting(self) -> list[int]:
+        """The system's numbers of helpers that are in no call and watch for none."""
+        return [int(slot[THREAD]) for slot in self.board[: self.slots] if slot[0] % ROUND in (AWAY, ASLEEP)]
 
 
 class _Rouse:
@@ -97,14 +117,6 @@ class _Rouse:
 
     def help(self) -> None:
         pass
-
-
-BOARD_SLOTS = 64
-CLOSELY = 200e-6
-"""Seconds between short calls that helpers are woken for: they look for the next one a little longer."""
-SENT_AWAY = 3
-"""The most helpers that are sent away, at 2 us each; among more cores the system finds an idle one."""
-_current_cpu = getattr(ctypes.CDLL(None), "sched_getcpu", None) if sys.platform == "linux" else None
 
 
 class _Call:
@@ -125,14 +137,13 @@ class _Call:
         # One entry per helper: appending is atomic, counting is not.
         self.entered: list[None] = []
         self.left: list[None] = []
-        slots = min(team.size, BOARD_SLOTS)
+        slots = team.slots
         self.record = np.zeros(TICKETS + slots, np.int64)
-        self.record[BOARD:TICKETS] = (
-            address(team.board), slots, 0, entry(kernel), self.address, self.address + 8 * TASKS_DONE, 0, 0,
-        )  # fmt: skip
+        self.record[BOARD:WANTED] = team.board_at, slots
+        self.record[ENTRY:LAYOUT] = entry(kernel), self.address, self.address + 8 * TASKS_DONE
 
     def offer(self, helpers: int) -> int:
-        """Offer the call to so many helpers that are awake; return how many there were."""
+        """Offer the call to so many helpers that have a slot and are in no other call; return how many."""
         self.record[0], self.record[WANTED] = OFFER, helpers
         return _hand_over()(address(self.record))
 
@@ -158,19 +169,19 @@ class _Call:
 
 
 def _help(team: _Team, number: int) -> None:
-    me, hand_over = threading.get_native_id(), _hand_over()
-    record = np.array([LINGER, address(team.board[number:])])
+    hand_over = _hand_over()
+    if number < BOARD_SLOTS:
+        team.board[number, THREAD] = threading.get_native_id()
+        record = np.array([LINGER, address(team.board[number:]), address(team.queued)])
     while True:
-        if number < BOARD_SLOTS and team.calls.empty():
+        if number < BOARD_SLOTS:
             hand_over(address(record))
-        team.asleep.add(me)
-        call = team.calls.get()
-        team.asleep.discard(me)
-        if cpus := team.sent_away.pop(me, None):
-            with suppress(OSError):
-                os.sched_setaffinity(0, cpus)
-        call.help()
-        del call  # its arrays must not live until the next call
+        call = team.get()
+        if call is None and (number >= BOARD_SLOTS or not SLEEPS):
+            call = team.calls.get()
+        while call is not None:
+            call.help()
+            call = team.get()  # the last one's arrays must not live until the next one
 
 
 _team = _Team()
@@ -186,6 +197,11 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
+def current() -> _Team:
+    """The helpers of this process."""
+    return _team
+
+
 def run(kernel: Any, parameters: Any, helpers: int, keep_alive: Any) -> None:
     """Run a kernel on this thread and up to `helpers` more; return when every task is done.
 
@@ -199,11 +215,9 @@ def run(kernel: Any, parameters: Any, helpers: int, keep_alive: Any) -> None:
         return
     call = _Call(_team, kernel, parameters, keep_alive)
     try:
-        awake = call.offer(helpers)
-        if awake < helpers:
-            _team.send_away()
-            for _ in range(helpers - awake):
-                _team.calls.put(call)
+        offered = call.offer(helpers)
+        if offered < helpers:
+            _team.put(call, helpers - offered)
         kernel(call.address)
         while (state := call.settle()) == RUNNING:
             time.sleep(50e-6)  # a helper may wait for this very core
@@ -224,36 +238,24 @@ class _Kept(threading.local):
 _kept = _Kept()
 
 
-def run_among_awake(
-    kernel: Any,
-    parameters: NDArray[np.int64],
-    helpers: int,
-    keep_alive: Any,
-    first: int = 0,
-    count: int = 0,
-    wakes: bool = True,
-) -> None:
+def run_among_awake(kernel: Any, parameters: NDArray[np.int64], helpers: int, keep_alive: Any) -> None:
     """Like `run` for a kernel of a few microseconds: nobody is woken for it, and it is one call in all.
 
-    Where such calls follow each other closely and it `wakes`, helpers are woken for those to come. From
-    `first` on, `count` parameters are an array's `whereabouts` and become its address.
+    Where such calls follow each other closely, helpers are woken for those to come.
     """
     kept, _kept.record = _kept.record, None
     if kept is None:
         new = np.zeros(TICKETS + BOARD_SLOTS, np.int64)
         kept = new, address(new)
     record, at = kept
-    team = _team
-    slots = min(team.size, BOARD_SLOTS) if helpers > 0 else 0
-    where = whereabouts(parameters) if count > 0 else address(parameters)
+    team, where = _team, address(parameters)
     _HEAD.pack_into(
-        record, 0, SHARE, team.board_at, slots, helpers, entry(kernel), where, where + 8 * TASKS_DONE,
-        8 * first, count,
+        record, 0, SHARE, team.board_at, team.slots, helpers, *_NO_SOURCES,
+        entry(kernel), where, where + 8 * TASKS_DONE,
     )  # fmt: skip
     state = _hand_over()(at)
     if state == ALONE:
-        if wakes and helpers > 0:
-            team.rouse(helpers)
+        team.rouse(helpers)
     elif state != FINISHED:
         record[0] = SETTLE
         try:
@@ -268,4 +270,5 @@ def run_among_awake(
     _kept.record = kept
 
 
-_HEAD = struct.Struct(f"{TICKETS}q")
+_HEAD = struct.Struct(f"{LAYOUT}q")
+_NO_SOURCES = (0,) * (ENTRY - WORKSPACE)
