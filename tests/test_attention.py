@@ -191,6 +191,25 @@ class TestMasks:
         for offset in (0, 11, [-20, 100]):
             check(backend, q, k, v, window_size=window, is_causal=is_causal, query_offset=offset)
 
+    @pytest.mark.isa
+    @dtypes
+    @pytest.mark.parametrize("window", [(20, 0), (100, 31), (255, 0)])
+    def test_windows_that_begin_within_a_block(self, window, dtype, rng):
+        """Queries of one block see other first keys; a NaN among the keys reaches those alone that see it."""
+        q, k, v = inputs(rng, 1, 2, 2, 300, 330, 6, dtype=dtype)
+        options = {"window_size": window, "query_offset": 29}
+        check("cpu", q, k, v, **options)
+        spoiled = [x.copy() for x in (k, v)]
+        for i, x in enumerate(spoiled):
+            x[:, i, 150:153] = np.nan
+        got, clean = (
+            scaled_dot_product_attention(q, *x, backend="cpu", **options) for x in (spoiled, (k, v))
+        )
+        position = np.arange(300) + 29
+        hit = (position - window[0] < 153) & (position + window[1] >= 150)
+        assert np.isnan(got[:, :, hit].astype(np.float32)).all()
+        np.testing.assert_array_equal(got[:, :, ~hit], clean[:, :, ~hit])
+
     @pytest.mark.gpu
     def test_window_counts(self, backend):
         x = np.zeros((40, 1), np.float32)

@@ -43,8 +43,8 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
 
     parts = queries.build(form, jit, inline)
     find, set_up, transpose_queries, panel = parts.find, parts.set_up, parts.transpose_queries, parts.panel
-    score, score_seen, count_seen, mend_scores = (
-        parts.score, parts.score_seen, parts.count_seen, parts.mend_scores,
+    multiply, score, score_seen, count_seen, mend_scores = (
+        parts.multiply, parts.score, parts.score_seen, parts.count_seen, parts.mend_scores,
     )  # fmt: skip
     trim = jit(trim_words)
     look, adjust, visible = parts.look, parts.adjust, parts.visible
@@ -91,14 +91,14 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
         floor, margin = splat(dtype(lowest / p.log2_scale)), splat(dtype(8 / p.log2_scale))
         for v in range(vectors):
             c = w.s + v * register
-            keys = get_int(w.selected + 8 * v) if ragged else all_keys
+            begin, keys = (get_int(w.begins + 8 * v), get_int(w.ends + 8 * v)) if ragged else (0, all_keys)
             before = load(w.maximum + v * register)
             # Two chains: one waits four cycles for each step.
             top = other = before
             if topped:
                 top = greater(load(w.tops + v * register), top)
             else:
-                for j in range(0, keys - 1, 2):
+                for j in range(begin, keys - 1, 2):
                     top = greater(load(c + j * ROW_BYTES), top)
                     other = greater(load(c + (j + 1) * ROW_BYTES), other)
                 if keys % 2 == 1:
@@ -109,7 +109,7 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
             rescale = exp2_product(sub(before, zero_point), scale, floor)
             # Sums of their own for this run: added one by one to a large total, small weights would be lost.
             even = odd = splat(dtype(0))
-            for j in range(0, keys - 1, 2):
+            for j in range(begin, keys - 1, 2):
                 x = exp2_product(sub(load(c + j * ROW_BYTES), zero_point), scale, floor)
                 y = exp2_product(sub(load(c + (j + 1) * ROW_BYTES), zero_point), scale, floor)
                 even, odd = add(even, x), add(odd, y)
@@ -136,6 +136,13 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
             store(w.rescale + v * register, rescale)
 
     @jit
+    def clear(p, w, vectors):
+        """o^T = 0"""
+        for d in range(p.value_dim):
+            for v in range(vectors):
+                store(w.o + d * ROW_BYTES + v * register, splat(dtype(0)))
+
+    @jit
     def operand_of(p, value, converted, key0):
         """The values from key0 on."""
         a, first = converted + p.key_panel_bytes, key0 % KEYS
@@ -150,14 +157,18 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
         return Operand(a + first * 8, 2 * KEYS, 1, 2)
 
     @jit
-    def add_values(p, w, x, keys, vectors, ragged):
-        """o^T = o^T * rescale + v^T p^T"""
+    def add_values(p, w, x, keys, vectors, ragged, begun):
+        """o^T = o^T * rescale + v^T p^T; the product alone where o^T is not `begun`."""
         if ragged and not tiled:
             for v in range(vectors):
-                depth = (get_int(w.selected + 8 * v) + per_operand - 1) // per_operand
-                c = v * register
-                accumulate(x.address, x.two, x.column, x.key, p.value_dim, w.s + c, w.o + c, 1, depth,
-                           w.rescale + c)  # fmt: skip
+                begin, end = get_int(w.begins + 8 * v), get_int(w.ends + 8 * v)
+                depth = (end - begin + per_operand - 1) // per_operand
+                c, begin = v * register, begin // per_operand
+                t, a = w.s + begin * ROW_BYTES + c, x.address + begin * x.key * size
+                if begun:
+                    accumulate(a, x.two, x.column, x.key, p.value_dim, t, w.o + c, 1, depth, w.rescale + c)
+                else:
+                    multiply(a, x.two, x.column, x.key, p.value_dim, t, w.o + c, 1, depth, w.tops + c)
             return
         if tiled:
             for v in range(vectors):
@@ -171,7 +182,10 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
             accumulate(x.address, x.column * size, plane, p.value_rows, w.s, low_weights, w.o, vectors, depth)
             return
         depth = (keys + per_operand - 1) // per_operand
-        accumulate(x.address, x.two, x.column, x.key, p.value_dim, w.s, w.o, vectors, depth, w.rescale)
+        if begun:
+            accumulate(x.address, x.two, x.column, x.key, p.value_dim, w.s, w.o, vectors, depth, w.rescale)
+        else:
+            multiply(x.address, x.two, x.column, x.key, p.value_dim, w.s, w.o, vectors, depth, w.tops)
 
     @jit
     def number_at(x, j, d):
@@ -180,7 +194,7 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
         return x.address + words * size + j % per_operand * 2
 
     @jit
-    def add_visible_values(p, w, value, operand, key0, keys, rows, vectors, ragged):
+    def add_visible_values(p, w, value, operand, key0, keys, rows, vectors, ragged, begun):
         """`add_values`, where what is not finite reaches only the rows that see it."""
         finite = Operand(w.finite, KEYS, KEYS // 2, 1) if tiled else Operand(w.finite, 2, 1, p.value_dim)
         multiplied = (keys + 31) // 32 * 32 if tiled else keys + keys % per_operand
@@ -190,7 +204,7 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
                 for d in range(p.value_dim):
                     y = get_operand(number_at(operand, j, d) + shift) if j < keys else dtype(0)
                     put_operand(number_at(finite, j, d) + shift, y if y - y == 0 else dtype(0))
-        add_values(p, w, finite, keys, vectors, ragged)
+        add_values(p, w, finite, keys, vectors, ragged, begun)
         for j in range(keys):
             for d in range(p.value_dim):
                 y = get_stored(value + ((key0 + j) * p.value_s + d) * stored)
@@ -224,15 +238,14 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
     @inline
     def block(p, w, b, unit, number):
         start, queries, row0, rows, vectors, head, key, value, length = find(p, b, unit, number)
-        stage, careful = SUMS, False
+        stage, careful, begun = SUMS, False, False
         while True:
             if stage != WEIGHTS:
                 any_first, any_last, all_first, all_last = set_up(p, w, b, unit, row0, rows, queries, start)
                 transpose_queries(p, w, vectors)
-                zero = splat(dtype(0))
-                for d in range(p.value_dim):
-                    for v in range(vectors):
-                        store(w.o + d * ROW_BYTES + v * register, zero)
+                begun = False
+                if tiled:
+                    clear(p, w, vectors)
             key0, asked = any_first, 0
             ahead = rows * KEYS // max(any_last - any_first, KEYS) + 1
             while key0 < any_last:
@@ -242,14 +255,18 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
                     continue
                 if seen == SOME:
                     key0, keys = trim(w, key0, keys)
+                if key0 < all_first < key0 + keys and not tiled:
+                    # What some rows do not see yet is a run of its own: those after it need no masks.
+                    keys = min(keys, (all_first + 15) // 16 * 16 - key0)
                 converted = panel(p, w, head, key0 // KEYS, key, value, length) if p.slots > 0 else 0
                 if asked < rows:
                     ask_for(p, w, asked, min(asked + ahead, rows))
                     asked += ahead
-                # Rows of a vector that see less of the run than others: on a causal mask's diagonal.
+                # Rows of a vector see less of the run than others on a causal mask's diagonal, and where
+                # windows begin.
                 ragged = False
-                if key0 + keys > all_last and stage != WEIGHTS:
-                    ragged = count_seen(w, key0, keys, vectors) < keys
+                if (key0 < all_first or key0 + keys > all_last) and stage != WEIGHTS:
+                    ragged = count_seen(w, key0, keys, vectors)
                 if ragged:
                     score_seen(p, w, key, converted, key0, keys, vectors)
                 else:
@@ -264,10 +281,13 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
                     soften(p, w, keys, vectors, ragged, sees_all and p.plain and not tiled)
                     operand = operand_of(p, value, converted, key0)
                     if stage == SUMS:
-                        add_values(p, w, operand, keys, vectors, ragged)
+                        add_values(p, w, operand, keys, vectors, ragged, begun)
                     else:
-                        add_visible_values(p, w, value, operand, key0, keys, rows, vectors, ragged)
+                        add_visible_values(p, w, value, operand, key0, keys, rows, vectors, ragged, begun)
+                    begun = True
                 key0 += keys
+            if not begun and not tiled:
+                clear(p, w, vectors)
             # A non-finite value meets a weight of 0 where it is masked, and 0 * inf is NaN. It shows in the
             # sums: only then the block is done again, with every masked value left out.
             if stage == SUMS and not all_finite(p, w, vectors):

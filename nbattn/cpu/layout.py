@@ -71,7 +71,9 @@ class Scratch(NamedTuple):
     last: int  # one past the last,
     slope: int  # of ALiBi,
     position: int  # of the query among the keys
-    selected: int  # the key that hard attention selects, an integer; else of each vector a `counts`
+    selected: int  # the key that hard attention selects, an integer
+    ends: int  # or where what each vector sees of a run ends, 16 words,
+    begins: int  # and where it begins
     tops: int  # the maxima of a run's raw products
     queries: int  # one table each of addresses: where the query lies,
     outs: int  # its output,

@@ -41,14 +41,16 @@ class Queries(NamedTuple):
     """``set_up(p, w, b, unit, row0, rows, queries, start)``: per-row state, and the keys that rows see."""
     transpose_queries: Any
     """``transpose_queries(p, w, vectors)``: q^T."""
+    multiply: Any
+    """The product that `score` is made of, as of `tiles` with `tops`; or of `amx`."""
     score: Any
     """``score(p, w, key, converted, key0, keys, vectors)``: the raw products with a run of keys, and but for
     AMX their maxima."""
     score_seen: Any
     """The same of the keys that each vector's rows see, after `count_seen`."""
     count_seen: Any
-    """``count_seen(w, key0, keys, vectors)``: puts for each vector how many keys of a run its rows need, up
-    to the last that any of them sees; returns the least of the numbers."""
+    """``count_seen(w, key0, keys, vectors)``: puts for each vector at `begins` and `ends` which keys of a run
+    its rows need, from the first to the last that any of them sees; whether some need less than all."""
     mend_scores: Any
     """``mend_scores(p, w, key, key0, keys, rows)``: what a split of inf made NaN is multiplied anew."""
     look: Any
@@ -102,9 +104,10 @@ def build(form: Form, jit: Any, inline: Any) -> Queries:
         call = seen + WORDS * 8
         tags = call + CALL_BYTES
         converted = tags + 64 * ((p.slots + 7) // 8)
+        half = row + 7 * ROW_BYTES + ROW_BYTES // 2
         return Scratch(q, o, s, row, row + ROW_BYTES, row + 2 * ROW_BYTES, row + 3 * ROW_BYTES,
                        row + 4 * ROW_BYTES, row + 5 * ROW_BYTES, row + 6 * ROW_BYTES, row + 7 * ROW_BYTES,
-                       row + 8 * ROW_BYTES,
+                       row + 7 * ROW_BYTES, half, row + 8 * ROW_BYTES,
                        table, table + step, table + 2 * step, table + 3 * step, table + 4 * step,
                        seen, call, tags, converted, converted + p.slots * p.slot_bytes)  # fmt: skip
 
@@ -180,22 +183,13 @@ def build(form: Form, jit: Any, inline: Any) -> Queries:
         any_first, any_last, all_first, all_last = length, 0, 0, length
         h, i = unit * p.packed_heads + row0 // queries, row0 % queries
         padded = (rows + lanes - 1) // lanes * lanes
-        # What the loop reads of p it would read again for each row, as it also writes memory.
+        # What the loops read of p they would read again for each row, as they also write memory.
         left, right, query_bytes = p.left, p.right, p.head_dim * stored
         query_step, out_step, query, out = p.query_s * stored, p.out_s * stored, 0, 0
         for r in range(padded):
             if r == 0 or i == 0:
                 query = p.query + (pb * p.query_b + h * p.query_h + (start + i) * p.query_s) * stored
                 out = p.out + (pb * p.out_b + h * p.out_h + (start + i) * p.out_s) * stored
-            first = min(max(i + offset - left, 0), length)
-            last = min(max(i + offset + right + 1, 0), length)
-            if first < last:
-                any_first, any_last = min(any_first, first), max(any_last, last)
-                all_first, all_last = max(all_first, first), min(all_last, last)
-            else:
-                first, last, all_last = 0, 0, 0
-            put_index(w.first + r * size, index(first))
-            put_index(w.last + r * size, index(last))
             put_int(w.queries + 8 * r, query)
             put_int(w.outs + 8 * r, out)
             # Rows are read in turns of a line each, which no processor foresees.
@@ -205,6 +199,25 @@ def build(form: Form, jit: Any, inline: Any) -> Queries:
                 i, query, out = i + 1, query + query_step, out + out_step
                 if i == queries:
                     h, i = h + 1, 0
+        if queries - 1 + offset <= left and offset + right >= length - 1:  # all rows see all keys
+            any_first, any_last = 0, length
+            for r in range(padded):
+                put_index(w.first + r * size, index(0))
+                put_index(w.last + r * size, index(length))
+        else:
+            i = row0 % queries
+            for r in range(padded):
+                first = min(max(i + offset - left, 0), length)
+                last = min(max(i + offset + right + 1, 0), length)
+                if first < last:
+                    any_first, any_last = min(any_first, first), max(any_last, last)
+                    all_first, all_last = max(all_first, first), min(all_last, last)
+                else:
+                    first, last, all_last = 0, 0, 0
+                put_index(w.first + r * size, index(first))
+                put_index(w.last + r * size, index(last))
+                if r < rows - 1:
+                    i = i + 1 if i < queries - 1 else 0
         for r in range(0, padded, lanes):
             store(w.maximum + r * size, splat(-infinity))
             store(w.total + r * size, splat(dtype(0)))
@@ -283,31 +296,47 @@ def build(form: Form, jit: Any, inline: Any) -> Queries:
 
     @jit
     def count_seen(w, key0, keys, vectors):
-        least = keys
+        """What of a run each vector's rows need, from a multiple of 16 on; whether that is less for any."""
+        some = False
         for v in range(vectors if not tiled else 0):
-            end = 0
+            begin, end = keys, 0
             for r in range(v * lanes, (v + 1) * lanes):
+                begin = min(begin, get_index(w.first + r * size) - key0)
                 end = max(end, get_index(w.last + r * size) - key0)
-            count = min((end + 1) // 2 * 2, keys)
-            put_int(w.selected + 8 * v, count)
-            least = min(least, count)
-        return least
+            end = min((end + 1) // 2 * 2, keys)
+            begin = min(max(begin, 0) // whole_run * whole_run, end)
+            put_int(w.begins + 8 * v, begin)
+            put_int(w.ends + 8 * v, end)
+            some |= begin > 0 or end < keys
+        return some
 
     @jit
     def score_seen(p, w, key, converted, key0, keys, vectors):
         if tiled:
             return
         a, stride = keys_at(p, key, converted, key0)
-        least = keys
+        most, least = 0, keys
         for v in range(vectors):
-            least = min(least, get_int(w.selected + 8 * v))
-        fresh(a, 2 * stride, stride, 1, least, w.q, w.s, vectors, p.query_rows, w.tops)
-        a += least * stride * size
+            store(w.tops + v * register, splat(-infinity))
+            most, least = max(most, get_int(w.begins + 8 * v)), min(least, get_int(w.ends + 8 * v))
+        if most < least:
+            t, count = w.s + most * ROW_BYTES, least - most
+            fresh(a + most * stride * size, 2 * stride, stride, 1, count, w.q, t, vectors, p.query_rows,
+                  w.tops)  # fmt: skip
+        else:
+            most = least = keys
         for v in range(vectors):
-            count = get_int(w.selected + 8 * v) - least
             column = v * register
-            t = w.s + least * ROW_BYTES + column
-            fresh(a, 2 * stride, stride, 1, count, w.q + column, t, 1, p.query_rows, w.tops + column)
+            for part in range(2):
+                begin, end = get_int(w.begins + 8 * v), get_int(w.ends + 8 * v)
+                if part == 0:
+                    end = min(end, most)
+                else:
+                    begin = max(begin, least)
+                if begin < end:
+                    t = w.s + begin * ROW_BYTES + column
+                    fresh(a + begin * stride * size, 2 * stride, stride, 1, end - begin, w.q + column, t, 1,
+                          p.query_rows, w.tops + column)  # fmt: skip
 
     @jit
     def mend_scores(p, w, key, key0, keys, rows):
@@ -348,6 +377,6 @@ def build(form: Form, jit: Any, inline: Any) -> Queries:
         return run
 
     return Queries(
-        find, set_up, transpose_queries, score, score_seen, count_seen, mend_scores, look, adjust, visible,
-        panel, kernel,
+        find, set_up, transpose_queries, fresh, score, score_seen, count_seen, mend_scores, look, adjust,
+        visible, panel, kernel,
     )  # fmt: skip
