@@ -11,18 +11,20 @@ from types import SimpleNamespace
 
 import numpy as np
 import oracle
+import prompts
 import pytest
 import warp
 import warpgroup
 from ml_dtypes import bfloat16
 from oracle import inputs, normal
-from test_cuda_mma import NOTHING, DeviceArray, aligned, on_gpu, poisoned
+from prompts import NOTHING, poisoned
+from test_cuda_mma import DeviceArray, aligned, on_gpu
 
 import nbattn
 from benchmarks import gpu_units
 from nbattn.cuda import attention, compiler, hopper, hopper_kernel, launch, mma
 from nbattn.cuda.hopper_tiles import PARAMETERS, Tile
-from nbattn.resolve import check_starts, resolve, resolve_batch
+from nbattn.resolve import resolve_batch
 
 pytestmark = pytest.mark.cuda_emu
 
@@ -399,19 +401,11 @@ class TestAttention:
         else:
             q[:], k[:] = 0, 0
             q[..., 0], k[..., 0] = 1, rng.permutation(50) - 24
-            out, lse, _ = attend(q, k, v, scale=scale)
-            best = int(k[0, 0, :, 0].argmax())
-            np.testing.assert_array_equal(out, np.broadcast_to(v[:, :, best : best + 1], out.shape))
+            lse = prompts.best_key_alone(attend, q, k, v, int(k[0, 0, :, 0].argmax()), scale=scale)
             np.testing.assert_allclose(lse, scale * 25, rtol=1e-6)
 
     def test_scores_whose_rounding_is_felt(self, rng):
-        # The largest exponent is near 2**27: fused with its product it would be off by some units.
-        q, k, v = inputs(rng, 1, 1, 1, 40, 50, 64, dtype=np.float16)
-        q[:], k[:] = 0, 0
-        q[..., 0], k[..., 0] = 30001, rng.permutation(50) * 31 + 20000
-        out, _, _ = attend(q, k, v, scale=0.3)
-        best = int(k[0, 0, :, 0].argmax())
-        np.testing.assert_array_equal(out, np.broadcast_to(v[:, :, best : best + 1], out.shape))
+        prompts.scores_whose_rounding_is_felt(attend, 64, rng)
 
     @pytest.mark.parametrize("softcap", [0.5, 30, 1e4])
     def test_softcap(self, softcap, rng):
@@ -453,26 +447,7 @@ class TestAttention:
         )  # fmt: skip
 
     def test_packed(self, rng):
-        """What lies beyond a sequence's end is the next one, with values that are not finite."""
-        lengths, key_lengths = np.array([40, 0, 1, 70]), np.array([50, 3, 33, 0])
-        starts, key_starts = (np.concatenate([[0], np.cumsum(x)]) for x in (lengths, key_lengths))
-        q, k, v = (normal(rng, (n, 1, 64), np.float16) for n in (111, 86, 86))
-        v[50], k[51] = np.inf, np.nan
-        options = NOTHING._replace(is_causal=True, query_offset="end", key_lengths=[44, 3, 33, 0])
-        p = resolve(
-            tuple(x.transpose(1, 0, 2)[None] for x in (q, k, v)),
-            query_lengths=lengths, key_limits=key_lengths, max_queries=70, max_keys=50, options=options,
-            starts=(check_starts(starts, "q", 111, "q"), check_starts(key_starts, "k", 86, "k")),
-        )  # fmt: skip
-        out, lse = poisoned((111, 1, 64), np.float16), poisoned((111, 1), np.float32)
-        emulate(p, out.transpose(1, 0, 2)[None], lse.T[None], ONE)
-        for b, length in enumerate([44, 3, 33, 0]):
-            rows, keys = slice(*starts[b : b + 2]), slice(*key_starts[b : b + 2])
-            one = [x[part].transpose(1, 0, 2)[None] for x, part in ((q, rows), (k, keys), (v, keys))]
-            oracle.hold(
-                out[rows].transpose(1, 0, 2)[None], lse[rows].T[None], *one,
-                is_causal=True, query_offset=length - len(q[rows]), key_lengths=[length],
-            )  # fmt: skip
+        prompts.packed(emulate, ONE, 1, 64, rng)
 
 
 class TestLeaks:
@@ -488,29 +463,7 @@ class TestLeaks:
     )
     def test_masked_never_reaches(self, way, poison, dtype, rng):
         clean = inputs(rng, 2, 1, 1, 40, 70, 64, dtype=dtype)
-        options = self.WAYS[way]
-        exact = oracle.formula(*clean, compute=np.float64, **options)
-        plain = oracle.formula(*clean, compute=np.float32, **options)
-        # Row 20 does not see the first batch's bad keys, and sees the second's.
-        bad = np.zeros((2, 1, 70), bool)
-        for b in range(2):
-            bad[b, 0, rng.choice(np.flatnonzero(exact.seen[b, 0, 20] == b), 2)] = True
-        spared = ~(exact.seen & bad[:, :, None]).any(-1)
-        assert spared[0, :, 20].all()
-        assert not spared[1, :, 20].any()
-        for where in ((1,), (1, 2)):
-            arrays = list(clean)
-            for which in where:
-                arrays[which] = np.where(bad[..., None], dtype(poison), clean[which])
-            out, lse, _ = attend(*arrays, **options)
-            if np.isnan(poison):
-                oracle.hold(out, lse, *arrays, **options)
-            oracle.assert_accurate(
-                *(x[spared] for x in (out, exact.output, plain.output.astype(dtype), exact.magnitude)),
-                ulp=2.0**-11 if dtype == np.float16 else 2.0**-8, what="spared rows",
-            )  # fmt: skip
-            if where != (1,):
-                assert not np.isfinite(out[~spared].astype(np.float32)).any()
+        prompts.masked_never_reaches(attend, clean, self.WAYS[way], poison, ((1,), (1, 2)), rng)
 
     @pytest.mark.parametrize(
         "tile", [SMALL, Tile(64, 64, 64, 3, 2, True), ONE._replace(width=96, value_width=128)], ids=str
@@ -531,13 +484,7 @@ class TestLeaks:
         assert (wide[33:, -1] == np.inf).all()
 
     def test_query_touches_only_its_row(self, rng):
-        q, k, v = inputs(rng, 1, 1, 1, 40, 70, 64, dtype=np.float16)
-        expected, _, _ = attend(q, k, v)
-        q[0, 0, 7, 0] = np.nan
-        got, _, _ = attend(q, k, v)
-        assert np.isnan(got[0, 0, 7].astype(np.float32)).all()
-        got[0, 0, 7] = expected[0, 0, 7]
-        oracle.assert_same_bits(got, expected)
+        prompts.a_query_touches_only_its_row(attend, *inputs(rng, 1, 1, 1, 40, 70, 64, dtype=np.float16))
 
 
 class TestBits:
@@ -550,12 +497,7 @@ class TestBits:
             oracle.assert_same_bits(got_lse, lse)
 
     def test_do_not_depend_on_the_rest_of_the_batch(self, rng):
-        q, k, v = inputs(rng, 3, 1, 1, 40, 70, 64, dtype=bfloat16)
-        options = {"is_causal": True, "query_offset": 20}
-        out, lse, _ = attend(q, k, v, key_lengths=[70, 44, 3], **options)
-        one, one_lse, _ = attend(q[1:2], k[1:2], v[1:2], key_lengths=[44], **options)
-        oracle.assert_same_bits(out[1:2], one)
-        oracle.assert_same_bits(lse[1:2], one_lse)
+        prompts.bits_are_those_of_one_alone(attend, *inputs(rng, 3, 1, 1, 40, 70, 64, dtype=bfloat16))
 
 
 class TestChoice:

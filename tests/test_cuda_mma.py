@@ -9,15 +9,17 @@ from typing import NamedTuple
 
 import numpy as np
 import oracle
+import prompts
 import pytest
 import warp
 from ml_dtypes import bfloat16
 from oracle import inputs, normal
+from prompts import NOTHING, poisoned
 
 import nbattn
 from nbattn.cuda import launch, mma, mma_kernel
 from nbattn.cuda.mma_tiles import PARAMETERS, Tile
-from nbattn.resolve import Options, check_starts, resolve, resolve_batch
+from nbattn.resolve import resolve_batch
 
 pytestmark = pytest.mark.cuda_emu
 
@@ -27,7 +29,6 @@ dtypes = pytest.mark.parametrize("dtype", [*HALVES, np.float32], ids=lambda d: n
 SMALL = Tile(32, 32, rows=32, keys=32, warps=2, keep=False)
 """Small enough that small inputs span several blocks of queries and steps of keys, and tests take little."""
 Record = namedtuple("Record", [name for name, _ in PARAMETERS])
-NOTHING = Options(None, None, False, None, 0, None, None, None, None, None, None)
 
 
 class DeviceArray(NamedTuple):
@@ -62,10 +63,6 @@ def emulate(problem, out, lse=None, tile=None, machine=warp.Machine):
     m.run(mma_kernel.build(m, p.storage, tile, mma.is_full(p)), record, range(blocks))
     m.fetch()
     return m
-
-
-def poisoned(shape, dtype):
-    return np.full(shape, np.nan, dtype)
 
 
 def attend(query, key, value, mask=None, *, tile=SMALL, machine=warp.Machine, **options):
@@ -447,13 +444,7 @@ class TestAttention:
         else:
             q[:], k[:] = 0, 0
             q[..., 0], k[..., 0] = 1, rng.permutation(50) - 24
-            out, lse, _ = attend(q, k, v, scale=scale)
-            best = int(k[0, 0, :, 0].argmax())
-            wanted = np.broadcast_to(v[:, :, best : best + 1], out.shape)
-            if dtype == np.float32:
-                np.testing.assert_allclose(out, wanted, rtol=2**-22)
-            else:
-                np.testing.assert_array_equal(out, wanted)
+            lse = prompts.best_key_alone(attend, q, k, v, int(k[0, 0, :, 0].argmax()), scale=scale)
             np.testing.assert_allclose(lse, scale * 25, rtol=1e-6)
 
     def test_products_beyond_float16(self, rng):
@@ -461,13 +452,7 @@ class TestAttention:
         hold(q * np.float16(200), k * np.float16(200), v, scale=1e-3)
 
     def test_scores_whose_rounding_is_felt(self, rng):
-        # The largest exponent is near 2**27: fused with its product it would be off by some units.
-        q, k, v = inputs(rng, 1, 1, 1, 40, 50, 32, dtype=np.float16)
-        q[:], k[:] = 0, 0
-        q[..., 0], k[..., 0] = 30001, rng.permutation(50) * 31 + 20000
-        out, _, _ = attend(q, k, v, scale=0.3)
-        best = int(k[0, 0, :, 0].argmax())
-        np.testing.assert_array_equal(out, np.broadcast_to(v[:, :, best : best + 1], out.shape))
+        prompts.scores_whose_rounding_is_felt(attend, 32, rng)
 
     @halves
     @pytest.mark.parametrize("softcap", [0.5, 30, 1e4])
@@ -539,24 +524,7 @@ class TestAttention:
         )  # fmt: skip
 
     def test_packed(self, rng):
-        lengths, key_lengths = np.array([40, 0, 1, 70]), np.array([50, 3, 33, 0])
-        starts, key_starts = (np.concatenate([[0], np.cumsum(x)]) for x in (lengths, key_lengths))
-        q, k, v = (normal(rng, (n, 2, 32), np.float16) for n in (111, 86, 86))
-        options = NOTHING._replace(is_causal=True, query_offset="end", key_lengths=[44, 3, 33, 0])
-        p = resolve(
-            tuple(x.transpose(1, 0, 2)[None] for x in (q, k, v)),
-            query_lengths=lengths, key_limits=key_lengths, max_queries=70, max_keys=50, options=options,
-            starts=(check_starts(starts, "q", 111, "q"), check_starts(key_starts, "k", 86, "k")),
-        )  # fmt: skip
-        out, lse = poisoned((111, 2, 32), np.float16), poisoned((111, 2), np.float32)
-        emulate(p, out.transpose(1, 0, 2)[None], lse.T[None], SMALL)
-        for b, length in enumerate([44, 3, 33, 0]):
-            rows, keys = slice(*starts[b : b + 2]), slice(*key_starts[b : b + 2])
-            one = [x[part].transpose(1, 0, 2)[None] for x, part in ((q, rows), (k, keys), (v, keys))]
-            oracle.hold(
-                out[rows].transpose(1, 0, 2)[None], lse[rows].T[None], *one,
-                is_causal=True, query_offset=length - len(q[rows]), key_lengths=[length],
-            )  # fmt: skip
+        prompts.packed(emulate, SMALL, 2, 32, rng)
 
 
 class TestLeaks:
@@ -580,30 +548,8 @@ class TestLeaks:
     )  # fmt: skip
     def test_masked_never_reaches(self, way, poison, dtype, rng):
         clean = inputs(rng, 2, 2, 1, 40, 70, 32, dtype=dtype)
-        options = self.WAYS[way]
-        ulp = {np.float16: 2.0**-11, bfloat16: 2.0**-8, np.float32: 2.0**-20}[dtype]
-        exact = oracle.formula(*clean, compute=np.float64, **options)
-        plain = oracle.formula(*clean, compute=np.float32, **options)
-        # Row 20 does not see the first batch's bad keys, and sees the second's.
-        bad = np.zeros((2, 1, 70), bool)
-        for b in range(2):
-            bad[b, 0, rng.choice(np.flatnonzero(exact.seen[b, 0, 20] == b), 2)] = True
-        spared = ~(exact.seen & bad[:, :, None]).any(-1)
-        assert spared[0, :, 20].all()
-        assert not spared[1, :, 20].any()
-        for where in ((1,), (2,), (1, 2)):
-            arrays = list(clean)
-            for which in where:
-                arrays[which] = np.where(bad[..., None], dtype(poison), clean[which])
-            out, lse, _ = attend(*arrays, **options)
-            if np.isnan(poison):
-                oracle.hold(out, lse, *arrays, **options)
-            oracle.assert_accurate(
-                *(x[spared] for x in (out, exact.output, plain.output.astype(dtype), exact.magnitude)),
-                ulp=ulp, what="spared rows",
-            )  # fmt: skip
-            if where != (1,):
-                assert not np.isfinite(out[~spared].astype(np.float32)).any()
+        places = ((1,), (2,), (1, 2))
+        prompts.masked_never_reaches(attend, clean, self.WAYS[way], poison, places, rng)
 
     @dtypes
     def test_an_infinite_value_stays_what_it_is(self, dtype, rng):
@@ -618,13 +564,7 @@ class TestLeaks:
 
     @dtypes
     def test_query_touches_only_its_row(self, dtype, rng):
-        q, k, v = inputs(rng, 1, 1, 1, 40, 70, 32, dtype=dtype)
-        expected, _, _ = attend(q, k, v)
-        q[0, 0, 7, 0] = np.nan
-        got, _, _ = attend(q, k, v)
-        assert np.isnan(got[0, 0, 7].astype(np.float32)).all()
-        got[0, 0, 7] = expected[0, 0, 7]
-        oracle.assert_same_bits(got, expected)
+        prompts.a_query_touches_only_its_row(attend, *inputs(rng, 1, 1, 1, 40, 70, 32, dtype=dtype))
 
     def test_nan_in_options_reaches(self, rng):
         q, k, v = inputs(rng, 1, 2, 1, 4, 6, 32, dtype=np.float16)
@@ -642,12 +582,7 @@ class TestLeaks:
 
 class TestBits:
     def test_do_not_depend_on_the_rest_of_the_batch(self, rng):
-        q, k, v = inputs(rng, 3, 2, 1, 40, 70, 32, dtype=bfloat16)
-        options = {"is_causal": True, "query_offset": 20}
-        out, lse, _ = attend(q, k, v, key_lengths=[70, 44, 3], **options)
-        one, one_lse, _ = attend(q[1:2], k[1:2], v[1:2], key_lengths=[44], **options)
-        oracle.assert_same_bits(out[1:2], one)
-        oracle.assert_same_bits(lse[1:2], one_lse)
+        prompts.bits_are_those_of_one_alone(attend, *inputs(rng, 3, 2, 1, 40, 70, 32, dtype=bfloat16))
 
 
 class TestCovers:
