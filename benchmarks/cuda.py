@@ -71,12 +71,12 @@ class Prefill(_OnGpu):
 class Decode(_OnGpu):
     """A token over a cache, outside of a graph."""
 
-    params = (["bfloat16", "int8", "float32"], [0, 16], [1, 4, 8])
+    params = (["bfloat16", "int8", "int4", "float32"], [0, 16], [1, 4, 8])
     param_names = ("dtype", "page_size", "group")
 
     def prepare(self, dtype: str, page_size: int, group: int) -> None:
         heads, keys, dim = SIZES
-        given, kv_heads = "bfloat16" if dtype == "int8" else dtype, heads // group
+        given, kv_heads = "bfloat16" if dtype in ("int8", "int4") else dtype, heads // group
         new, query = normal(given, 1, kv_heads, keys, dim), normal(given, 1, heads, 1, dim)
         if page_size:
             pages = nbattn.PagedKVCache(
@@ -97,25 +97,33 @@ class Decode(_OnGpu):
 class Graph(_OnGpu):
     """A step of a decoder in a graph, always at the end of the same cache."""
 
-    params = ("bfloat16", "int8")
-    param_names = ("dtype",)
+    params = (["bfloat16", "int8"], [0, 16])
+    param_names = ("dtype", "page_size")
 
-    def prepare(self, dtype: str) -> None:
+    def prepare(self, dtype: str, page_size: int) -> None:
         import torch
 
         heads, keys, dim = SIZES
-        self.cache = nbattn.KVCache(1, heads // 4, keys, dim, dtype, backend="cuda")
+        sequences: tuple[int, ...] = ()
+        if page_size:
+            pages = -(-keys // page_size)
+            self.cache: Any = nbattn.PagedKVCache(pages, page_size, heads // 4, dim, dtype, backend="cuda")
+            sequences = (self.cache.add(),)
+            self.cache.reserve(*sequences, keys)
+        else:
+            self.cache = nbattn.KVCache(1, heads // 4, keys, dim, dtype, backend="cuda")
         prompt, token = (normal("bfloat16", 1, heads // 4, n, dim) for n in (keys, 1))
-        self.cache.append(prompt, prompt)
+        self.cache.append(*sequences, prompt, prompt)
         query = normal("bfloat16", 1, heads, 1, dim)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self.cache.append(token, token)
-            self.cache.attend(query)
+            self.cache.append(*sequences, token, token)
+            self.cache.attend(*sequences, query)
         self.run = graph.replay
+        self.advance = partial(self.cache.advance, *sequences, 0)
 
-    def time_step(self, dtype: str) -> None:
-        self.cache.advance(0)
+    def time_step(self, dtype: str, page_size: int) -> None:
+        self.advance()
         self.until_done()
 
 

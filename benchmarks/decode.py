@@ -209,6 +209,10 @@ class Sequences(Suite):
         self.cache.append(self.first, token, token)
         self.cache.truncate(self.first, 500)
 
+    def time_reserve_truncate(self) -> None:
+        self.cache.reserve(self.first, 200)
+        self.cache.truncate(self.first, 500)
+
     def time_add_reset(self) -> None:
         cache = nbattn.PagedKVCache(pages=100, page_size=16, kv_heads=8, head_dim=64)
         cache.append(cache.add(), self.token[:1], self.token[:1])

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from . import check, device
+from . import check
 from .attention import AttentionOutput
-from .check_cache import check_size, refuse
+from .check_cache import check_no_lengths, check_size, refuse
 from .store import Places, Store
 
 
@@ -53,9 +53,7 @@ class KVCache:
         How many of the first numbers turn; all unless given.
     backend : {None, "cpu", "reference", "cuda"}
         Who writes, and attends unless `attend` is told otherwise. With "cuda" the cache lies on the current
-        GPU and takes arrays of PyTorch, CuPy and others that lie there, and gives back that library's,
-        or NumPy's. Masks, biases and `out` lie where the query does; slopes and sinks may be on the host,
-        lengths must be. It may be used on several streams, and then waits for the others.
+        GPU: see the notes.
 
     Attributes
     ----------
@@ -71,9 +69,33 @@ class KVCache:
     TypeError, ValueError
         For sizes that make no cache. A call that raises leaves any cache as it was.
 
+    Notes
+    -----
+    On a GPU:
+
+    - The cache takes arrays of PyTorch, CuPy and others that lie there and gives back that library's, or
+      NumPy's. Masks, biases and `out` lie where the query does; slopes and sinks may be on the host, lengths
+      must be. Arrays of another GPU are a ValueError.
+    - Attention of at most 16 queries a sequence, and 64 for each key head, without mask and bias, up to
+      head_dim 256, of "float32" 128 and of "float64" none, on tensor cores (compute capability 8.0), reads
+      the cache as it lies, in chunks over the whole GPU [2]_. "float32" is multiplied as three bfloat16
+      numbers, with no loss that counts, but infinite ones make NaN; of "int8" and "int4" queries and weights
+      are rounded to 16 bits. Other calls read a contiguous cache of floats as it lies, and gather others, in
+      float32 where they are quantised.
+    - Work goes to the stream that is current in PyTorch or CuPy, or the array's own, and nothing waits for
+      it. A call on another stream than the one before waits for the whole GPU, as the cache cannot know what
+      the caller orders.
+    - A step can be captured in a CUDA graph [3]_: see `advance`.
+    - A call that is refused launches nothing. One that the driver fails raises RuntimeError with the driver's
+      name for it, and the cache is as it was; what the GPU itself finds wrong comes with a later call.
+
     References
     ----------
-    Rotary positions: Su et al., 2021, https://arxiv.org/abs/2104.09864.
+    .. [1] Rotary positions: Su et al., 2021, https://arxiv.org/abs/2104.09864.
+    .. [2] Dao et al., "Flash-Decoding for long-context inference", 2023,
+       https://crfm.stanford.edu/2023/10/12/flashdecoding.html.
+    .. [3] NVIDIA, CUDA C++ Programming Guide, "CUDA Graphs",
+       https://docs.nvidia.com/cuda/cuda-c-programming-guide/#cuda-graphs.
 
     Examples
     --------
@@ -128,7 +150,7 @@ class KVCache:
         self._store = Store(sizes, dtype, rotary, self._window, backend)
         self._places = Places(np.arange(batch)[:, None], capacity if window is not None else 0)
         if self._store.is_on_gpu:
-            self._places.there = check.backend_module("append", "cuda").empty((batch,), np.dtype(np.int64))
+            self._places.there = self._store.gpu.empty((batch,), np.dtype(np.int64))
 
     @property
     def batch(self) -> int:
@@ -178,14 +200,13 @@ class KVCache:
         ------
         TypeError, ValueError
             For arrays that do not fit; ValueError also where they do not fit into the capacity. The cache is
-            then as it was.
+            then as it was, on a GPU also where the launch fails. While a graph is captured, ValueError for
+            `lengths` and for arrays on the host.
         """
         places = self._places
         k, v, counts = self._store.check_new(key, value, lengths, len(places.lengths))
-        if self._store.lengths_in_a_graph(places, k) is not None:
-            if lengths is not None:
-                msg = "a graph cannot hold lengths; leave them out"
-                raise ValueError(msg)
+        if self._store.in_a_graph(places, k) is not None:
+            check_no_lengths(lengths)
             self._store.write(places, k, v, counts)
             return
         if not places.ring and places.longest + k.shape[2] > self._capacity:
@@ -201,6 +222,7 @@ class KVCache:
         places.lengths += counts
         if lengths is None:
             places.longest += k.shape[2]
+            places.shortest += k.shape[2]
         else:
             places.measure()
 
@@ -225,7 +247,7 @@ class KVCache:
 
         Examples
         --------
-        A decoder's step, with tensors of PyTorch::
+        A decoder's step, with tensors of PyTorch, after one that was not captured and had kernels loaded::
 
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
@@ -242,8 +264,9 @@ class KVCache:
         counts = np.full(len(places.lengths), check_size(count, "count", least=0))
         if not places.ring:
             self._check_room(counts)
-        write = check.backend_module("append", "cuda").write
-        write(places.lengths + counts, places.there, device.current_stream(places.there.device))
+        here = self._store.on_current_stream()
+        self._store.order(here, writes=True)
+        self._store.gpu.write(places.lengths + counts, places.there, here.stream)
         places.make_room(counts)
         places.lengths += counts
         places.measure()
@@ -301,6 +324,8 @@ class KVCache:
         ------
         TypeError, ValueError
             As `scaled_dot_product_attention`; ValueError also where a ring no longer holds what a query sees.
+            While a graph is captured, ValueError for `lengths`, arrays on the host, and what is no call of
+            few queries on tensor cores, as the notes of `KVCache` have it.
 
         Notes
         -----

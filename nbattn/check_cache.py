@@ -21,6 +21,13 @@ def check_counts(lengths: ArrayLike | None, batch: int, most: int) -> NDArray[np
     return counts
 
 
+def check_no_lengths(lengths: ArrayLike | None) -> None:
+    """Of a call that a CUDA graph records."""
+    if lengths is not None:
+        msg = "a graph cannot hold lengths; leave them out"
+        raise ValueError(msg)
+
+
 def refuse(
     wrong: NDArray[np.bool_], values: NDArray[np.int64], name: str, text: str, limits: NDArray[np.int64]
 ) -> None:

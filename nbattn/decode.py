@@ -83,7 +83,14 @@ def paged_attention(
     ------
     TypeError, ValueError
         As `scaled_dot_product_attention`; ValueError also for a table that names a page outside where a
-        position needs it, and for lengths longer than the table.
+        position needs it, for lengths longer than the table, and while a CUDA graph is captured, which cannot
+        hold a table of the host.
+
+    Notes
+    -----
+    On a GPU the table and the lengths are checked on the host and sent with every call, on the arrays'
+    stream. Which calls read pages as they lie, and how exactly, the notes of `KVCache` say; others gather
+    them first. `PagedKVCache` can be part of a graph.
 
     References
     ----------

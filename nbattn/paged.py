@@ -10,7 +10,9 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from . import check
 from .attention import AttentionOutput
-from .check_cache import check_size
+from .check_cache import check_no_lengths, check_size, refuse
+from .pool import Pool
+from .recorded import Recorded
 from .store import Places, Store
 
 GROUPS = 256
@@ -19,7 +21,7 @@ GROUPS = 256
 _INT = frozenset((int,))
 
 
-class PagedKVCache:
+class PagedKVCache(Pool):
     """Keys and values of many sequences in pages from one pool.
 
     A sequence is a handle, a whole number that `add` or `fork` gives and no other sequence ever gets. It
@@ -35,7 +37,8 @@ class PagedKVCache:
         The pool: `pages` pages of `page_size` positions each.
     kv_heads, head_dim : int
     dtype, value_dim, rotary_base, rotary_interleaved, rotary_dim, backend
-        As in `KVCache`.
+        As in `KVCache`, whose notes on GPUs hold for pages too. Tables and lengths stay on the host, and go
+        to the GPU when they have changed; a CUDA graph needs `reserve` and `advance`.
 
     Attributes
     ----------
@@ -94,20 +97,15 @@ class PagedKVCache:
         rotary_dim: int | None = None,
         backend: str | None = None,
     ) -> None:
-        pages, self._page_size = check_size(pages, "pages"), check_size(page_size, "page_size")
-        sizes = (pages, self._page_size, kv_heads, head_dim, value_dim)
+        super().__init__(check_size(pages, "pages"), check_size(page_size, "page_size"))
+        sizes = (self.pages, self._page_size, kv_heads, head_dim, value_dim)
         self._store = Store(sizes, dtype, (rotary_base, rotary_interleaved, rotary_dim), None, backend)
-        self._uses = np.zeros(pages, np.int64)  # how many sequences hold each page
-        self._free = list(range(pages))[::-1]
-        self._holds = 0  # the sum of the uses
         self._next = 0
-        self._changes = 0  # of any page table
         self._groups: dict[tuple[int, ...], _Group] = {}
         self._rows: dict[int, int] = {}  # of each handle in what follows
         self._free_rows: list[int] = []
-        self._table = np.zeros((0, 0), np.int64)
-        self._lengths = np.zeros(0, np.int64)
-        self._held = np.zeros(0, np.int64)  # pages
+        self._recorded: dict[int, Recorded] = {}  # by the number of sequences
+        self._older: list[Recorded] = []  # of graphs that may still be there
 
     @property
     def lengths(self) -> dict[int, int]:
@@ -157,6 +155,7 @@ class PagedKVCache:
     def fork(self, sequence: int) -> int:
         """A new sequence that has the positions of this one, in the same memory."""
         source = self._row(sequence)
+        self._take_back((check.check_int(sequence, "sequence"),))
         handle = self.add()
         row = self._rows[handle]
         held = -(-self._lengths[source] // self._page_size)
@@ -169,8 +168,9 @@ class PagedKVCache:
 
     def free(self, sequence: int) -> None:
         """End a sequence; pages that no other one holds are free again."""
-        self._drop(self._row(sequence), 0)
-        handle = check.check_int(sequence, "sequence")
+        row, handle = self._row(sequence), check.check_int(sequence, "sequence")
+        self._take_back((handle,))
+        self._drop(row, 0)
         self._free_rows.append(self._rows.pop(handle))
         for handles in [x for x in self._groups if handle in x]:
             del self._groups[handles]
@@ -186,6 +186,7 @@ class PagedKVCache:
         if not 0 <= new <= self._lengths[row]:
             msg = f"length is {new}; expected 0 to {self._lengths[row]}, what sequence {sequence} has"
             raise ValueError(msg)
+        self._take_back((check.check_int(sequence, "sequence"),))
         self._drop(row, -(-new // self._page_size))
         self._lengths[row] = new
 
@@ -206,22 +207,138 @@ class PagedKVCache:
         lengths : int array_like (n,), optional
             How many of the S each sequence gets, the first ones; all unless given.
         """
-        handles = self._handles(sequences)
-        if len(set(handles)) < len(handles):
-            msg = f"sequences are {list(handles)}; an append can name each one only once"
-            raise ValueError(msg)
+        handles = self._different(sequences, "an append")
         k, v, counts = self._store.check_new(key, value, lengths, len(handles))
-        rows = self._places(handles).rows
-        before = self._pages_now(rows) if self._store.is_on_gpu else None
+        places = self._places(handles)
+        if (recorded := self._store.in_a_graph(places, k)) is not None:
+            check_no_lengths(lengths)
+            self._recorded[len(handles)].most = max(self._recorded[len(handles)].most, k.shape[2])
+            self._store.write(recorded, k, v, counts)
+            return
+        self._take_back(handles)
         self._store.order(k, writes=True)
-        try:
-            self._take_pages(rows, counts, k)
-            self._store.write(self._places(handles), k, v, counts)
-        except Exception:
-            if before is not None:  # a launch that fails writes nothing
-                self._pages_again(rows, *before)
-            raise
-        self._lengths[rows] += counts
+        if self._needs_pages(places.rows, counts):
+            with self._all_or_nothing(places.rows):
+                self._take_pages(places.rows, counts, k)
+                self._store.write(self._places(handles), k, v, counts)
+        else:
+            self._store.write(places, k, v, counts)
+        self._lengths[places.rows] += counts
+
+    def reserve(self, sequences: int | Sequence[int], count: int) -> None:
+        """Have sequences hold the pages that they need for further positions.
+
+        Appends of so many then take no pages, and do not fail for want of them. What is not used goes back
+        with `free` and `truncate`. On a GPU it is also what a CUDA graph needs: see `advance`.
+
+        Parameters
+        ----------
+        sequences : int or sequence of int
+            n handles, all different.
+        count : int
+            How many positions more than now each sequence shall have room for.
+
+        Raises
+        ------
+        TypeError, ValueError
+            ValueError where fewer pages are free than that takes. The cache is then as it was.
+
+        Examples
+        --------
+        >>> from nbattn import PagedKVCache
+        >>> cache = PagedKVCache(pages=10, page_size=4, kv_heads=2, head_dim=16)
+        >>> cache.reserve([cache.add(), cache.add()], 10)
+        >>> cache.free_pages
+        4
+        """
+        handles, size = self._different(sequences, "a reserve"), check_size(count, "count", least=0)
+        rows, counts, here = self._places(handles).rows, np.full(len(handles), size), None
+        if self._store.is_on_gpu:
+            self._take_back(handles)
+            here = self._store.on_current_stream()
+            self._store.order(here, writes=True)
+        with self._all_or_nothing(rows):
+            self._take_pages(rows, counts, here)
+            width, old = int(self._held[rows].max(initial=0)), self._recorded.get(len(handles))
+            if here is None or width == 0 or (old is not None and old.width >= width):
+                return
+            new = Recorded(len(handles), width, self._store.gpu, here.stream)
+            if old is not None:
+                old.take_back(here.stream)
+                self._older.append(old)
+        self._recorded[len(handles)] = new
+
+    def advance(self, sequences: int | Sequence[int], count: int = 1) -> None:
+        """Have sequences be longer, before a CUDA graph fills the new positions and attends.
+
+        As `KVCache.advance`, but a graph is of n sequences, whichever they are: those that the last `advance`
+        of n sequences named, in its order. `reserve` comes first: a graph reaches as many pages of a sequence
+        as the one with most of them had among n sequences that it was called for, and launches write into
+        pages that sequences hold alone. Once the cache has changed such a sequence in another way, launches
+        write nothing and their outputs are NaN until the next `advance`; so it is, for good, with graphs that
+        were captured before a `reserve` that reached further, as those are to be captured again.
+
+        Parameters
+        ----------
+        sequences : int or sequence of int
+            n handles, all different.
+        count : int
+            How many positions each sequence gets: S of the recorded `append`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            ValueError for a cache on the host, and where a sequence has no pages of its own for the
+            positions, or the graph does not reach them; the cache is then as it was.
+
+        Examples
+        --------
+        A decoder's steps, with tensors of PyTorch, after one that was not captured and had kernels loaded::
+
+            cache.reserve(sequences, 100)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                cache.append(sequences, key, value)      # (n, Hkv, 1, D), filled anew before each launch
+                output = cache.attend(sequences, query)
+            for _ in range(100):
+                cache.advance(sequences)
+                graph.replay()
+        """
+        if not self._store.is_on_gpu:
+            msg = 'advance is for graphs of a cache with backend="cuda"; append to others'
+            raise ValueError(msg)
+        handles, size = self._different(sequences, "an advance"), check_size(count, "count", least=0)
+        rows, recorded = self._places(handles).rows, self._recorded.get(len(handles))
+        if recorded is None:
+            msg = f"call reserve for {len(handles)} sequences before a graph is captured and launched"
+            raise ValueError(msg)
+        new = self._lengths[rows] + size
+        self._check_reserved(rows, new, max(size, recorded.most), recorded.width)
+        here = self._store.on_current_stream()
+        self._store.order(here, writes=True)
+        self._take_back(handles, but=recorded)
+        recorded.tell(handles, self._changes, self._table[rows], new, here.stream)
+        self._lengths[rows] = new
+
+    def _check_reserved(
+        self, rows: NDArray[np.int64], new: NDArray[np.int64], written: int, width: int
+    ) -> None:
+        """Whether launches find pages for sequences of these lengths, and nobody else's where they write."""
+        room = self._held[rows] * self._page_size
+        refuse(new > room, new, "lengths", "but there is room for {}; reserve more", room)
+        reach = np.full(len(rows), width * self._page_size)
+        refuse(new > reach, new, "lengths", "but graphs reach {}; reserve, and capture them again", reach)
+        for row, length in zip(rows.tolist(), new.tolist(), strict=True):
+            first, last = max(length - written, 0) // self._page_size, -(-length // self._page_size)
+            if written and (self._uses[self._table[row, first:last]] > 1).any():
+                msg = "a fork shares a page that the launch would write; reserve once more"
+                raise ValueError(msg)
+
+    def _take_back(self, handles: tuple[int, ...], but: Recorded | None = None) -> None:
+        """Have no launch of a graph be for these sequences, which change."""
+        for recorded in self._recorded.values():
+            if recorded is not but and not recorded.sequences.isdisjoint(handles):
+                recorded.take_back(self._store.on_current_stream().stream)
 
     def attend(
         self,
@@ -276,6 +393,14 @@ class PagedKVCache:
             msg = f"sequence {handle} is not in the cache: it never was, or is freed already"
             raise ValueError(msg) from None
 
+    def _different(self, sequences: int | Sequence[int], call: str) -> tuple[int, ...]:
+        """The handles of a call that changes their sequences."""
+        handles = self._handles(sequences)
+        if len(set(handles)) < len(handles):
+            msg = f"sequences are {list(handles)}; {call} can name each one only once"
+            raise ValueError(msg)
+        return handles
+
     def _handles(self, sequences: int | Sequence[int]) -> tuple[int, ...]:
         """The handles of a call."""
         if isinstance(sequences, Sequence) or (isinstance(sequences, np.ndarray) and sequences.ndim):
@@ -301,96 +426,8 @@ class PagedKVCache:
             group.changes = self._changes
         group.lengths[:] = self._lengths[group.rows]
         group.measure()
+        group.recorded = self._recorded.get(len(handles))
         return group
-
-    def _widen(self, rows: int, width: int) -> None:
-        """Have room for that many sequences and pages of each, twice as much as before where it grows."""
-        old = self._table.shape
-        if rows <= old[0] and width <= old[1]:
-            return
-        shape = tuple(
-            n if n <= have else max(n, 2 * have) for n, have in zip((rows, width), old, strict=True)
-        )
-        new = max(shape[0], old[0]), max(shape[1], old[1])
-        self._table, table = np.zeros(new, np.int64), self._table
-        self._table[: old[0], : old[1]] = table
-        self._lengths, self._held = (
-            np.concatenate((x, np.zeros(new[0] - old[0], np.int64))) for x in (self._lengths, self._held)
-        )
-
-    def _take_pages(self, rows: NDArray[np.int64], counts: NDArray[np.int64], key: Any) -> None:
-        """Give sequences pages of their own for that many more positions, or raise before any changes."""
-        size, lengths = self._page_size, self._lengths[rows]
-        wanted = np.maximum(-(-(lengths + counts) // size) - self._held[rows], 0)
-        is_shared = self._holds > len(self._uses) - len(self._free)
-        copies = self._shared(rows, lengths, counts) if is_shared else []
-        needed = int(wanted.sum()) + len(copies)
-        if needed == 0:
-            return
-        if needed > len(self._free):
-            msg = (
-                f"{counts.sum()} more positions need {needed} pages and {len(self._free)} are free "
-                f"(free or truncate sequences, or make the cache with more pages)"
-            )
-            raise ValueError(msg)
-        self._changes += 1
-        self._widen(0, int((self._held[rows] + wanted).max(initial=0)))
-        for row, index, page in copies:
-            self._table[row, index] = own = self._take(1)[0]
-            filled = self._lengths[row] % size
-            self._store.copy(page, own, int(filled), key)
-            self._uses[page] -= 1
-            self._holds -= 1
-        for i in np.flatnonzero(wanted):
-            row, held, more = rows[i], self._held[rows[i]], int(wanted[i])
-            self._table[row, held : held + more] = self._take(more)
-            self._held[row] += more
-
-    def _pages_now(self, rows: NDArray[np.int64]) -> tuple[Any, ...]:
-        """What `_take_pages` changes."""
-        return self._uses.copy(), self._free[:], self._holds, self._table[rows], self._held[rows]
-
-    def _pages_again(
-        self, rows: NDArray[np.int64], uses: Any, free: Any, holds: int, table: Any, held: Any
-    ) -> None:
-        """Have it as before."""
-        self._uses, self._free, self._holds, self._held[rows] = uses, free, holds, held
-        self._table[rows, : table.shape[1]] = table
-        self._changes += 1
-
-    def _shared(
-        self, rows: NDArray[np.int64], lengths: NDArray[np.int64], counts: NDArray[np.int64]
-    ) -> list[tuple[int, int, int]]:
-        """Begun pages that are written and that others hold too: row, place in the table, page."""
-        begun = (counts > 0) & (lengths % self._page_size > 0)
-        rows, index = rows[begun], lengths[begun] // self._page_size
-        pages = self._table[rows, index]
-        if (self._uses[pages] < 2).all():
-            return []
-        copies = []
-        left = {int(page): int(self._uses[page]) for page in pages}
-        for row, i, page in zip(rows.tolist(), index.tolist(), pages.tolist(), strict=True):
-            if left[page] > 1:  # the last one that holds a page may write into it
-                left[page] -= 1
-                copies.append((row, i, page))
-        return copies
-
-    def _take(self, count: int) -> list[int]:
-        """Free pages that now one sequence holds."""
-        pages = self._free[-count:]
-        del self._free[-count:]
-        self._uses[pages] = 1
-        self._holds += count
-        return pages
-
-    def _drop(self, row: int, keep: int) -> None:
-        """Let go of a sequence's pages but the first ones."""
-        pages = self._table[row, keep : self._held[row]]
-        self._uses[pages] -= 1
-        self._holds -= len(pages)
-        self._free += pages[self._uses[pages] == 0].tolist()
-        self._held[row] = min(keep, self._held[row])
-        self._changes += 1
 
 
 class _Group(Places):
@@ -399,4 +436,3 @@ class _Group(Places):
     def __init__(self, table: NDArray[np.int64], rows: NDArray[np.int64]) -> None:
         super().__init__(table)
         self.rows = rows  # of the cache's own tables
-        self.changes = 0  # when this table was copied

@@ -100,7 +100,7 @@ class CacheProblem:
     number, to be multiplied with the group's scale. Queries of a quantised cache are float32, on a GPU of any
     dtype but float64. With int8,
     kernels may round the numbers of a query to multiples of its largest / 32512, and weights times the scales
-    of 64 values to multiples of their largest / 32767.
+    of 64 values to multiples of their largest / 32767; on a GPU, with int4 too, both to 16 bits each.
     """
 
     query: NDArray[Any]  # (B, Hq, Sq, D), last axis contiguous

@@ -7,8 +7,10 @@ a store of one page for each sequence.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -17,9 +19,10 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from . import check, device
 from .attention import AttentionOutput
-from .check_cache import check_counts, check_dtype, check_rotary, check_size
+from .check_cache import check_counts, check_dtype, check_no_lengths, check_rotary, check_size
 from .decode import Options, Pages, cache_problem, check_query, run, wide
 from .device import DeviceArray
+from .layouts import call_layout
 from .problem import INT4_GROUP, UNBOUNDED, AppendProblem, CacheProblem, storage_name
 
 LINE = 64
@@ -30,6 +33,11 @@ PLAN_NUMBERS = 1 << 16
 """Numbers of a query that takes so long that the checks do not matter."""
 
 
+@cache
+def _gpu() -> Any:
+    return check.backend_module("append", "cuda")
+
+
 class Places:
     """Where the sequences of a call lie, in arrays that change in place: plans keep their addresses."""
 
@@ -38,9 +46,11 @@ class Places:
         self.ring = ring
         self.starts = np.zeros(len(table), np.int64)  # (B,): the first position that a ring still holds
         self.lengths = np.zeros(len(table), np.int64)  # (B,)
-        self.longest = 0
+        self.longest = self.shortest = 0
+        self.changes = 0  # of the table
         self.went_back = False  # a ring, which then may hold less than its size
         self.there: Any = None  # the lengths on a GPU, as of the last `advance`, for graphs
+        self.recorded: Any = None  # `Places` of a graph's calls, where they are others
         self.writer: Any = None  # the plan of an append, which serves all layouts
         self.readers: dict[Any, Callable[[Any, Any, Any], Any] | None] = {}  # by layout
 
@@ -54,8 +64,9 @@ class Places:
             np.maximum(self.starts, self.lengths + counts - self.ring, out=self.starts)
 
     def measure(self) -> None:
-        """Know the longest of the lengths."""
-        self.longest = max(self.lengths.tolist(), default=0)
+        """Know the longest and the shortest of the lengths."""
+        lengths = self.lengths.tolist()
+        self.longest, self.shortest = max(lengths, default=0), min(lengths, default=0)
 
 
 class Store:
@@ -74,11 +85,11 @@ class Store:
         value_dim = key_dim if value_dim is None else check_size(value_dim, "value_dim")
         self.backend, self.window = backend, window
         check.backend_module("decode", backend)
-        empty = check.backend_module("append", "cuda").empty if self.is_on_gpu else _empty
+        empty = self.gpu.empty if self.is_on_gpu else _empty
         frequencies, self.interleaved = check_rotary(key_dim, *rotary)
         self.frequencies: Any = frequencies
         if frequencies is not None and self.is_on_gpu:
-            self.frequencies = check.backend_module("append", "cuda").placed(frequencies)
+            self.frequencies = self.gpu.placed(frequencies)
         storage, stored = check_dtype(dtype, self.is_on_gpu)
         arrays: list[Any] = []
         for width, name in ((key_dim, "head_dim"), (value_dim, "value_dim")):
@@ -100,6 +111,11 @@ class Store:
     def is_on_gpu(self) -> bool:
         """Whether its memory is a GPU's."""
         return self.backend == "cuda"
+
+    @property
+    def gpu(self) -> Any:
+        """What writes and moves its memory there."""
+        return _gpu()
 
     @property
     def nbytes(self) -> int:
@@ -182,20 +198,28 @@ class Store:
                 interleaved=self.interleaved,
             )
             places.writer = module.Plan(problem).append
-        places.writer(key, value, self.lengths_in_a_graph(places, key) or places.lengths, counts)
+        is_recorded = self.in_a_graph(places, key) is not None
+        places.writer(key, value, places.there if is_recorded else places.lengths, counts)
 
-    def lengths_in_a_graph(self, places: Places, array: Any) -> Any:
-        """The lengths in the GPU's memory where a graph is captured on the array's stream, else None."""
+    def in_a_graph(self, places: Places, array: Any) -> Places | None:
+        """Where calls lie of a graph that is captured on the array's stream; None where none is."""
         if not self.is_on_gpu:
             return None
-        module = check.backend_module("append", "cuda")
-        module.keep(places.table)
-        if not module.is_captured(array):
+        if type(places.table) is not DeviceArray:
+            self.gpu.keep(places.table, places.changes)
+        if not self.gpu.is_captured(array):
             return None
-        if places.there is None:
-            msg = "a graph cannot hold calls of a PagedKVCache, whose pages change; use a KVCache"
+        found = places if places.there is not None else places.recorded
+        if found is None:
+            count = len(places.lengths)
+            msg = f"a graph is captured; before, call the cache's reserve for as many sequences, {count}"
             raise ValueError(msg)
-        return places.there
+        return found
+
+    def on_current_stream(self) -> DeviceArray:
+        """An array on the GPU, in the order of the stream that is current there."""
+        key: Any = self.pages.key
+        return replace(key, stream=device.current_stream(key.device))
 
     def order(self, array: Any, *, writes: bool) -> None:
         """Wait, on a GPU, for what other streams have written, and to write also for what they have read.
@@ -204,18 +228,18 @@ class Store:
         """
         if not self.is_on_gpu:
             return
-        module, stream = check.backend_module("append", "cuda"), getattr(array, "stream", 0)
-        if module.is_captured(array) or self.streams == {stream}:
+        stream = getattr(array, "stream", 0)
+        if self.streams == {stream} or self.gpu.is_captured(array):
             return
         if self.streams and (writes or stream not in self.streams):
-            module.wait(self.pages.key)
+            self.gpu.wait(self.pages.key)
         self.streams = {stream} if writes else self.streams | {stream}
 
     def copy(self, page: int, own: int, filled: int, key: Any) -> None:
         """Copy the first rows of a page to another one, on a GPU in the order of work on new keys."""
         if self.is_on_gpu:
             stream = key.stream if type(key) is DeviceArray else 0
-            check.backend_module("append", "cuda").copy_page(self.pages[:4], page, own, stream)
+            self.gpu.copy_page(self.pages[:4], page, own, stream)
             return
         for array in self.pages[:4]:
             if array is not None:
@@ -237,7 +261,7 @@ class Store:
         layout = None
         if lengths is None and (backend is None or backend == (self.backend or "cpu")):
             if not (self.is_on_gpu and out is not None):
-                layout = _layout(query, given, return_lse, self.is_on_gpu)
+                layout = call_layout(query, given, return_lse, self.is_on_gpu)
             if (known := places.readers.get(layout)) is not None:
                 result = known(query, out, given)
                 if result is not None:
@@ -249,14 +273,14 @@ class Store:
         q = check_query(query, self.pages, len(places.lengths))
         counts = check_counts(lengths, len(places.lengths), q.shape[2])
         offset = places.lengths - counts
-        in_graph = self.lengths_in_a_graph(places, q)
+        in_graph = self.in_a_graph(places, q)
         self.order(q, writes=False)
-        if in_graph is not None and lengths is not None:
-            msg = "a graph cannot hold lengths; leave them out"
-            raise ValueError(msg)
+        if in_graph is not None:
+            check_no_lengths(lengths)
+            places = in_graph
         problem = cache_problem(
             # Wide before they turn.
-            self.turned(wide(q, self.pages), in_graph or offset, backend),
+            self.turned(wide(q, self.pages), in_graph.there if in_graph else offset, backend),
             self.pages,
             page_table=places.table,
             ring=places.ring,
@@ -267,22 +291,22 @@ class Store:
             options=options._replace(window_size=self.within_window(options.window_size)),
         )
         if in_graph is not None:
-            room = self.pages.key.shape[1]
+            room = self.pages.key.shape[1] * places.table.shape[1]
             if places.ring and problem.left + q.shape[2] > room:
                 seen = problem.left + q.shape[2]
                 msg = f"{q.shape[2]} queries see {seen} positions, and the ring holds {room}"
                 raise ValueError(msg)
             starts = np.zeros_like(places.starts)
-            problem = replace(problem, key_lengths=in_graph, key_starts=starts, max_keys=room)
+            problem = replace(problem, key_lengths=places.there, key_starts=starts, max_keys=room)
         elif places.ring:
             self._check_held(places, offset, problem.left)
         is_wanted = check.check_flag(return_lse, "return_lse")
         result, lse = run(module, problem, q.dtype, is_wanted, out, (query, *given))
         if type(result) is DeviceArray:
             if (counts < q.shape[2]).any():
-                check.backend_module("append", "cuda").clear(result, lse, counts)
+                self.gpu.clear(result, lse, counts)
             if layout is not None and in_graph is None and lse is None:
-                self._remember_on_gpu(places, layout, module, problem, result)
+                self._remember_on_gpu(places, layout, module, problem, q, result)
             result, lse = map(device.given_back, (result, lse))
             return result if lse is None else AttentionOutput(result, None, lse)
         for b in np.flatnonzero(counts < q.shape[2]):
@@ -294,24 +318,41 @@ class Store:
         return result if lse is None else AttentionOutput(result, None, lse)
 
     def _remember_on_gpu(
-        self, places: Places, layout: Any, module: ModuleType, problem: CacheProblem, result: DeviceArray
+        self,
+        places: Places,
+        layout: Any,
+        module: ModuleType,
+        problem: CacheProblem,
+        given: DeviceArray,
+        result: DeviceArray,
     ) -> None:
-        """Make calls of this layout short from the third on, while all sequences are of one length."""
-        if self._is_first(places, layout) or self.frequencies is not None:
+        """Make calls of this layout short from the third on, but where the stream is another."""
+        if self._is_first(places, layout):
             return
-        later, queries = module.later(problem, result), problem.query.shape[2]
+        rotary = self.frequencies, self.interleaved
+        later = module.later(problem, given, result, places, rotary)
         if later is None:
             return
+        keep = self.gpu.keep
+        is_long = places.ring and given.shape[2] + problem.left > places.ring
+        # Theirs is what remembers it: they and their memory go without the garbage collector.
+        the_store, the_places = weakref.ref(self), weakref.ref(places)
 
         def run(query: int, output: int, stream: int) -> bool:
-            return self.streams == {stream} and later.forward(places.longest, query, output, stream)
+            store, places = the_store(), the_places()
+            if store is None or places is None or store.streams != {stream}:
+                return False
+            if is_long or places.went_back:  # a ring may not hold what the queries see
+                return False
+            if later.has_table:
+                keep(places.table, places.changes)
+            return later.forward(places, query, output, stream)
 
         repeated = device.repeated(run, result, result.shape)
 
         def again(query: Any, out: Any, given: Any) -> Any:
             """The output; None where this call is another."""
-            same = queries <= places.longest == places.lengths.min()
-            return repeated(query) if same else None
+            return repeated(query)
 
         places.readers[layout] = again
 
@@ -416,45 +457,6 @@ class Store:
 def _by_row(array: Any) -> Any:
     """(pages, heads, page_size, ...) as (pages, page_size, heads, ...)."""
     return array.transpose(0, 2, 1, *range(3, array.ndim))
-
-
-_PLAIN = frozenset((bool, int, float, type(None)))
-
-
-def _layout(query: Any, options: tuple[Any, ...], return_lse: Any, is_on_gpu: bool) -> Any:
-    """Everything but the query's numbers that decides how a call goes, as a key; None where it cannot be."""
-    mask, bias, is_causal, window, scale, softcap, slopes, sinks = options
-    if mask is not None or bias is not None or (type(query) is np.ndarray) == is_on_gpu:
-        return None
-    if is_on_gpu:
-        layout = device.layout(query)
-        if layout is None:
-            return None
-    else:
-        layout = (query.shape, query.strides, query.dtype, query.flags.aligned)
-    if is_causal is True and return_lse is False and window is scale is softcap is slopes is sinks is None:
-        return layout
-    sides: Any = () if window is None else window
-    if type(sides) not in (tuple, list):
-        return None
-    numbers: tuple[Any, ...] = (window is None, is_causal, scale, softcap, return_lse, *sides)
-    types = tuple(map(type, numbers))  # True is no 1
-    if not _PLAIN.issuperset(types):
-        numbers = tuple(
-            x.item() if isinstance(x, np.generic) and x.dtype.kind in "biuf" else x for x in numbers
-        )
-        types = tuple(map(type, numbers))
-        if not _PLAIN.issuperset(types):
-            return None
-    heads: tuple[Any, ...] = ()
-    for x in (slopes, sinks):
-        if x is not None:
-            if type(x) is not np.ndarray or x.nbytes > 4096:
-                return None
-            heads += (x.dtype, x.shape, x.tobytes())
-        else:
-            heads += (None,)
-    return layout, numbers, types, heads
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype[Any] | type) -> NDArray[Any]:

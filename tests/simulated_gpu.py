@@ -106,6 +106,7 @@ class Library:
     functions: dict = field(default_factory=dict)
     fail: dict = field(default_factory=dict)
     captured: set = field(default_factory=set)
+    mode: int = 0  # of captures, for the thread
 
     def __getattribute__(self, name):
         found = super().__getattribute__(name)
@@ -177,11 +178,13 @@ class Library:
         return address
 
     def cuMemAlloc_v2(self, address, size):
+        assert self.mode == launch.RELAXED, "ends a capture of another stream"
         address._obj.value = self.allocate(size, self.contexts[-1] - 1000)
         return 0
 
     def cuMemAllocAsync(self, address, size, stream):
-        return self.cuMemAlloc_v2(address, size)
+        address._obj.value = self.allocate(size, self.contexts[-1] - 1000)
+        return 0
 
     def cuMemFree_v2(self, address):
         if address not in self.memory:  # of another test's GPU
@@ -213,6 +216,10 @@ class Library:
 
     def cuStreamIsCapturing(self, stream, status):
         status._obj.value = int(stream in self.captured)
+        return 0
+
+    def cuThreadExchangeStreamCaptureMode(self, mode):
+        mode._obj.value, self.mode = self.mode, mode._obj.value
         return 0
 
     def cuPointerGetAttribute(self, value, attribute, address):
@@ -263,6 +270,7 @@ class Library:
         return compiler.Binary(code, "")
 
     def cuModuleLoadData(self, module, code):
+        assert self.mode == launch.RELAXED, "may end a capture of another stream"
         self.functions[len(self.functions) + 1] = self.kernels[code]
         module._obj.value = len(self.functions)
         return 0

@@ -384,7 +384,7 @@ class TestSetup:
         assert (info.type is NotImplementedError) == left_out
 
 
-ON_GPU_ALONE = {"KVCache.advance": cuda.Graph.time_step}
+ON_GPU_ALONE = dict.fromkeys(("KVCache.advance", "PagedKVCache.advance"), cuda.Graph.time_step)
 """Public names that nothing but a GPU can run, and their rows."""
 
 

@@ -5,9 +5,7 @@ import ctypes
 import gc
 import sys
 import weakref
-from contextlib import contextmanager
 from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +19,6 @@ from ml_dtypes import bfloat16
 from oracle import assert_same_bits, normal
 from test_cuda_arrays import cupy, numba, packed, torch  # noqa: F401
 
-import benchmarks.cuda
 import nbattn
 from nbattn import KVCache, PagedKVCache, device, store
 from nbattn.cuda import append, decode, launch, sending
@@ -71,6 +68,17 @@ class TestWorkspace:
         gpu.bytes(sums, 100)
         assert not gpu.bytes(counters, 12).any()
 
+    def test_of_many_streams_none_is_kept(self, gpu, monkeypatch):
+        """Some may be no more, and nobody says so."""
+        monkeypatch.setattr("nbattn.cuda.workspace.STREAMS", 3)
+        self.take(1, 10, 1, ordinal=1)
+        for stream in range(10):
+            counters, sums = self.take(3, 100, stream)
+            assert not gpu.bytes(counters, 12).any()
+            gpu.bytes(sums, 100)
+            assert len(gpu.memory) <= 3 + 1 + 2 * 3
+            assert gpu.calls.count("cuCtxSynchronize") == stream // 3
+
     def test_a_graph_has_its_own(self, gpu, monkeypatch):
         monkeypatch.setattr("nbattn.cuda.workspace.GRAPH_COUNTERS", 8)
         kept = self.take(3, 100, 5)
@@ -119,7 +127,7 @@ class TestWho:
             (np.float16, {}), (bfloat16, {"is_causal": True}), (np.float16, {"key_lengths": [3, 40]}),
             (np.float16, {"queries": 2, "query_offset": "end", "return_lse": True}),
             (bfloat16, {"heads": 64}),
-            (np.float32, {"queries": 2}),
+            (np.float32, {"queries": 2, "dim": 128}),
             (np.float16, {"sinks": np.zeros(4), "alibi_slopes": np.ones(4), "softcap": 3.0}),
         ):  # fmt: skip
             self.call(torch, dtype=dtype, **options)
@@ -131,7 +139,7 @@ class TestWho:
         mask = torch.to(np.ones((1, 40), bool))
         for options in (
             {"queries": 17, "keys": 400}, {"queries": 3}, {"heads": 66, "queries": 2},
-            {"dtype": np.float32, "dim": 80},
+            {"dtype": np.float32, "dim": 132},
             {"mask": mask}, {"bias": torch.to(np.zeros((1, 40), np.float16))}, {"return_weights": True},
             {"dim": 264},
         ):  # fmt: skip
@@ -139,7 +147,7 @@ class TestWho:
         assert len(chosen) == 8
         assert not [name for name, *_ in chosen if name.startswith("decode")]
 
-    @pytest.mark.parametrize("storage", ["float16", "float32", "int8"])
+    @pytest.mark.parametrize("storage", ["float16", "float32", "int8", "int4"])
     def test_caches(self, torch, chosen, storage):  # noqa: F811
         """A token's attention is the decode kernel's; what it lacks, and prompts, are others'."""
         dtype = input_dtype(storage)
@@ -162,15 +170,33 @@ class TestWho:
                 assert any(name.startswith(f"decode-mma-{storage}-") for name, *_ in chosen) == decodes
                 assert len(chosen) == 1 or not decodes
             halves = torch.to(np.zeros((2, 4, 1, 32), np.float16))
-            if storage == "int8":
+            if storage in ("int8", "int4"):
                 cache.attend(*more, halves)
-                assert chosen[-1][0].startswith("decode-mma-int8-")
+                assert chosen[-1][0].startswith(f"decode-mma-{storage}-")
                 assert chosen[-1][1]["query_kind"] == 1
 
     def test_functions_of_scores(self, torch, chosen):  # noqa: F811
         for mod in ({"score_mod": lambda s, b, h, i, j: s}, {"mask_mod": lambda b, h, i, j: j > 0}):
             self.call(torch, **mod)
             assert not chosen[-1][0].startswith("decode")
+
+    def test_uneven_sequences(self, torch, chosen, monkeypatch):  # noqa: F811
+        """Where one is long, most of what a launch would have is for nobody: it is cut where that pays."""
+        lengths = np.full(12, 9)
+        lengths[4] = 9000
+        cache = PagedKVCache(700, 16, 2, 32, "float16", backend="cuda")
+        handles = [cache.add() for _ in lengths]
+        new, query = (torch.to(np.zeros((12, h, n, 32), np.float16)) for h, n in ((2, 9000), (4, 2)))
+        cache.append(handles, new, new, lengths)
+        for spare, batches in ((1 << 20, [12]), (1 << 10, [4, 4, 4])):
+            monkeypatch.setattr(decode, "SPARE", spare)
+            chosen.clear()
+            result = cache.attend(handles, query, return_lse=True)
+            assert [blocks // values["chunks"] // 2 for _, values, blocks, _ in chosen] == batches
+        assert [values["chunks"] for _, values, *_ in chosen] == [1, 18, 1]
+        for x, name in ((result.output, "out"), (result.lse, "lse")):
+            assert chosen[2][1][name] - chosen[0][1][name] == 8 * x.memory[0].nbytes
+        assert sum(values["table_width"] for _, values, *_ in chosen) == 3 * cache._table.shape[1]
 
     def test_chunks_are_of_the_room_for_keys(self, torch, chosen):  # noqa: F811
         for keys, chunk, chunks in ((40, 128, 1), (4096, 128, 32), (4100, 256, 17), (32768, 1024, 32)):
@@ -179,6 +205,13 @@ class TestWho:
             assert (values["chunk"], values["chunks"], blocks) == (chunk, chunks, 4 * chunks)
             self.call(torch, keys=keys, window_size=(100, 0), query_offset="end")
             assert chosen[-1][1]["chunks"] == min(chunks, 2)
+
+
+ROTARY = {"rotary_base": 10.0}
+STEPS = {
+    "rotary": ROTARY, "ring": {"window": 70}, "rotary ring": {"window": 70, **ROTARY}, "pages": {"pages": 90},
+    "rotary pages": {"pages": 90, **ROTARY}, "heads": {},
+}  # fmt: skip
 
 
 class TestLater:
@@ -232,7 +265,10 @@ class TestLater:
             cache.attend(query, **options)
             cache._places.readers.update(before)
             first, second = told
-            assert {name for name in first if first[name] != second[name]} <= {"out"}
+            apart = {name for name in first if first[name] != second[name]}
+            assert apart <= {"out"} | (
+                {"key_lengths", "from_end", "offsets"} if first["key_lengths"] else set()
+            )
             return first
 
         def tensor(heads, tokens):
@@ -258,10 +294,81 @@ class TestLater:
         cache.append(tensor(2, 1), tensor(2, 1))
         step(one, True)
         cache.truncate([131, 130])
-        assert step(one, False)["key_lengths"]
+        for _ in range(2):
+            at = step(one, True)["key_lengths"]
+            np.testing.assert_array_equal(gpu.bytes(at, 16).view(np.int64), cache.lengths)
+            cache.append(tensor(2, 1), tensor(2, 1))
         cache.truncate([1, 1])
         step(one, True)
         assert step(two, False)["offset"] == -1
+
+    @pytest.mark.parametrize("differ", [False, True])
+    @pytest.mark.parametrize("kind", STEPS)
+    def test_steps_of_every_kind(self, torch, gpu, kind, differ, monkeypatch):  # noqa: F811
+        """All that short steps' launches are told is what the long way tells, or lies there on the GPU."""
+        made, checked = [], []
+        check_query = store.check_query
+        monkeypatch.setattr(store, "check_query", lambda *a: checked.append(1) or check_query(*a))
+
+        def cu_launch_kernel(function, blocks, *arguments):
+            kernel = gpu.functions[function]
+            numbers = kernel.layout.unpack(ctypes.string_at(arguments[-1][1], kernel.layout.size))
+            at, record = 0, {"kernel": kernel.name, "blocks": blocks}
+            for name, form in kernel.parameters:
+                count = int(form.partition("x")[2]) if "x" in form and form[0] != "*" else 1
+                record[name], at = numbers[at : at + count], at + count
+            entries = 2 * record.get("table_width", [0])[0]
+            for name, dtype, count in (
+                ("key_lengths", np.int64, 2), ("starts", np.int64, 2), ("page_table", np.int32, entries),
+                ("alibi_slopes", np.float32, 4), ("sinks", np.float32, 4),
+            ):  # fmt: skip
+                if record.get(name, [0])[0]:
+                    size = count * np.dtype(dtype).itemsize
+                    record[name] = gpu.bytes(record[name][0], size).view(dtype).tolist()
+            made.append(record)
+            return 0
+
+        gpu.cuLaunchKernel = cu_launch_kernel
+        options = dict(STEPS[kind])
+        if pages := options.pop("pages", 0):
+            cache, more = PagedKVCache(pages, 16, 2, 32, "bfloat16", backend="cuda", **options), ((0, 1),)
+            cache.add(), cache.add()
+        else:
+            cache, more = KVCache(2, 2, 300, 32, "bfloat16", backend="cuda", **options), ()
+        given = {"sinks": np.arange(4.0), "alibi_slopes": np.ones(4)} if kind == "heads" else {}
+        token, query = (torch.to(np.zeros((2, n, 1, 32), bfloat16)) for n in (2, 4))
+        x = torch.to(np.zeros((2, 2, 20, 32), bfloat16))
+        for lengths in (None, [20, 20 - differ]):
+            cache.append(*more, x, x, lengths)
+        for step in range(111):
+            cache.append(*more, token, token)
+            for _ in range(1 if step % 10 else 3):
+                made.clear(), checked.clear()
+                cache.attend(*more, query, **given)
+            if step % 10:
+                continue
+            assert not checked
+            places = cache._places(*more) if pages else cache._places
+            short, before = [*made], dict(places.readers)
+            made.clear(), places.readers.clear()
+            cache.attend(*more, query, **given)
+            places.readers.update(before)
+            assert [x["kernel"] for x in short] == [x["kernel"] for x in made]
+            for first, second in zip(short, made, strict=True):
+                apart = {name for name in first if first[name] != second[name]}
+                allowed = {"out", "counters", "partials", "states", "query", "x"}
+                if differ:  # queries stand at the ends of lengths on the GPU
+                    allowed |= {"key_lengths", "offsets", "from_end", "start", "starts", "has_starts"}
+                    ends = first.get("key_lengths") or first["starts"]
+                    assert ends == places.lengths.tolist()
+                    assert first.get("from_end", [1])[0] == 1
+                    assert first.get("start", [-1])[0] == -1
+                if "ring" in kind:  # whose first positions no query sees
+                    allowed |= {"key_starts"}
+                    assert first.get("key_starts", [0])[0] == 0
+                assert apart <= allowed
+            if "rotary" in kind:
+                assert short[1]["query"] == short[0]["out"]
 
     def test_graphs_have_their_own_steps(self, torch, gpu, told):  # noqa: F811
         cache, x = (
@@ -379,27 +486,6 @@ class TestArrays:
             there.append(
                 torch.to(np.zeros((2, 2, 30, 32), np.float32)), torch.to(np.zeros((2, 2, 30, 32), np.float32))
             )
-
-    @pytest.mark.parametrize("window", [None, 5])
-    def test_append_in_a_graph(self, torch, gpu, window, rng):  # noqa: F811
-        """The simulated GPU makes captured launches at once."""
-        kinds = {"window": window, "rotary_base": 100.0}
-        here, there = (KVCache(2, 1, 8, 8, backend=b, **kinds) for b in ("reference", "cuda"))
-        x = normal(rng, (2, 1, 4, 8))
-        here.append(x, x, [4, 2]), there.append(x, x, [4, 2])
-        for _ in range(3):
-            x = normal(rng, (2, 1, 1, 8))
-            here.append(x, x)
-            there.advance()
-            np.testing.assert_array_equal(here.lengths, there.lengths)
-            gpu.captured = {70}
-            sent = gpu.calls.count("cuMemcpyHtoDAsync_v2")
-            there.append(torch.to(x), torch.to(x))
-            assert gpu.calls.count("cuMemcpyHtoDAsync_v2") == sent
-            gpu.captured = set()
-            np.testing.assert_array_equal(here.lengths, there.lengths)
-            got = there.attend(torch.to(x)).numpy()
-            np.testing.assert_allclose(got, here.attend(x), rtol=1e-5, atol=1e-6)
 
     def test_pages(self, torch, gpu, rng):  # noqa: F811
         paged = test_decode.Paged(rng, "int8", (20, 1, 0, 9), page_size=4)
@@ -634,86 +720,3 @@ def test_turns(interleaved, rng):
         reference.rotate(query, expected, np.array(offset), frequencies, interleaved)
         append.rotate(query, got, np.array(offset), frequencies, interleaved)
         np.testing.assert_allclose(got, expected, rtol=0, atol=2.0**-49)
-
-
-class TestGraphs:
-    """Calls while a graph is captured: what they would record, and what they refuse."""
-
-    @pytest.mark.parametrize("storage", ["bfloat16", "int8"])
-    @pytest.mark.parametrize("window", [None, 65])
-    def test_attend(self, gpu, torch, storage, window, monkeypatch):  # noqa: F811
-        """Nothing comes from the host, and the kernel reads lengths where `advance` leaves them."""
-        made = []
-        monkeypatch.setattr(launch, "run", lambda *x: made.append((x[0].name, x[1], x[2])))
-        cache = KVCache(2, 2, 70, 32, storage, window=window, rotary_base=10.0, backend="cuda")
-        q = torch.to(np.zeros((2, 4, 2, 32), input_dtype(storage)))
-        sinks = torch.to(np.zeros(4, np.float32))
-        cache.advance(30)
-        gpu.captured, gpu.fail = {70}, {"cuMemcpyHtoDAsync_v2": 1}
-        cache.attend(q, sinks=sinks)
-        (_, turned, _), (name, values, blocks) = made
-        lengths = cache._places.there.address
-        assert (turned["starts"], turned["start"]) == (lengths, -2)
-        assert name.startswith(f"decode-mma-{storage}")
-        assert (values["key_lengths"], values["from_end"]) == (lengths, 1)
-        assert blocks == 4 * (1 if window is None else 2)
-        np.testing.assert_array_equal(simulated_gpu.view(cache._places.there), [30, 30])
-
-    @pytest.mark.parametrize("storage", benchmarks.cuda.Graph.params)
-    def test_benchmark(self, gpu, torch, storage, monkeypatch):  # noqa: F811
-        """A row is a step that `advance` and a replay make, and a wait for it."""
-        made, done = [], []
-        monkeypatch.setattr(launch, "run", lambda kernel, *_: made.append(kernel.name))
-        monkeypatch.setattr(launch.Call, "__call__", lambda *_: None)  # the prompt's append
-        monkeypatch.setattr(launch, "require", lambda: None)
-        monkeypatch.setattr(benchmarks.cuda, "SIZES", (8, 40, 32))
-        monkeypatch.setattr(benchmarks.cuda, "normal", lambda _, *shape: torch.to(np.zeros(shape, bfloat16)))
-
-        @contextmanager
-        def graph(graph):
-            gpu.captured = {70}
-            yield
-            gpu.captured = set()
-
-        torch.cuda = SimpleNamespace(
-            is_available=lambda: True, synchronize=lambda: done.append("wait"), graph=graph,
-            CUDAGraph=lambda: SimpleNamespace(replay=lambda: done.append("replay")),
-        )  # fmt: skip
-        row = benchmarks.cuda.Graph()
-        row.setup(storage)
-        assert [name.partition("-")[0] for name in made] == ["append", "decode"]
-        done.clear()
-        row.time_step(storage)
-        assert (done, len(made), row.cache.lengths[0]) == (["replay", "wait"], 2, 40)
-
-    def test_refused(self, gpu, torch):  # noqa: F811
-        x = torch.to(np.zeros((2, 2, 1, 32), np.float16))
-        cache, ring = (KVCache(2, 2, 9, 32, "float16", window=w, backend="cuda") for w in (None, 8))
-        paged = PagedKVCache(9, 4, 2, 32, "float16", backend="cuda")
-        handles = [paged.add(), paged.add()]
-        cache.advance(8)
-        for count, kind, message in (
-            (2, ValueError, "sequence 0 holds 8 of 9"), (-1, ValueError, "count is -1"),
-            (1.0, TypeError, "count must be an integer"),
-        ):  # fmt: skip
-            with pytest.raises(kind, match=message):
-                cache.advance(count)
-        gpu.fail = {"cuMemcpyHtoDAsync_v2": 1}
-        with pytest.raises(RuntimeError, match="fails"):
-            cache.advance()
-        gpu.fail, gpu.captured = {}, {70}
-        three = torch.to(np.zeros((2, 2, 3, 32), np.float16))
-        for call, message in (
-            (lambda: cache.append(x, x, [1, 1]), "cannot hold lengths"),
-            (lambda: cache.attend(x, lengths=[1, 1]), "cannot hold lengths"),
-            (lambda: cache.attend(x, sinks=np.ones(2)), "cannot hold what lies on the host"),
-            (lambda: cache.attend(x, bias=torch.to(np.ones(1, np.float16))), "this is another call"),
-            (lambda: ring.attend(three), "3 queries see 10 positions, and the ring holds 9"),
-            (lambda: paged.append(handles, x, x), "cannot hold calls of a PagedKVCache"),
-            (lambda: paged.attend(handles, x), "cannot hold calls of a PagedKVCache"),
-            (lambda: KVCache(1, 1, 4, 8, backend="cpu").advance(), "is for graphs of a cache with backend"),
-        ):
-            with pytest.raises(ValueError, match=message):
-                call()
-        assert (cache.lengths == 8).all()
-        assert paged.free_pages == 9

@@ -9,7 +9,8 @@ import pytest
 import warp
 from ml_dtypes import bfloat16
 from oracle import inputs, normal
-from test_cuda_mma import NOTHING, aligned, on_gpu, poisoned
+from prompts import NOTHING, poisoned
+from test_cuda_mma import aligned, on_gpu
 
 from nbattn.cuda import decode, decode_kernel
 from nbattn.cuda.decode_tiles import PARAMETERS, Tile
@@ -20,6 +21,9 @@ pytestmark = pytest.mark.cuda_emu
 
 halves = pytest.mark.parametrize("dtype", [np.float16, bfloat16], ids=["float16", "bfloat16"])
 SMALL, SMALL_BYTES, SMALL_FLOATS = Tile(32, 3), Tile(32, 4, 1), Tile(32, 4, 4)
+SMALL_NIBBLES = Tile(64, 4, 0.5, 2)
+SHARED_BYTES, SHARED_FLOATS = Tile(64, 4, 1, 2), Tile(64, 3, 4, 3)
+"""With the queries in shared memory, as wide tiles have them."""
 Record = namedtuple("Record", [name for name, _ in PARAMETERS])
 NUMBERS = {"float32": np.float32, "int32": int, "int64": int}
 
@@ -255,7 +259,8 @@ class TestFloats:
         q, k, v = inputs(rng, 1, 4, 2, 2, 140, 29, 31)
         q, k, v = (aligned(x) for x in (q, k, v))
         more = {"sinks": normal(rng, 4), "alibi_slopes": rng.random(4), "softcap": 4.0, "scale": -0.4}
-        hold(q, k, v, tile=SMALL_FLOATS, window_size=(90, None), query_offset="end", **more)
+        for tile in (SMALL_FLOATS, SHARED_FLOATS):
+            hold(q, k, v, tile=tile, window_size=(90, None), query_offset="end", **more)
 
     @pytest.mark.parametrize("number", range(len(decode.FLOAT_TILES)))
     def test_every_tile(self, number, rng):
@@ -263,6 +268,7 @@ class TestFloats:
         q, k, v = inputs(rng, 1, 2, 1, 1, 70, tile.width - 4, tile.width)
         hold(q, k, v, tile=None)
         assert tile.shared_bytes <= 99 << 10
+        assert tile.warp_bytes >= 16 * tile.sum_pitch
 
     def test_numbers_of_every_size(self, rng):
         """The parts of the largest and of denormal numbers are none that overflow or vanish."""
@@ -327,12 +333,26 @@ def test_lengths_that_the_gpu_knows(rng):
     oracle.hold(out, lse, q, k, v, **options)
 
 
-class TestBytes:
-    """int8 keys and values with a scale for each token and head."""
+def test_lengths_of_nobody(rng):
+    """A launch of a graph that is not told a sequence, as -1 says, is not to be mistaken for one."""
+    paged = Paged(rng, [130, 9, 17], 16, np.float16, 1, 2, 2)
+    out, lse = poisoned((3, 2, 2, 24), np.float16), poisoned((3, 2, 2), np.float32)
+    emulate(paged.problem(), out, lse, SMALL, lengths=np.array([130, -1, 17]))
+    options = {"is_causal": True, "query_offset": "end", "key_lengths": [130, 9, 17]}
+    contiguous, lse_contiguous, _ = attend(paged.query, *paged.rows, **options)
+    for got, expected in ((out, contiguous), (lse, lse_contiguous)):
+        oracle.assert_same_bits(got[::2], expected[::2])
+        assert np.isnan(got[1].astype(float)).all()
 
-    def problem(self, rng, lengths, dtype=np.float32, heads=4, queries=2, dims=(32, 24), page_size=0):
+
+class Quantised:
+    """Keys and values with a scale for each token and head, or for each 32 numbers."""
+
+    storage, tile, dims = "int8", SMALL_BYTES, (32, 24)
+
+    def problem(self, rng, lengths, dtype=np.float32, heads=4, queries=2, dims=None, page_size=0):
         """A problem, and its keys and values in float32."""
-        batch, most = len(lengths), max(lengths)
+        batch, most, dims = len(lengths), max(lengths), dims or self.dims
         query = normal(rng, (batch, heads, queries, dims[0]), dtype)
         pages, scales, dense = [], [], []
         size = page_size or most
@@ -341,12 +361,10 @@ class TestBytes:
         position = np.arange(most)
         at = table[:, position // size], position % size
         for dim in dims:
-            room = -(-dim // 16) * 16
-            numbers = rng.integers(-127, 128, (batch * wide, 2, size, room)).astype(np.int8)[..., :dim]
-            scale = (rng.random((batch * wide, 2, size)) * 0.02).astype(np.float32)
-            pages.append(numbers.swapaxes(1, 2))
+            stored, numbers, scale = self.rows(rng, (batch * wide, 2, size), dim)
+            pages.append(stored.swapaxes(1, 2))
             scales.append(scale.swapaxes(1, 2))
-            dense.append((pages[-1] * scales[-1][..., None])[at].transpose(0, 2, 1, 3))
+            dense.append(numbers.swapaxes(1, 2)[at].transpose(0, 2, 1, 3))
         for b, length in enumerate(lengths):
             for scale in scales:
                 scale[at[0][b, length:], at[1][length:]] = np.nan
@@ -356,31 +374,29 @@ class TestBytes:
         )
         p = replace(
             p, query=query, key_pages=pages[0], value_pages=pages[1], key_scales=scales[0],
-            value_scales=scales[1], storage="int8", page_table=table,
+            value_scales=scales[1], storage=self.storage, page_table=table,
         )  # fmt: skip
         return p, dense, options
 
-    def run(self, p, tile=SMALL_BYTES):
-        out = poisoned((*p.query.shape[:3], p.value_pages.shape[3]), p.query.dtype)
+    def run(self, p, tile=None):
+        values = p.value_pages.shape[3] * (2 if self.storage == "int4" else 1)
+        out = poisoned((*p.query.shape[:3], values), p.query.dtype)
         lse = poisoned(p.query.shape[:3], np.float32)
-        emulate(p, out, lse, tile)
+        emulate(p, out, lse, tile or self.tile)
         return out, lse
 
-    @pytest.mark.parametrize("dtype", [np.float32, np.float16, bfloat16], ids=["f32", "f16", "bf16"])
-    @pytest.mark.parametrize("page_size", [0, 5])
-    def test_options(self, dtype, page_size, rng):
+    def hold_options(self, dtype, page_size, tile, rng):
         p, dense, options = self.problem(rng, [130, 0, 33], dtype, page_size=page_size)
         more = {"sinks": normal(rng, 4), "alibi_slopes": rng.random(4), "softcap": 4.0, "scale": 0.4}
-        oracle.hold(*self.run(p), p.query, *dense, rounds=True, **options)
+        oracle.hold(*self.run(p, tile), p.query, *dense, rounds=True, **options)
         p = replace(p, **(more | {name: np.float32(more[name]) for name in ("sinks", "alibi_slopes")}))
-        oracle.hold(*self.run(p), p.query, *dense, rounds=True, **options, **more)
+        oracle.hold(*self.run(p, tile), p.query, *dense, rounds=True, **options, **more)
 
-    @pytest.mark.parametrize("number", range(len(decode.BYTE_TILES)))
-    def test_every_tile(self, number, rng):
-        tile = decode.BYTE_TILES[number]
-        p, dense, options = self.problem(rng, [100], dims=(tile.width, tile.width - 16), queries=1)
+    def hold_tile(self, tile, rng):
+        p, dense, options = self.problem(rng, [100], dims=(tile.width, tile.width - 32), queries=1)
         assert decode.tile_of(p) == tile
         assert tile.shared_bytes <= 99 << 10
+        assert tile.warp_bytes >= 16 * tile.sum_pitch
         oracle.hold(*self.run(p, tile), p.query, *dense, rounds=True, **options)
 
     def test_scales_that_are_no_numbers(self, rng):
@@ -393,3 +409,44 @@ class TestBytes:
         assert broken[1, 2:, 1].all()
         assert broken.sum() == 4
         oracle.assert_same_bits(out[~broken], expected[~broken])
+
+
+class TestBytes(Quantised):
+    @staticmethod
+    def rows(rng, shape, dim):
+        room = -(-dim // 16) * 16
+        numbers = rng.integers(-127, 128, (*shape, room)).astype(np.int8)[..., :dim]
+        scale = (rng.random(shape) * 0.02).astype(np.float32)
+        return numbers, numbers * scale[..., None], scale
+
+    @pytest.mark.parametrize(
+        ("dtype", "page_size", "tile"),
+        [(np.float32, 0, SHARED_BYTES), (np.float32, 5, None), (np.float16, 5, None), (bfloat16, 0, None)],
+    )
+    def test_options(self, dtype, page_size, tile, rng):
+        self.hold_options(dtype, page_size, tile, rng)
+
+    @pytest.mark.parametrize("tile", decode.BYTE_TILES)
+    def test_every_tile(self, tile, rng):
+        self.hold_tile(tile, rng)
+
+
+class TestNibbles(Quantised):
+    storage, tile, dims = "int4", SMALL_NIBBLES, (64, 32)
+
+    @staticmethod
+    def rows(rng, shape, dim):
+        """Byte i of 16 has number i in its low bits, and i + 16 in its high ones, 8 more than they are."""
+        numbers = rng.integers(-8, 8, (*shape, dim // 32, 2, 16))
+        scale = (rng.standard_normal((*shape, dim // 32)) * 0.3).astype(np.float32)
+        stored = (numbers[..., 0, :] + 8 + (numbers[..., 1, :] + 8) * 16).astype(np.uint8)
+        dense = (numbers * scale[..., None, None]).astype(np.float32)
+        return stored.reshape(*shape, dim // 2), dense.reshape(*shape, dim), scale
+
+    @pytest.mark.parametrize(("dtype", "page_size"), [(np.float32, 5), (bfloat16, 0)])
+    def test_options(self, dtype, page_size, rng):
+        self.hold_options(dtype, page_size, None, rng)
+
+    @pytest.mark.parametrize("tile", decode.NIBBLE_TILES)
+    def test_every_tile(self, tile, rng):
+        self.hold_tile(tile, rng)

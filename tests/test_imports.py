@@ -72,5 +72,5 @@ def test_every_kernel_file_has_its_place(name):
 def test_every_module_imports():
     for module in pkgutil.walk_packages(nbattn.__path__, "nbattn."):
         # These are for numba-cuda without its simulator, and imported where kernels are compiled.
-        if not module.name.endswith(("__main__", "cuda.ptx", "cuda.ptx_lines", "cuda.ptx_hopper")):
+        if not module.name.endswith("__main__") and ".cuda.ptx" not in module.name:
             assert importlib.import_module(module.name).__doc__, module.name

@@ -210,6 +210,33 @@ class TestPages:
         assert cache.free_pages == 20
         assert cache.lengths == {}
 
+    def test_reserved(self, backend, rng):
+        """Appends that were reserved take no page, forks none of what is empty."""
+        cache, first, _ = filled(backend, 6)
+        second, third = cache.fork(first), cache.add()
+        cache.reserve([first, third], 9)  # and copies the page that is begun
+        assert cache.free_pages == 20 - 2 - 3 - 3
+        token, query = normal(rng, (3, 2, 9, 32)), normal(rng, (3, 4, 1, 32))
+        for part in (slice(0, 2), slice(2, 9)):
+            cache.append([first, third], token[:2, :, part], token[:2, :, part])
+            assert cache.free_pages == 20 - 2 - 3 - 3
+        cache.append(second, token[2:], token[2:])
+        assert cache.free_pages == 20 - 2 - 3 - 3 - 2
+        plain, start, _ = filled(backend, 6)
+        plain.append(start, token[:1], token[:1])
+        assert_same_bits(cache.attend(first, query[:1]), plain.attend(start, query[:1]))
+        cache.reserve(second, 0)
+        fourth = cache.add()
+        cache.reserve(fourth, 40)
+        assert cache.free_pages == 0
+        for call in (lambda: cache.reserve(fourth, 41), lambda: cache.append(fourth, *[token[:1]] * 2, [-1])):
+            with pytest.raises(ValueError, match=r"1 pages and 0 are free|lengths"):
+                call()
+        cache.truncate(fourth, 0)
+        assert cache.free_pages == 10
+        with pytest.raises(ValueError, match='for graphs of a cache with backend="cuda"'):
+            cache.advance(first)
+
     @storages
     def test_same_bits_as_a_contiguous_cache(self, backend, storage, rng):
         cache, sequence, prompt = filled(backend, 50, storage=storage)

@@ -360,6 +360,10 @@ class Machine:
     def bytes_13(self, word):
         return self._two_bytes(word, 1, 3)
 
+    def nibbles(self, word, shift):
+        word = self._lanes(word).astype(np.int64) >> shift
+        return self._pack(ml_dtypes.bfloat16, (word & 15) - 8.0, (word >> 16 & 15) - 8.0)
+
     def cut(self, x):
         return (np.asarray(x, np.float32).view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)[()]
 

@@ -15,8 +15,10 @@ The kernels:
 - `hopper` says which of them take a Hopper GPU's own path: `hopper_kernel`, cut as `hopper_tiles` says, with
   its parts `hopper_scores` and `hopper_mend`;
 - `decode` says what are few queries over many keys: for `decode_kernel`, cut as `decode_tiles` says. Its
-  parts are the products (`decode_products`, of int8 `decode_bytes`, of float32 `decode_floats`) and
-  `decode_merge`; `workspace` is the memory that its blocks share.
+  parts are the products (`decode_products`, of int8 `decode_bytes`, of int4 `decode_nibbles`, of float32
+  `decode_floats`) and `decode_merge`; `workspace` is the memory that its blocks share. `decode_steps` makes
+  later calls of a cache short.
 
-The last three are written in instructions of `ptx` and `ptx_hopper`, which `ptx_lines` makes functions of.
+The last three are written in instructions of `ptx`, with those for bytes of `ptx_bytes`, and of `ptx_hopper`.
+`ptx_lines` makes functions of them.
 """

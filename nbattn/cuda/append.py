@@ -14,7 +14,19 @@ from ..device import DeviceArray, has_stream
 from ..problem import AppendProblem, storage_name
 from . import arrays, compiler, launch
 from .compiler import WORDS
-from .sending import Sender, copy_page, empty, is_captured, keep, placed, table_there, wait, write
+from .sending import (
+    Kept,
+    Sender,
+    copy_page,
+    empty,
+    is_captured,
+    keep,
+    placed,
+    table_at,
+    table_there,
+    wait,
+    write,
+)
 
 __all__ = [
     "copy_page",
@@ -51,6 +63,7 @@ class Plan:
         none: Any = None
         self.problem = replace(problem, key=none, value=none)  # the first call's, not to be kept alive
         self.calls: dict[Any, launch.Call] = {}  # by layout
+        self.starts = Kept()
 
     def append(self, key: Any, value: Any, starts: Any, counts: NDArray[np.int64]) -> None:
         """Write keys and values (B, Hkv, S, D) to the positions from `starts` on.
@@ -64,15 +77,21 @@ class Plan:
             return
         place = launch.device(p.key_pages.device)
         kernel = append_kernel(str(storage_name(key.dtype)), p.storage)
-        if type(key) is type(value) is DeviceArray and self._sends_nothing(starts, counts):
-            layout = key.shape, key.strides, key.dtype.name, value.strides, int(counts[0])
-            if layout not in self.calls:
+        if type(key) is type(value) is DeviceArray and self._is_short(starts, counts):
+            stream, differ = key.stream, (starts != starts[0]).any()
+            layout = key.shape, key.strides, key.dtype.name, value.strides, int(counts[0]), differ
+            call = self.calls.get(layout)
+            if call is None:
                 if len(self.calls) >= CALLS:
                     self.calls.clear()
-                values = self._values(None, key, value, starts, counts)
-                self.calls[layout] = launch.Call(kernel, values, blocks, place, ("key", "value", "start"))
-            self.calls[layout](key.stream, key.address, value.address, int(starts[0]))
-            stream = key.stream
+                values = self._values(None, key, value, starts[:1], counts)
+                values |= {"has_starts": int(differ)}
+                pointers = ("key", "value", "start", "starts", "table")
+                call = self.calls[layout] = launch.Call(kernel, values, blocks, place, pointers)
+            at, start = (self.starts(starts, place, stream), 0) if differ else (0, int(starts[0]))
+            has_table = not is_in_order(p.page_table)
+            table = table_at(p.page_table, place, stream) if has_table else 0
+            call(stream, key.address, value.address, start, at, table)
         else:
             stream = key.stream if type(key) is DeviceArray else 0
             with Sender(place, stream) as send:
@@ -83,12 +102,11 @@ class Plan:
             with place.current():
                 launch.ask("cuStreamSynchronize", stream)  # as JAX, which may use the memory again at once
 
-    def _sends_nothing(self, starts: Any, counts: NDArray[np.int64]) -> bool:
-        """Whether the launch needs nothing that is on the host but numbers."""
+    def _is_short(self, starts: Any, counts: NDArray[np.int64]) -> bool:
+        """Whether the launch needs nothing of the host but numbers, and starts and a table that are kept."""
         p = self.problem
-        same = isinstance(starts, np.ndarray) and (starts == starts[0]).all() and (counts == counts[0]).all()
         placed = p.frequencies is None or isinstance(p.frequencies, DeviceArray)
-        return bool(same and placed and is_in_order(p.page_table))
+        return placed and isinstance(starts, np.ndarray) and bool((counts == counts[0]).all())
 
     def _values(
         self, send: Any, key: DeviceArray, value: DeviceArray, starts: Any, counts: NDArray[np.int64]
@@ -160,6 +178,19 @@ def turn(
         launch.run(kernel, values, batch * heads * rows, place, stream)
 
 
+def turn_call(
+    x: DeviceArray, out: DeviceArray, place: launch.Device, frequencies: DeviceArray, interleaved: bool,
+    differ: bool,
+) -> launch.Call:  # fmt: skip
+    """`turn` of arrays that lie so, to be told x, out, the position of row 0, and the address of more."""
+    batch, heads, rows, dim = x.shape
+    values = {"heads": heads, "rows": rows, "dim": dim, "has_starts": int(differ)}
+    values |= {"frequencies": frequencies.address, "pairs": frequencies.size, "interleaved": int(interleaved)}
+    kernel = turn_kernel(str(storage_name(x.dtype)), str(storage_name(out.dtype)))
+    values |= _arrays(x=x, out=out)
+    return launch.Call(kernel, values, batch * heads * rows, place, ("x", "out", "start", "starts"))
+
+
 def gather(
     send: Sender,
     p: Any,
@@ -196,17 +227,21 @@ def _vector(send: Sender, name: str, vector: Any) -> dict[str, int]:
     return {f"{name}s": send(vector), f"has_{name}s": 1}
 
 
-def _places(send: Sender, p: Any) -> dict[str, int]:
+def _places(send: Sender | None, p: Any) -> dict[str, int]:
     """Where positions lie."""
     values = {"ring": p.ring, "page_size": p.key_pages.shape[1], "table_width": p.page_table.shape[1]}
     if not is_in_order(p.page_table):
-        values |= {"has_table": 1, "table": table_there(p.page_table, send)}
+        values["has_table"] = 1
+        if send is not None:  # else the address comes with each launch
+            values["table"] = table_there(p.page_table, send)
     return values
 
 
-def is_in_order(table: NDArray[np.int64]) -> bool:
-    """Whether page b is all that sequence b has."""
-    return table.shape[1] == 1 and bool((table[:, 0] == np.arange(len(table))).all())
+def is_in_order(table: Any) -> bool:
+    """Whether page b is all that sequence b has, as a table on the host says."""
+    if type(table) is DeviceArray or table.shape[1] != 1:
+        return False
+    return bool((table[:, 0] == np.arange(len(table))).all())
 
 
 def _turns(send: Sender, frequencies: Any, interleaved: bool) -> dict[str, int]:

@@ -19,10 +19,11 @@ from .sending import Sender
 from .workspace import workspace
 
 TILES = (Tile(64, 6), Tile(128, 6), Tile(256, 3))
-BYTE_TILES = (Tile(64, 8, 1), Tile(128, 8, 1))
-FLOAT_TILES = (Tile(64, 6, 4),)
+BYTE_TILES = (Tile(64, 8, 1), Tile(128, 8, 1), Tile(256, 4, 1, 2))
+NIBBLE_TILES = (Tile(64, 4, 0.5, 2), Tile(128, 4, 0.5, 2), Tile(256, 7, 0.5, 2))
+FLOAT_TILES = (Tile(64, 6, 4), Tile(128, 2, 4, 3))
 """A problem takes the first that is wide enough. At most 99 KB of shared memory."""
-STORAGES = ("float16", "bfloat16", "int8", "float32")
+STORAGES = ("float16", "bfloat16", "int8", "int4", "float32")
 CHUNKS = 32
 """Into how many chunks the keys that a cache has room for are cut."""
 SHORTEST = 2 * STEP
@@ -30,6 +31,8 @@ PAGED_CHUNK = 512
 """Keys of a chunk where sequences are given by a table, whose width may be that of others."""
 FEW_QUERIES, FEW_ROWS = 16, 64
 """More queries, or rows of a key head, go to the kernels of prompts, which read keys for more at once."""
+SPARE, UNEVEN = 64 << 20, 4
+"""Bytes of a launch's sums that do not matter, and how much more than they need uneven sequences may get."""
 POINTERS = ("counters", "partials", "states")
 
 
@@ -81,19 +84,23 @@ def covers(problem: CacheProblem, out: Any) -> bool:
         and has_runs(out)
         and all(has_runs(x) and _aligned(x) for x in (p.key_pages, p.value_pages))
         and has_runs(p.query)
-        and (p.storage in ("int8", "float32") or _aligned(p.query))
+        and (p.storage in ("int8", "int4", "float32") or _aligned(p.query))
         and launch.device(p.query.device).capability >= CAPABILITY
     )
 
 
 def tile_of(p: CacheProblem) -> Tile | None:
     """The tile for a problem, None where none is wide enough."""
-    widest = max(p.query.shape[3], p.value_pages.shape[3])
+    widest = max(p.query.shape[3], _value_dim(p))
     return next((t for t in _tiles(p.storage) if t.width >= widest), None)
 
 
+def _value_dim(p: CacheProblem) -> int:
+    return p.value_pages.shape[3] * (2 if p.storage == "int4" else 1)
+
+
 def _tiles(storage: str) -> tuple[Tile, ...]:
-    return {"int8": BYTE_TILES, "float32": FLOAT_TILES}.get(storage, TILES)
+    return {"int8": BYTE_TILES, "int4": NIBBLE_TILES, "float32": FLOAT_TILES}.get(storage, TILES)
 
 
 @cache
@@ -147,11 +154,12 @@ def _attend(p: Any, out: Any, lse: Any, stream: int) -> None:
     with Sender(launch.device(p.query.device), stream) as send:
         p = replace(p, **{name: _sent(send, getattr(p, name)) for name in ("alibi_slopes", "sinks")})
         if is_few_of_cache(p) and covers(p, out):
-            prepared(p, out, lse, send)(send.place, send.stream, p.query)
+            for part in parts(p, out, lse):
+                prepared(*part, send)(send.place, send.stream, p.query)
         elif type(p.key_lengths) is DeviceArray:
             msg = (
-                "a graph can hold attention of a cache of float16, bfloat16 or int8 on a GPU with tensor "
-                "cores, of few queries without mask or bias; this is another call"
+                "a graph can hold attention of few queries without mask or bias, on a GPU with tensor cores, "
+                "of a cache of any dtype but float64; this is another call"
             )
             raise ValueError(msg)
         elif p.key_scales is not None and p.query.dtype != np.float32:
@@ -161,6 +169,34 @@ def _attend(p: Any, out: Any, lse: Any, stream: int) -> None:
             turn(wide, out, stream)
         else:
             _any(send, p, out, lse)
+
+
+def parts(p: Any, out: Any, lse: Any) -> list[tuple[Any, Any, Any]]:
+    """What each launch takes: all, or neighbours of like lengths where few are long.
+
+    A launch has blocks and a place for their sums for as many chunks of each sequence as the longest has.
+    """
+    if type(p.key_lengths) is DeviceArray or is_in_order(p.page_table):
+        return [(p, out, lse)]
+    chunks, (row_blocks, block_rows) = [_chunks(p, n) for n in p.key_lengths.tolist()], _rows(p)
+    each = p.key_pages.shape[2] * row_blocks * block_rows * 4 * cast(Tile, tile_of(p)).width
+    if len(chunks) * max(chunks) * each <= SPARE:
+        return [(p, out, lse)]
+    firsts, total, most = [0], 0, 0
+    for b, n in enumerate(chunks):
+        count = b + 1 - firsts[-1]
+        if count * max(most, n) > UNEVEN * (total + n):
+            firsts, total, most = [*firsts, b], 0, 0
+        total, most = total + n, max(most, n)
+    found = []
+    for first, last in zip(firsts, [*firsts[1:], len(chunks)], strict=True):
+        some = slice(first, last)
+        names = ("page_table", "key_starts", "key_lengths", "offset")
+        arrays = {name: getattr(p, name)[some] for name in names}
+        own = [None if x is None else _part(x, first, last - first) for x in (p.query, out, lse)]
+        longest = int(arrays["key_lengths"].max(initial=0))
+        found.append((replace(p, query=own[0], max_keys=longest, **arrays), own[1], own[2]))
+    return found
 
 
 def _sent(send: Sender, x: Any) -> Any:
@@ -232,14 +268,21 @@ def _alone(p: Any, b: int) -> Any:
     return replace(p, **parts, **vectors, **pages, page_table=np.zeros((1, 1), np.int64))
 
 
-def _part(x: DeviceArray, b: int) -> DeviceArray:
-    return replace(x, address=x.address + b * x.strides[0], shape=(1, *x.shape[1:]))
+def _part(x: DeviceArray, b: int, count: int = 1) -> DeviceArray:
+    return replace(x, address=x.address + b * x.strides[0], shape=(count, *x.shape[1:]))
 
 
 def is_few_of_cache(p: Any) -> bool:
     queries = p.query.shape[2]
     rows = p.query.shape[1] // max(p.key_pages.shape[2], 1) * queries
     return 0 < queries <= FEW_QUERIES and rows <= FEW_ROWS
+
+
+def later(problem: Any, given: Any, out: Any, places: Any, rotary: tuple[Any, bool]) -> Any:
+    """What makes later calls like this one; None where it cannot."""
+    from . import decode_steps
+
+    return decode_steps.later(problem, given, out, places, rotary)
 
 
 # --- parameters ---------------------------------------------------------------------------------------------
@@ -261,7 +304,7 @@ def vectors(p: CacheProblem) -> dict[str, NDArray[Any]]:
         found = {name: x for name, x in found.items() if (x != x[:1]).any()}
     if p.key_starts.any():
         found["key_starts"] = p.key_starts
-    if not is_in_order(p.page_table):
+    if type(p.page_table) is np.ndarray and not is_in_order(p.page_table):
         found["page_table"] = p.page_table.astype(np.int32)
     return found
 
@@ -301,39 +344,6 @@ class Again:
             self.call(stream, *addresses, counters, sums, sums + s.sums)
 
 
-class Later:
-    """A cache's attention again and again: only queries, output and the length that all share change."""
-
-    def __init__(self, problem: Any, out: DeviceArray) -> None:
-        # The first call's arrays are not to be kept alive.
-        self.problem = replace(problem, query=replace(problem.query, owner=None))
-        self.out = replace(out, owner=None)
-        self.chunk, self.queries = chunk_of(problem), problem.query.shape[2]
-        self.place = launch.device(problem.query.device)
-        self.launches: dict[int, Again] = {}  # by how many chunks there are
-
-    def forward(self, length: int, query: int, out: int, stream: int) -> bool:
-        """Start the kernel for these addresses; not in a graph, which would keep the length."""
-        if launch.is_capturing(stream):
-            return False
-        chunks = -(-length // self.chunk)
-        again = self.launches.get(chunks)
-        if again is None:
-            p = replace(self.problem, max_keys=length)
-            tile = cast(Tile, tile_of(p))
-            made = start(kernel(p.storage, tile), p, self.out, None, tile, {})
-            again = self.launches[chunks] = Again(made, self.place, ("query", "out", "key_length", "offset"))
-        again(stream, query, out, length, length - self.queries)
-        return True
-
-
-def later(problem: CacheProblem, out: Any) -> Later | None:
-    """What makes a call of a cache again at other lengths, where the launch needs nothing of the host."""
-    p: Any = problem
-    sent = p.ring or p.alibi_slopes is not None or p.sinks is not None or vectors(p)
-    return Later(p, out) if not sent and is_few_of_cache(p) and covers(p, out) else None
-
-
 def prepared(problem: CacheProblem, out: Any, lse: Any, send: Any) -> Start:
     """What writes attention to `out` (B, Hq, Sq, Dv) and maybe `lse` (B, Hq, Sq).
 
@@ -362,11 +372,8 @@ def start(
             values[name] = x.address
             values |= {f"{name}_{axis}": step for axis, step in zip(axes, x.strides, strict=False)}
     batch, heads, queries, head_dim = p.query.shape
-    kv_heads = p.key_pages.shape[2]
-    rows = heads // kv_heads * queries
-    chunk, row_blocks, block_rows = chunk_of(p), -(-rows // ROWS), min(rows, ROWS)
-    chunks = -(-p.max_keys // chunk) + bool(p.ring or p.key_starts.any())
-    chunks = max(1, min(chunks, (p.left + p.right + queries - 1) // chunk + 2))
+    kv_heads, (row_blocks, block_rows) = p.key_pages.shape[2], _rows(p)
+    chunk, chunks = chunk_of(p), _chunks(p, p.max_keys)
     values |= {
         "query_kind": KINDS.index(p.query.dtype.name),
         **_ends(p),
@@ -381,7 +388,7 @@ def start(
         "chunk": chunk,
         "chunks": chunks,
         "head_dim": head_dim,
-        "value_dim": p.value_pages.shape[3],
+        "value_dim": _value_dim(p),
         "left": p.left,
         "right": p.right,
         "scale": np.float32(p.scale),
@@ -391,6 +398,19 @@ def start(
     units = batch * kv_heads * row_blocks
     states = units * chunks * block_rows * 8
     return Start(kernel, values, units * chunks, units, states // 2 * tile.width, states)
+
+
+def _rows(p: Any) -> tuple[int, int]:
+    """How many blocks the rows of a key head are, and of how many rows each."""
+    rows = p.query.shape[1] // p.key_pages.shape[2] * p.query.shape[2]
+    return -(-rows // ROWS), min(rows, ROWS)
+
+
+def _chunks(p: Any, keys: int) -> int:
+    """Of a sequence of so many keys, how many chunks queries may see."""
+    chunk, queries = chunk_of(p), p.query.shape[2]
+    found = -(-keys // chunk) + bool(p.ring or p.key_starts.any())
+    return max(1, min(found, (p.left + p.right + queries - 1) // chunk + 2))
 
 
 def _ends(p: Any) -> dict[str, int]:

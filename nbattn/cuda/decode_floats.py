@@ -3,15 +3,15 @@
 Of the nine products of the parts the six largest are summed. A product of queries and keys is a sum over a
 head's numbers in any order, so a thread takes the numbers q, q + 4, q + 8 and q + 12 of each 16, which
 ``ldmatrix`` gives it, as the elements 2 q, 2 q + 1, 2 q + 8 and 2 q + 9 of its operand. Values it reads one
-by one, as no instruction turns words of 32 bits.
+by one, as no instruction turns words of 32 bits. Queries of more than 64 numbers lie in shared memory.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from .decode_products import HALF, column, leaving, query_row
-from .decode_tiles import KEYS, Tile
+from .decode_products import HALF, column, leaving, query_row, sharing
+from .decode_tiles import KEYS, WARPS, Tile
 
 
 def build(isa: Any, tile: Tile) -> tuple[Any, ...]:
@@ -25,8 +25,10 @@ def build(isa: Any, tile: Tile) -> tuple[Any, ...]:
     number_of, warp_barrier = isa.number_of, isa.warp_barrier
     width, pitch = tile.width, tile.pitch
     steps, value_tiles, words = width // 16, width // 8, pitch // 4
-    n_queries = 4 * steps
-    address, leave = query_row(isa), leaving(isa)
+    address, leave, (put, fetch) = query_row(isa), leaving(isa), sharing(isa, tile)
+    in_shared, barrier = tile.query_parts > 0, isa.barrier
+    takers = WARPS if in_shared else 1
+    n_queries = 4 if in_shared else 4 * steps
 
     @jit
     def split(x, y, target, at, apart):
@@ -61,14 +63,25 @@ def build(isa: Any, tile: Tile) -> tuple[Any, ...]:
             row = int32(x.row0 + g + 8 * r)
             wanted = g + 8 * r < x.rows
             start = address(p, x, row)
-            for step in range(steps):
+            for i in range(steps // takers):
                 unroll()
+                step = int32(i)
+                if in_shared:
+                    step = int32(takers * i + (thread() >> 5))
                 for e in range(2):
                     unroll()
                     c = int32(16 * step + 8 * e + q)
                     y = load_float(start + 4 * int64(c), wanted & (c < p.head_dim))
                     z = load_float(start + 4 * int64(c + 4), wanted & (c + 4 < p.head_dim))
-                    split(word_of(y), word_of(z), kept, 4 * step + 2 * e + r, n_queries)
+                    if in_shared:
+                        split(word_of(y), word_of(z), kept, 0, 1)
+                        for part in range(3):
+                            unroll()
+                            put(step, part, 2 * e + r, kept[part])
+                    else:
+                        split(word_of(y), word_of(z), kept, 4 * i + 2 * e + r, n_queries)
+        if in_shared:
+            barrier()
 
     @jit
     def score(s, kept, a, b, keys):
@@ -80,16 +93,20 @@ def build(isa: Any, tile: Tile) -> tuple[Any, ...]:
             s[i] = float32(0)
         for step in range(steps):
             unroll()
+            at = 4 * step
+            if in_shared:
+                fetch(kept, step)
+                at = 0
             for n in range(2):
                 unroll()
                 load_matrices(b, 0, int32(flip(first, (step % 2) * 64) + (step // 2) * 128 + n * 8 * pitch))
                 for e in range(2):
                     unroll()
                     split(b[2 * e], b[2 * e + 1], b, 4 + e, 2)
-                products(s, 4 * n, kept, 4 * step, n_queries, b)
+                products(s, 4 * n, kept, at, n_queries, b)
 
     @jit
-    def add_values(o, s, a, b, values):
+    def add_values(o, s, seen, a, b, values):
         """o += weights @ values"""
         lane = int32(thread() & 31)
         g, q = int32(lane >> 2), int32(lane & 3)
@@ -143,5 +160,5 @@ def build(isa: Any, tile: Tile) -> tuple[Any, ...]:
 
     n_kept = 3 * n_queries
     return (
-        begin_queries, take_queries, n_kept, score, None, add_values, add_exactly, not_finite, jit(column), 2,
+        begin_queries, take_queries, n_kept, score, add_values, add_exactly, not_finite, jit(column), 2,
     )  # fmt: skip

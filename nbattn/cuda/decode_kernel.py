@@ -17,14 +17,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from . import decode_bytes, decode_floats, decode_merge, decode_products
+from . import decode_bytes, decode_floats, decode_merge, decode_nibbles, decode_products
 from .decode_tiles import KEYS, REACH, ROWS, STEP, WEIGHTS, Place, Tile
 from .mma_rows import LOG2_E
 
 
 def build(isa: Any, storage: str, tile: Tile) -> Callable[[Any], None]:
     """The kernel for keys and values of a dtype."""
-    cuda, jit, unroll, thread, block = isa.cuda, isa.jit, isa.unroll, isa.thread, isa.block
+    cuda, jit, unroll, thread = isa.cuda, isa.jit, isa.unroll, isa.thread
+    block, reread_block = isa.block, isa.reread_block
     int32, int64, float32, same, quotient = isa.int32, isa.int64, isa.float32, isa.same, isa.quotient
     warp_barrier, shared_memory, any_lane = isa.warp_barrier, isa.shared_memory, isa.any_lane
     copy_async, commit_copies, copy_word_async = isa.copy_async, isa.commit_copies, isa.copy_word_async
@@ -32,44 +33,53 @@ def build(isa: Any, storage: str, tile: Tile) -> Callable[[Any], None]:
     select, select_int, smaller, larger = isa.select, isa.select_int, isa.smaller, isa.larger
     exp2, fma, maximum, exchange, tanh = isa.exp2, isa.fma, isa.maximum, isa.exchange, isa.tanh
     load_int64, load_float, load_word = isa.load_int64, isa.load_float, isa.load_word
-    of_bytes = storage == "int8"
-    if of_bytes:
+    has_scales, is_halved = tile.scales > 0, storage == "int4"
+    if storage == "int8":
         products = decode_bytes.build(isa, tile)
+    elif storage == "int4":
+        products = decode_nibbles.build(isa, tile)
     elif storage == "float32":
         products = decode_floats.build(isa, tile)
     else:
         products = decode_products.build(isa, storage, tile)
     n_left, n_right = (12, 10) if storage == "float32" else (8, 6)
-    begin_queries, take_queries, n_kept, score, weigh, add_values, add_exactly, not_finite = products[:-2]
+    begin_queries, take_queries, n_kept, score, add_values, add_exactly, not_finite = products[:-2]
     finish = decode_merge.build(isa, storage, tile, *products[-2:])
 
     n_sums, scales_at = tile.width // 2, tile.scales_at
     pitch, slot, warp_bytes, weights_at = tile.pitch, tile.slot, tile.warp_bytes, tile.weights_at
-    panels, row_unit, slots = pitch // 128, tile.unit, tile.slots
+    panels, slots, n_scales = pitch // 128, tile.slots, tile.scales
+    row_unit = 1 if is_halved else int(tile.unit)
     # Copies alternate: keys and values of the first tile, of the second and so on. When a tile's keys are
     # taken, `slots - 1` copies later ones begin, and one more when its values are.
     key_turn, value_turn = slots - 1, slots
     infinity = float("inf")
 
     @jit
-    def locate(p):
-        """The block's unit and chunk, and what of it the rows may see."""
-        number, row_blocks, kv_heads = int32(block()), int32(p.row_blocks), int32(p.kv_heads)
+    def offset_of(p, b):
+        """The position of a sequence's first query."""
+        offset = p.offset
+        if p.offsets != 0:
+            offset = load_int64(p.offsets + 8 * b)
+        if p.from_end != 0:
+            offset = load_int64(p.key_lengths + 8 * b) - p.queries
+        return offset
+
+    @jit
+    def locate(p, number):
+        """A block's unit and chunk, and what of it the rows may see."""
+        row_blocks, kv_heads = int32(p.row_blocks), int32(p.kv_heads)
         unit = quotient(number, int32(p.chunks))
         part = int32(number - unit * p.chunks)
         pair = quotient(unit, row_blocks)
         row0 = int32((unit - pair * row_blocks) * ROWS)
         b = quotient(pair, kv_heads)
         h = int32(pair - b * kv_heads)
-        start, length, offset = int64(0), p.key_length, p.offset
+        start, length, offset = int64(0), p.key_length, offset_of(p, b)
         if p.key_starts != 0:
             start = load_int64(p.key_starts + 8 * b)
         if p.key_lengths != 0:
             length = load_int64(p.key_lengths + 8 * b)
-        if p.offsets != 0:
-            offset = load_int64(p.offsets + 8 * b)
-        if p.from_end != 0:
-            offset = length - p.queries
         start, length = same(int32(start)), same(int32(length))
         low = same(int32(min(max(offset - p.left, -REACH), REACH)))
         high = same(int32(min(max(offset + p.right + 1, -REACH), REACH)))
@@ -80,23 +90,16 @@ def build(isa: Any, storage: str, tile: Tile) -> Callable[[Any], None]:
         first = quotient(larger(begin, 0), chunk)
         parts = larger(int32(quotient(int32(larger(end, 1) - 1), chunk) - first + 1), 1)
         key0 = int32((first + part) * chunk)
-        page = int64(0)
-        if p.page_table == 0:
-            page = int64(b)
         return Place(
-            b, int32(h * p.group), row0, smaller(int32(p.group * p.queries - row0), ROWS), unit, part, parts,
-            key0, larger(begin, key0), smaller(end, int32(key0 + chunk)),
-            larger(start, int32(low + last)), smaller(length, high), low, high, start, length, offset,
-            p.key + page * p.key_p + h * p.key_h,
-            p.value + page * p.value_p + h * p.value_h,
-            p.key_scales + page * p.key_scales_p + h * p.key_scales_h,
-            p.value_scales + page * p.value_scales_p + h * p.value_scales_h,
+            b, h, int32(h * p.group), row0, smaller(int32(p.group * p.queries - row0), ROWS), unit, part,
+            parts, key0, larger(begin, key0), smaller(end, int32(key0 + chunk)),
+            larger(start, int32(low + last)), smaller(length, high), low, high, start, length,
         )  # fmt: skip
 
     @jit
     def locate_row(p, x, position, wanted):
-        """The page after `x.key`'s own that a position lies in, and the row in it."""
-        page, place = int64(0), position
+        """The page that a position lies in, and the row in it."""
+        page, place = int64(x.b), position
         if p.ring != 0:
             place = int32(place - quotient(place, int32(p.ring)) * p.ring)
         if p.page_table != 0:
@@ -107,17 +110,21 @@ def build(isa: Any, storage: str, tile: Tile) -> Callable[[Any], None]:
         return page, place
 
     @jit
-    def copy(p, x, target, address, page_stride, row_stride, position, row_bytes):
-        """Start to copy 16 rows from a position on; what no row of the block sees is zeros, and not read."""
+    def copy(p, x, target, address, strides, position, row_bytes):
+        """Start to copy 16 rows from a position on; what no row of the block sees is zeros, and not read.
+
+        Strides are those of heads, pages and rows.
+        """
         lane = int32(thread() & 31)
         r, c = int32(lane >> 3), int32(lane & 7)
+        first = address + int64(x.kv_head) * strides[0] + int64(c * 16)
         for i in range(KEYS // 4):
             unroll()
             row = int32(r + 4 * i)
             place = int32(position + row)
             inside = (place >= x.begin) & (place < x.end)
             page, place = locate_row(p, x, larger(place, 0), inside)
-            source = address + page * page_stride + int64(place) * row_stride + int64(c * 16)
+            source = first + page * strides[1] + int64(place) * strides[2]
             for panel in range(panels):
                 unroll()
                 size = smaller(larger(int32(row_bytes - panel * 128 - c * 16), 0), 16)
@@ -128,14 +135,22 @@ def build(isa: Any, storage: str, tile: Tile) -> Callable[[Any], None]:
                 )
 
     @jit
-    def copy_scales(p, x, target, address, page_stride, row_stride, position):
-        """Likewise the scales of 16 rows."""
+    def copy_scales(p, x, target, address, strides, position, count):
+        """Likewise the scales of 16 rows, `count` of each."""
         lane = int32(thread() & 31)
-        place = int32(position + lane)
+        row, place = int32(lane & 15), int32(position + (lane & 15))
         inside = (place >= x.begin) & (place < x.end)
-        page, place = locate_row(p, x, larger(place, 0), inside & (lane < KEYS))
-        source = address + page * page_stride + int64(place) * row_stride
-        copy_word_async(int32(target + scales_at + 4 * lane), source, select_int(inside, 4, 0), lane < KEYS)
+        page, place = locate_row(p, x, larger(place, 0), inside)
+        first = address + int64(x.kv_head) * strides[0] + page * strides[1] + int64(place) * strides[2]
+        for i in range((n_scales + 1) // 2):
+            unroll()
+            group = int32((lane >> 4) + 2 * i)
+            copy_word_async(
+                int32(target + scales_at + 64 * group + 4 * row),
+                first + int64(4 * group),
+                select_int(inside & (group < count), 4, 0),
+                group < n_scales,
+            )
 
     @jit
     def begin_copy(p, x, target, number, position, last):
@@ -144,13 +159,21 @@ def build(isa: Any, storage: str, tile: Tile) -> Callable[[Any], None]:
         if row < last:
             row = int32(row + own())
             if number % 2 == 0:
-                copy(p, x, target, x.key, p.key_p, p.key_s, row, int32(row_unit * p.head_dim))
-                if of_bytes:
-                    copy_scales(p, x, target, x.key_scales, p.key_scales_p, p.key_scales_s, row)
+                row_bytes, count = int32(row_unit * p.head_dim), int32(1)
+                if is_halved:
+                    row_bytes, count = int32(p.head_dim >> 1), int32(p.head_dim >> 5)
+                copy(p, x, target, p.key, (p.key_h, p.key_p, p.key_s), row, row_bytes)
+                if has_scales:
+                    strides = p.key_scales_h, p.key_scales_p, p.key_scales_s
+                    copy_scales(p, x, target, p.key_scales, strides, row, count)
             else:
-                copy(p, x, target, x.value, p.value_p, p.value_s, row, int32(row_unit * p.value_dim))
-                if of_bytes:
-                    copy_scales(p, x, target, x.value_scales, p.value_scales_p, p.value_scales_s, row)
+                row_bytes, count = int32(row_unit * p.value_dim), int32(1)
+                if is_halved:
+                    row_bytes, count = int32(p.value_dim >> 1), int32(p.value_dim >> 5)
+                copy(p, x, target, p.value, (p.value_h, p.value_p, p.value_s), row, row_bytes)
+                if has_scales:
+                    strides = p.value_scales_h, p.value_scales_p, p.value_scales_s
+                    copy_scales(p, x, target, p.value_scales, strides, row, count)
         commit_copies()
 
     @jit
@@ -159,7 +182,7 @@ def build(isa: Any, storage: str, tile: Tile) -> Callable[[Any], None]:
         return int32((thread() >> 5) * KEYS)
 
     @jit
-    def change(p, x, s, i, key, row):
+    def change(p, x, s, i, key, row, offset):
         """A product -> a score in powers of two."""
         y = float32(s[i] * p.scale)
         if p.softcap != 0:
@@ -167,7 +190,7 @@ def build(isa: Any, storage: str, tile: Tile) -> Callable[[Any], None]:
         if p.alibi_slopes != 0:
             head = quotient(row, int32(p.queries))
             slope = load_float(p.alibi_slopes + 4 * int64(x.h + head), row < p.group * p.queries)
-            distance = float32(int64(key) - int64(row - head * p.queries) - x.offset)
+            distance = float32(int64(key) - int64(row - head * p.queries) - offset)
             y = fma(slope, distance, y)
         s[i] = float32(y * float32(LOG2_E))
 
@@ -204,7 +227,7 @@ def build(isa: Any, storage: str, tile: Tile) -> Callable[[Any], None]:
         a = cuda.local.array(n_left, int32)
         b = cuda.local.array(n_right, int32)
         kept = cuda.local.array(n_kept, int32)
-        x = locate(p)
+        x = locate(p, int32(block()))
         if x.part >= x.parts:
             return
         lane, warp = int32(thread() & 31), int32(thread() >> 5)
@@ -241,10 +264,12 @@ def build(isa: Any, storage: str, tile: Tile) -> Callable[[Any], None]:
             warp_barrier()
             begin_copy(p, x, free, key_turn, position, x.end)
             score(s, kept, a, b, filled)
-            key = int32(position + own() + 2 * (lane & 3))
+            key, offset = int32(position + own() + 2 * (lane & 3)), int64(0)
+            if p.alibi_slopes != 0:
+                offset = offset_of(p, x.b)
             for i in range(8):
                 unroll()
-                change(p, x, s, i, int32(key + i // 4 * 8 + i % 2), int32(row + 8 * (i // 2 % 2)))
+                change(p, x, s, i, int32(key + i // 4 * 8 + i % 2), int32(row + 8 * (i // 2 % 2)), offset)
             seen = int32(255)
             whole = (position >= x.all_first) & (position + STEP <= x.all_last)
             if not whole:
@@ -265,17 +290,16 @@ def build(isa: Any, storage: str, tile: Tile) -> Callable[[Any], None]:
             wait_slot()
             warp_barrier()
             begin_copy(p, x, free, value_turn, position, x.end)
-            if of_bytes:
-                weigh(s, seen, filled)
-                add_values(o, s, a, b, filled)
+            if has_scales:
+                add_values(o, s, seen, a, b, filled)
             # What no row sees is 0; where some do and some do not, 0 * NaN would be NaN.
             elif (not whole) and p.queries > 1 and any_lane(not_finite(filled)):
                 add_exactly(o, s, seen, filled, weights)
             else:
-                add_values(o, s, a, b, filled)
+                add_values(o, s, seen, a, b, filled)
             free, filled = filled, int32(filled + slot)
             filled = select_int(filled == slots_end, slots_at, filled)
             position = int32(position + STEP)
-        finish(p, x, o, top, total)
+        finish(p, locate(p, int32(reread_block())), o, top, total)  # no register keeps it meanwhile
 
     return kernel

@@ -29,14 +29,15 @@ def build(
     load_float, store_float, store_half, store_word = (
         isa.load_float, isa.store_float, isa.store_half, isa.store_word,
     )  # fmt: skip
+    load_int64 = isa.load_int64
     fence, add_global = isa.fence, isa.add_global
-    pack_f16, pack_bf16, of_bytes = isa.pack_f16, isa.pack_bf16, storage == "int8"
+    pack_f16, pack_bf16, has_scales = isa.pack_f16, isa.pack_bf16, tile.scales > 0
     of_floats = storage == "float32"
     pack = pack_f16 if storage == "float16" else pack_bf16
     width, sum_pitch, warp_bytes, states_at = tile.width, tile.sum_pitch, tile.warp_bytes, tile.states_at
     parts = width // 32  # columns of a lane
     n_read = AHEAD * parts
-    infinity = float("inf")
+    infinity, nan = float("inf"), float("nan")
 
     @jit
     def safe(x):
@@ -56,8 +57,11 @@ def build(
             total = fma(total, exp2(float32(top - safe(largest))), exp2(float32(sink - safe(largest))))
         empty = total == float32(0)
         factor = select(empty, float32(0), float32(exp2(float32(top - safe(largest))) * reciprocal(total)))
+        lse = select(empty, float32(-infinity), float32((safe(largest) + log2(total)) * float32(LN2)))
+        if p.from_end != 0:  # a graph's launch: one that nobody has said the length for is not to be mistaken
+            told = load_int64(p.key_lengths + 8 * x.b) >= 0
+            factor, lse = select(told, factor, float32(nan)), select(told, lse, float32(nan))
         if p.lse != 0:
-            lse = select(empty, float32(-infinity), float32((safe(largest) + log2(total)) * float32(LN2)))
             at = p.lse + x.b * p.lse_b + int64(x.h + head) * p.lse_h
             store_float(at + int64(number - head * p.queries) * p.lse_s, lse, wanted & ((thread() & 31) == 0))
         return factor
@@ -69,7 +73,7 @@ def build(
         head = quotient(number, int32(p.queries))
         at = p.out + x.b * p.out_b + int64(x.h + head) * p.out_h + int64(number - head * p.queries) * p.out_s
         wanted = (r < x.rows) & (c < p.value_dim)
-        if of_bytes:
+        if has_scales:
             if p.query_kind == 0:
                 store_float(at + 4 * int64(c), y, wanted)
             elif p.query_kind == 1:

@@ -24,6 +24,29 @@ def query_row(isa: Any) -> Callable[..., Any]:
     return address
 
 
+def sharing(isa: Any, tile: Tile) -> tuple[Callable[..., None], Callable[..., None]]:
+    """The functions `put` and `fetch` of a kernel whose rows lie in shared memory as left operands."""
+    jit, unroll, thread, int32 = isa.jit, isa.unroll, isa.thread, isa.int32
+    shared_memory, store_shared, load_matrices = isa.shared_memory, isa.store_shared, isa.load_matrices
+    steps, parts, queries_at = tile.width // 16, tile.query_parts, tile.queries_at
+
+    @jit
+    def put(step, part, word, x):
+        """The thread's word of a part of 16 numbers' operand -> where `fetch` looks for it."""
+        operand = int32(shared_memory() + queries_at + (part * steps + step) * 512)
+        store_shared(int32(operand + word * 128 + 4 * (thread() & 31)), x, True)
+
+    @jit
+    def fetch(kept, step):
+        """All parts of the operand of 16 numbers."""
+        first = int32(shared_memory() + queries_at + step * 512 + 16 * (thread() & 31))
+        for part in range(parts):
+            unroll()
+            load_matrices(kept, 4 * part, int32(first + part * steps * 512))
+
+    return put, fetch
+
+
 def leaving(isa: Any) -> Callable[..., None]:
     """The function `leave` of a kernel."""
     jit, unroll, thread, int32, float32 = isa.jit, isa.unroll, isa.thread, isa.int32, isa.float32
@@ -110,7 +133,7 @@ def build(isa: Any, storage: str, tile: Tile) -> tuple[Any, ...]:
                 multiply(s, 4 * e, kept, 4 * step, b, 2 * e)
 
     @jit
-    def add_values(o, s, a, b, values):
+    def add_values(o, s, seen, a, b, values):
         """o += weights @ values"""
         lane = int32(thread() & 31)
         first = int32(values + (lane & 15) * pitch + (((lane >> 4) ^ (lane & 7)) << 4))
@@ -162,6 +185,6 @@ def build(isa: Any, storage: str, tile: Tile) -> tuple[Any, ...]:
             warp_barrier()
 
     return (
-        begin_queries, take_queries, 4 * steps, score, None, add_values, add_exactly, not_finite,
+        begin_queries, take_queries, 4 * steps, score, add_values, add_exactly, not_finite,
         isa.jit(column), 2,
     )  # fmt: skip

@@ -13,6 +13,8 @@ WEIGHTS = 4 * ROWS * KEYS // 2
 """Bytes of half of a warp's weights."""
 STEP = KEYS * WARPS
 """Keys that a block's warps have at a time."""
+GROUP = 32
+"""Numbers of 4 bits that share a scale."""
 
 
 class Tile(NamedTuple):
@@ -20,7 +22,8 @@ class Tile(NamedTuple):
 
     width: int  # the head_dim that is multiplied, of key and value
     slots: int  # of a warp: one is read while the others fill
-    unit: int = 2  # bytes of a stored number
+    unit: float = 2  # bytes of a stored number, 0.5 of those of 4 bits
+    query_parts: int = 0  # of the queries in shared memory; 0 where each warp has them in registers
 
     @property
     def threads(self) -> int:
@@ -29,17 +32,22 @@ class Tile(NamedTuple):
     @property
     def pitch(self) -> int:
         """Bytes from a row in shared memory to the next."""
-        return -(-self.width * self.unit // 128) * 128
+        return -int(-self.width * self.unit // 128) * 128
+
+    @property
+    def scales(self) -> int:
+        """How many scales a row has."""
+        return {0.5: self.width // GROUP, 1: 1}.get(self.unit, 0)
 
     @property
     def scales_at(self) -> int:
-        """Where in a slot the rows' scales are, of bytes."""
+        """Where in a slot the rows' scales are, of each group those of all 16."""
         return KEYS * self.pitch
 
     @property
     def slot(self) -> int:
         """Bytes of a slot."""
-        return self.scales_at + (128 if self.unit == 1 else 0)
+        return self.scales_at + -(-4 * KEYS * self.scales // 128) * 128
 
     @property
     def warp_bytes(self) -> int:
@@ -62,8 +70,13 @@ class Tile(NamedTuple):
         return self.weights_at + WARPS * WEIGHTS
 
     @property
-    def shared_bytes(self) -> int:
+    def queries_at(self) -> int:
+        """The rows as left operands: of each part, for each 16 numbers, what `load_matrices` takes."""
         return self.states_at + 8 * WARPS * ROWS
+
+    @property
+    def shared_bytes(self) -> int:
+        return self.queries_at + self.query_parts * self.width // 16 * 512
 
 
 KINDS = ("float32", "float16", "bfloat16")
@@ -75,7 +88,7 @@ PARAMETERS = (
     # Addresses, 0 where there is none, and strides in bytes; those of keys and values along pages, heads and
     # the rows of a page. lse is float32.
     *((name, "int64") for name in _ARRAYS),
-    ("query_kind", "int32"),  # of bytes' queries and output, among KINDS
+    ("query_kind", "int32"),  # of a quantised cache's queries and output, among KINDS
     ("page_table", "int64"),  # address of int32 (B, table_width); where it is 0, sequence b has page b alone
     ("alibi_slopes", "int64"),  # address of a float32 for each head, as sinks
     ("sinks", "int64"),
@@ -115,6 +128,7 @@ class Place(NamedTuple):
     """Where a block of threads works."""
 
     b: int
+    kv_head: int
     h: int  # the first query head
     row0: int  # of the rows of a key head
     rows: int  # at most ROWS
@@ -130,8 +144,3 @@ class Place(NamedTuple):
     high: int  # up to, but without, i + high
     start: int  # the sequence's first and last key, likewise
     length: int
-    offset: int
-    key: int  # addresses of the head's first rows: of the sequence's, or of page 0
-    value: int
-    key_scales: int
-    value_scales: int

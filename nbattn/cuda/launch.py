@@ -51,6 +51,7 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "cuMemcpyDtoDAsync_v2": (_P, _P, _Z, _P),
     "cuStreamSynchronize": (_P,),
     "cuStreamIsCapturing": (_P, _P),
+    "cuThreadExchangeStreamCaptureMode": (_P,),
     "cuPointerGetAttribute": (_P, _I, _P),
     "cuTensorMapEncodeTiled": (_P, _I, _U, *[_P] * 5, *[_I] * 4),
 }
@@ -60,6 +61,7 @@ REGISTERS = 4  # CU_FUNC_ATTRIBUTE_NUM_REGS
 DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 POINTER_DEVICE = 9  # CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
 BUFFER, BUFFER_SIZE = 1, 2  # CU_LAUNCH_PARAM_*
+RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 NO_DEVICE, NO_BINARY, INVALID_PTX, UNSUPPORTED_PTX, INVALID_IMAGE = 100, 209, 218, 222, 200
 
 
@@ -186,7 +188,7 @@ class Device:
             return self._functions[kernel.name]
         except KeyError:
             pass
-        with _lock, self.current():
+        with _lock, self.current(), aside_from_captures():
             if kernel.name not in self._functions:
                 self._functions[kernel.name] = self._load(kernel)
             return self._functions[kernel.name]
@@ -318,9 +320,20 @@ class Call:
             launch(self.kernel, self.function, parameters, self.blocks, stream)
 
 
+@contextmanager
+def aside_from_captures() -> Iterator[None]:
+    """Have this thread do what is no part of a graph that is captured meanwhile, and would end it."""
+    mode = ctypes.c_int(RELAXED)
+    ask("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
+    try:
+        yield
+    finally:
+        ask("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
+
+
 def allocate(place: Device, size: int) -> int:
     """Device memory until it is freed."""
-    with place.current():
+    with place.current(), aside_from_captures():
         return _handle("cuMemAlloc_v2", size)
 
 
@@ -334,7 +347,7 @@ def is_capturing(stream: int) -> bool:
 
 def free(address: int, ordinal: int) -> None:
     """Free memory, once the GPU is done with it; at the process's end there may be no driver any more."""
-    with suppress(DriverError, OSError), device(ordinal).current():
+    with suppress(DriverError, OSError), device(ordinal).current(), aside_from_captures():
         ask("cuMemFree_v2", address)
 
 

@@ -20,9 +20,12 @@ from numba import cuda
 from numba.cuda import types
 from numba.cuda.extending import register_jitable
 
+from .ptx_bytes import bytes_01, bytes_02, bytes_13, bytes_23, nibbles
 from .ptx_lines import F32, I8, I32, asm, boolean, element, emitted, float32, int32, int64, one_line
 
-__all__ = ["cuda", "float32", "int32", "int64"]
+__all__ = [
+    "bytes_01", "bytes_02", "bytes_13", "bytes_23", "cuda", "float32", "int32", "int64", "nibbles",
+]  # fmt: skip
 
 jit = register_jitable(inline="always")
 
@@ -337,26 +340,6 @@ def top_halves(x: int32, y: int32) -> int32:
 )
 def below_half(x: int32) -> int32:
     """The word of a float32 less its upper half, 0 where that is none: ``sub.f32 d, x, x & 0xffff0000;``"""
-
-
-def _two_bytes(name: str, i: int, j: int) -> Any:
-    # A byte b, its sign turned, in the low bits of 2**23 is 2**23 + 128 + b; and no bfloat16 rounds it.
-    text = (
-        "{ .reg .b32 u, x, y; .reg .f32 a, b; xor.b32 u, $1, 0x80808080; "
-        f"prmt.b32 x, u, 0x4b000000, 0x754{i}; prmt.b32 y, u, 0x4b000000, 0x754{j}; "
-        "mov.b32 a, x; mov.b32 b, y; add.f32 a, a, 0fcb000080; add.f32 b, b, 0fcb000080; "
-        "mov.b32 x, a; mov.b32 y, b; prmt.b32 $0, x, y, 0x7632; }"
-    )
-
-    def bytes_of(word: int32) -> int32: ...
-
-    bytes_of.__name__ = name
-    bytes_of.__doc__ = f"The signed bytes {i} and {j} of a word as two bfloat16, by ``prmt`` and ``add.f32``."
-    return one_line(text, "=r,r")(bytes_of)
-
-
-bytes_01, bytes_23 = _two_bytes("bytes_01", 0, 1), _two_bytes("bytes_23", 2, 3)
-bytes_02, bytes_13 = _two_bytes("bytes_02", 0, 2), _two_bytes("bytes_13", 1, 3)
 
 
 @one_line("and.b32 $0, $1, 0xffffe000;", "=f,f", stays=True)

@@ -25,7 +25,7 @@ class Sender(ExitStack):
         if launch.is_capturing(self.stream):
             msg = (
                 "a graph cannot hold what lies on the host: pass sinks and alibi_slopes on the GPU, give all "
-                "sequences the same number of new positions, and use a KVCache"
+                "sequences the same number of new positions, and have keys and values in a cache"
             )
             raise ValueError(msg)
         array = np.ascontiguousarray(array)
@@ -103,38 +103,78 @@ def copy_page(pages: tuple[Any, ...], source: int, target: int, stream: int) -> 
                 launch.ask("cuMemcpyDtoDAsync_v2", at + target * size, at + source * size, size, stream)
 
 
-# --- page tables --------------------------------------------------------------------------------------------
+# --- what changes from call to call -------------------------------------------------------------------------
+
+STREAMS = 64
+"""Of how many a GPU has copies: those of others may be of streams that are no more, and are given up."""
+
+
+class Kept:
+    """A small array that changes, with a copy on the GPU for each stream, as its last launch has it."""
+
+    def __init__(self) -> None:
+        self.copies: dict[int, tuple[bytes, DeviceArray]] = {}
+
+    def __call__(self, array: NDArray[Any], place: launch.Device, stream: int) -> int:
+        """Where the array's numbers of now are."""
+        numbers, (have, there) = array.tobytes(), self.copies.get(stream, (b"", None))
+        if there is None:
+            if len(self.copies) >= STREAMS:
+                self.copies.clear()
+            there = empty(array.shape, array.dtype, place)
+        if have != numbers:
+            write(array, there, stream)
+            self.copies[stream] = numbers, there
+        return there.address
 
 
 class _Table:
-    """Copies of a page table on GPUs, each as the stream's last launch has it."""
+    """A page table's copies on GPUs, by GPU and stream, each as of a change."""
 
     def __init__(self, table: NDArray[np.int64], number: int) -> None:
         self.table = weakref.ref(table, lambda _: _tables.pop(number, None))
-        self.copies: dict[tuple[int, int], tuple[NDArray[np.int64], DeviceArray]] = {}
+        self.changes = 0
+        self.copies: dict[tuple[int, int], tuple[NDArray[np.int64], DeviceArray, int]] = {}
 
 
 _tables: dict[int, _Table] = {}
 """By the `id` of tables that caches keep."""
 
 
-def keep(table: NDArray[np.int64]) -> None:
-    """Have a table that will be used again stay on the GPU, to be sent when it has changed."""
+def keep(table: NDArray[np.int64], changes: int) -> None:
+    """Have a table that will be used again stay on the GPU, to be sent when it has changed.
+
+    It has not where `changes` is the same.
+    """
     known = _tables.get(id(table))
     if known is None or known.table() is not table:
-        _tables[id(table)] = _Table(table, id(table))
+        known = _tables[id(table)] = _Table(table, id(table))
+    known.changes = changes
 
 
-def table_there(table: NDArray[np.int64], send: Sender) -> int:
+def table_there(table: NDArray[np.int64] | DeviceArray, send: Sender) -> int:
     """Where on the GPU the table is, as int32."""
+    if isinstance(table, DeviceArray):
+        return table.address
     known = _tables.get(id(table))
     if known is None or known.table() is not table:
         return send(table.astype(np.int32))
-    key = send.place.ordinal, send.stream
-    have, there = known.copies.get(key, (None, None))
-    if there is None or have is None or have.shape != table.shape:
-        there, have = empty(table.shape, np.dtype(np.int32), send.place), None
+    return table_at(table, send.place, send.stream)
+
+
+def table_at(table: NDArray[np.int64], place: launch.Device, stream: int) -> int:
+    """The same for a table that is kept."""
+    known = _tables[id(table)]
+    changes, key = known.changes, (place.ordinal, stream)
+    have, there, as_of = known.copies.get(key, (None, None, -1))
+    if there is not None and as_of == changes:
+        return there.address
+    if have is None or there is None:
+        if len(known.copies) >= STREAMS:
+            known.copies.clear()
+        there = empty(table.shape, np.dtype(np.int32), place)
     if have is None or not np.array_equal(have, table):
-        write(table.astype(np.int32), there, send.stream)
-        known.copies[key] = table.copy(), there
+        write(table.astype(np.int32), there, stream)
+        have = table.copy()
+    known.copies[key] = have, there, changes
     return there.address

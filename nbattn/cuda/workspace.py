@@ -16,6 +16,8 @@ GRAPH_COUNTERS = 1 << 20
 """Counters of a GPU that calls in graphs take for good, 4 MB; later ones set theirs to 0 each time."""
 PER_THREAD = 2
 """CU_STREAM_PER_THREAD"""
+STREAMS = 64
+"""How many streams of a GPU have memory: then it is given up, as who destroyed a stream does not say so."""
 _lock = threading.Lock()
 _kept: dict[tuple[int, int, int], list[tuple[int, int]]] = {}
 """By GPU and stream: addresses and bytes of counters and of sums. A stream's launches take turns."""
@@ -58,6 +60,8 @@ def _kept_for(place: launch.Device, counted: int, size: int, stream: int) -> tup
         _for_graphs[place.ordinal] = [many, GRAPH_COUNTERS]
     # The default streams of threads share one handle.
     key = place.ordinal, stream, threading.get_ident() if stream == PER_THREAD else 0
+    if key not in _kept and sum(ordinal == place.ordinal for ordinal, *_ in _kept) >= STREAMS:
+        _give_up(place.ordinal)
     kept = _kept.setdefault(key, [(0, 0), (0, 0)])
     for i, wanted in enumerate((counted, size)):
         address, have = kept[i]
@@ -71,6 +75,15 @@ def _kept_for(place: launch.Device, counted: int, size: int, stream: int) -> tup
             launch.ask("cuMemsetD8Async", new, 0, wanted, stream)
         kept[i] = new, wanted
     return kept[0][0], kept[1][0]
+
+
+def _give_up(ordinal: int) -> None:
+    """Free what all streams of a GPU have, once it is done with all: some may be no more."""
+    launch.ask("cuCtxSynchronize")
+    for key in [key for key in _kept if key[0] == ordinal]:
+        for address, _ in _kept.pop(key):
+            if address:
+                launch.ask("cuMemFree_v2", address)
 
 
 def _taken(place: launch.Device, counters: int) -> int:
