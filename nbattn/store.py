@@ -217,9 +217,13 @@ class Store:
         return found
 
     def on_current_stream(self) -> DeviceArray:
-        """An array on the GPU, in the order of the stream that is current there."""
+        """An array on the GPU, in the order of its current stream, for what no graph records."""
         key: Any = self.pages.key
-        return replace(key, stream=device.current_stream(key.device))
+        here = replace(key, stream=device.current_stream(key.device))
+        if self.gpu.is_captured(here):
+            msg = "a graph is captured on the current stream; change the cache's sequences before or after"
+            raise ValueError(msg)
+        return here
 
     def order(self, array: Any, *, writes: bool) -> None:
         """Wait, on a GPU, for what other streams have written, and to write also for what they have read.

@@ -531,6 +531,23 @@ class TestArrays:
         gc.collect()
         assert len(tables - {*sending._tables}) == 1
 
+    def test_copies_of_streams(self, gpu, monkeypatch):
+        """One for each, of threads' default streams too, and of many none."""
+        monkeypatch.setattr(sending, "STREAMS", 3)
+        kept, x, place = sending.Kept(), np.arange(3), launch.device(0)
+        first = kept(x, place, 5)
+        assert kept(x, place, 5) == first != kept(x, place, 6)
+        assert gpu.calls.count("cuMemcpyHtoDAsync_v2") == 2
+        x[0] = 9
+        assert kept(x, place, 5) == first
+        np.testing.assert_array_equal(gpu.bytes(first, 24).view(np.int64), x)
+        kept(x, place, 2)
+        sent = gpu.calls.count("cuMemcpyHtoDAsync_v2")
+        monkeypatch.setattr(sending.threading, "get_ident", lambda: 7)
+        kept(x, place, 2)
+        assert gpu.calls.count("cuMemcpyHtoDAsync_v2") == sent + 1
+        assert len(kept.copies) == len(gpu.memory) == 1
+
     def test_forks_copy_on_the_caller_s_stream(self, torch, gpu, monkeypatch, rng):  # noqa: F811
         cache = PagedKVCache(6, 4, 1, 8, backend="cuda")
         x = torch.to(normal(rng, (1, 1, 3, 8)))

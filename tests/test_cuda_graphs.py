@@ -166,6 +166,20 @@ class TestPages:
                 call()
             assert (cache.free_pages, cache.lengths) == (free, lengths)
 
+    def test_nothing_changes_while_a_graph_is_captured(self, cache, gpu):
+        """Else it would be part of the graph, and done with every launch."""
+        cache.advance([0, 1])
+        before = cache.lengths, cache.free_pages
+        gpu.captured = {70}
+        for call in (
+            lambda: cache.advance([0, 1]), lambda: cache.reserve([0, 1], 1), lambda: cache.fork(0),
+            lambda: cache.truncate(0, 1), lambda: cache.free(1), cache.reset,
+            KVCache(1, 1, 4, 8, backend="cuda").advance,
+        ):  # fmt: skip
+            with pytest.raises(ValueError, match="a graph is captured on the current stream"):
+                call()
+        assert (cache.lengths, cache.free_pages) == before
+
     def test_a_fork_s_pages_are_not_written(self, cache):
         cache.fork(0)
         with pytest.raises(ValueError, match="a fork shares a page that the launch would write"):

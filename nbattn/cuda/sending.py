@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from contextlib import ExitStack
 from typing import Any
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from ..device import DeviceArray, _contiguous
 from . import launch
+from .workspace import PER_THREAD, STREAMS
 
 
 class Sender(ExitStack):
@@ -105,8 +107,10 @@ def copy_page(pages: tuple[Any, ...], source: int, target: int, stream: int) -> 
 
 # --- what changes from call to call -------------------------------------------------------------------------
 
-STREAMS = 64
-"""Of how many a GPU has copies: those of others may be of streams that are no more, and are given up."""
+
+def _whose(stream: int) -> int:
+    """A number for each stream; the default streams of threads share one handle."""
+    return -threading.get_ident() if stream == PER_THREAD else stream
 
 
 class Kept:
@@ -117,14 +121,15 @@ class Kept:
 
     def __call__(self, array: NDArray[Any], place: launch.Device, stream: int) -> int:
         """Where the array's numbers of now are."""
-        numbers, (have, there) = array.tobytes(), self.copies.get(stream, (b"", None))
+        key, numbers = _whose(stream), array.tobytes()
+        have, there = self.copies.get(key, (b"", None))
         if there is None:
             if len(self.copies) >= STREAMS:
                 self.copies.clear()
             there = empty(array.shape, array.dtype, place)
         if have != numbers:
             write(array, there, stream)
-            self.copies[stream] = numbers, there
+            self.copies[key] = numbers, there
         return there.address
 
 
@@ -165,7 +170,7 @@ def table_there(table: NDArray[np.int64] | DeviceArray, send: Sender) -> int:
 def table_at(table: NDArray[np.int64], place: launch.Device, stream: int) -> int:
     """The same for a table that is kept."""
     known = _tables[id(table)]
-    changes, key = known.changes, (place.ordinal, stream)
+    changes, key = known.changes, (place.ordinal, _whose(stream))
     have, there, as_of = known.copies.get(key, (None, None, -1))
     if there is not None and as_of == changes:
         return there.address
