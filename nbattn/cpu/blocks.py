@@ -70,8 +70,10 @@ def build(storage: str, bfloat16_products: bool, jit: Any, inline: Any) -> Calla
             upper_x, upper_y = simd.upper(x), simd.upper(y)
             panels.pack_weights(t, upper_x, upper_y)
             panels.pack_weights(t + low_weights, sub(x, upper_x), sub(y, upper_y))
-        else:
+        elif tiled:
             panels.pack_weights(t, x, y)
+        else:
+            panels.pack_rows(t, x, y)
 
     @jit
     def ask_for(p, w, first, last):
