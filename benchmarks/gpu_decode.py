@@ -71,6 +71,8 @@ def caches(seconds: float, seed: int) -> dict[str, Any]:
     for storage in ("bfloat16", "int8"):
         rows += [judged(f"graph {storage}", partial(_graph, storage, 0))]
         rows += [judged(f"graph {storage} pages of 16", partial(_graph, storage, 16))]
+    rows += [judged(f"steps {kind}", partial(_steps, kind)) for kind in STEPS]
+    rows += [judged("uneven pages", _uneven)]
     return {"rows": rows, "left_out": left_out}
 
 
@@ -188,6 +190,62 @@ def _graph(storage: str, page_size: int) -> dict[str, Any]:
         recorded.truncate(sequences[0][0], 1)
         graph.replay()
         same &= bool(output.isnan().all())
+    return {"passed": same, "error": 0.0 if same else 1.0, "allowed": 0.0}
+
+
+STEPS: dict[str, dict[str, Any]] = {
+    "rotary": {"rotary_base": 1e4}, "ring": {"window": 90}, "ragged": {}, "pages": {"page_size": 16},
+    "rotary ragged pages": {"page_size": 16, "rotary_base": 1e4},
+}  # fmt: skip
+
+
+def _steps(kind: str) -> dict[str, Any]:
+    """Steps of which the launch is packed already, beside the long way that a log-sum-exp takes."""
+    import torch
+
+    import nbattn
+
+    options = dict(STEPS[kind])
+    make: Any = nbattn.KVCache
+    sizes, sequences = (2, 2, 120 if "window" in options else 200, 64), ()
+    page_size = options.pop("page_size", 0)
+    if page_size:
+        make, sizes = nbattn.PagedKVCache, (60, page_size, 2, 64)
+    cache: Any = make(*sizes, "bfloat16", backend="cuda", **options)
+    if page_size:
+        sequences = ([cache.add(), cache.add()],)
+    lengths = [100, 37] if "ragged" in kind else None
+    x = torch.randn(2, 2, 100, 64, device="cuda", dtype=torch.bfloat16)
+    for i in range(0, 100, 50):
+        part = None if lengths is None else [min(max(n - i, 0), 50) for n in lengths]
+        cache.append(*sequences, x[:, :, i : i + 50], x[:, :, i : i + 50], part)
+    same = True
+    for _ in range(40):
+        token, query = (torch.randn(2, h, 1, 64, device="cuda", dtype=torch.bfloat16) for h in (2, 8))
+        cache.append(*sequences, token, token)
+        got = cache.attend(*sequences, query)
+        same &= bool(torch.equal(got, cache.attend(*sequences, query, return_lse=True).output))
+    return {"passed": same, "error": 0.0 if same else 1.0, "allowed": 0.0}
+
+
+def _uneven() -> dict[str, Any]:
+    """A sequence among many short ones, so that launches are several, beside the same one alone."""
+    import torch
+
+    import nbattn
+
+    batch, keys = 64, 40000
+    cache = nbattn.PagedKVCache(keys // 16 + batch, 16, 8, 128, "bfloat16", backend="cuda")
+    handles = [cache.add() for _ in range(batch)]
+    x = torch.randn(1, 8, keys, 128, device="cuda", dtype=torch.bfloat16)
+    token = torch.randn(batch, 8, 1, 128, device="cuda", dtype=torch.bfloat16)
+    cache.append(handles[20], x[:, :, 1:], x[:, :, 1:])
+    cache.append(handles, token, token)
+    query = torch.randn(batch, 32, 1, 128, device="cuda", dtype=torch.bfloat16)
+    together = cache.attend(handles, query)
+    same = True
+    for b in (0, 20, batch - 1):
+        same &= bool(torch.equal(together[b : b + 1], cache.attend(handles[b], query[b : b + 1])))
     return {"passed": same, "error": 0.0 if same else 1.0, "allowed": 0.0}
 
 
