@@ -338,7 +338,8 @@ class Store:
         if later is None:
             return
         keep = self.gpu.keep
-        is_long = places.ring and given.shape[2] + problem.left > places.ring
+        queries, left = given.shape[2], problem.left
+        is_long = places.ring and queries + left > places.ring
         # Theirs is what remembers it: they and their memory go without the garbage collector.
         the_store, the_places = weakref.ref(self), weakref.ref(places)
 
@@ -346,8 +347,8 @@ class Store:
             store, places = the_store(), the_places()
             if store is None or places is None or store.streams != {stream}:
                 return False
-            if is_long or places.went_back:  # a ring may not hold what the queries see
-                return False
+            if is_long or places.went_back:
+                store._check_held(places, places.lengths - queries, left)
             if later.has_table:
                 keep(places.table, places.changes)
             return later.forward(places, query, output, stream)
