@@ -15,6 +15,7 @@ what one kernel alone needs:
   gives their arithmetic;
 - `hidden` is the kernel of additive attention, with queries in its lanes too, `recurrence` that of linear
   attention, with columns of values, and `exponentials` that of softmax;
+- `quantise` is what `append` makes of a token's rows for caches of 8 and 4 bits;
 - few queries over long keys, whose lanes are numbers of a head: `chunks` is the kernel; `dots` are its
   products, and `nibbles` those of int4, of what `kinds` reads; `sweeps` says which of them takes what,
   `lookup` finds rows in pages, `rows` sets the queries up, `seen` is what `scores` is for the others,
