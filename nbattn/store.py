@@ -52,7 +52,7 @@ class Places:
         self.there: Any = None  # the lengths on a GPU, as of the last `advance`, for graphs
         self.recorded: Any = None  # `Places` of a graph's calls, where they are others
         self.writer: Any = None  # the plan of an append, which serves all layouts
-        self.readers: dict[Any, Callable[[Any, Any, Any], Any] | None] = {}  # by layout
+        self.readers: dict[Any, Callable[[Any, Any, Any, Any], Any] | None] = {}  # by layout
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the plans, which know the addresses of these arrays, for copies and pickles."""
@@ -262,12 +262,14 @@ class Store:
         backend: str | None,
     ) -> NDArray[Any] | AttentionOutput:
         """Attention of the last positions' queries, as `KVCache.attend` says."""
-        layout = None
-        if lengths is None and (backend is None or backend == (self.backend or "cpu")):
-            if not (self.is_on_gpu and out is not None):
+        layout: Any = None
+        if backend is None or backend == (self.backend or "cpu"):
+            if not self.is_on_gpu or (out is None and lengths is None):
                 layout = call_layout(query, given, return_lse, self.is_on_gpu)
+            if lengths is not None and layout is not None:
+                layout = layout, "lengths"
             if (known := places.readers.get(layout)) is not None:
-                result = known(query, out, given)
+                result = known(query, out, given, lengths)
                 if result is not None:
                     return result
         if self.is_on_gpu:
@@ -313,10 +315,8 @@ class Store:
                 self._remember_on_gpu(places, layout, module, problem, q, result)
             result, lse = map(device.given_back, (result, lse))
             return result if lse is None else AttentionOutput(result, None, lse)
-        for b in np.flatnonzero(counts < q.shape[2]):
-            result[b, :, counts[b] :] = 0
-            if lse is not None:
-                lse[b, :, counts[b] :] = -np.inf
+        if lengths is not None:
+            _end_at(counts, result, lse)
         if layout is not None and q.size <= PLAN_NUMBERS and check.kernel_view(q) is q:
             self._remember(places, layout, module, problem, result, return_lse)
         return result if lse is None else AttentionOutput(result, None, lse)
@@ -355,7 +355,7 @@ class Store:
 
         repeated = device.repeated(run, result, result.shape)
 
-        def again(query: Any, out: Any, given: Any) -> Any:
+        def again(query: Any, out: Any, given: Any, lengths: Any) -> Any:
             """The output; None where this call is another."""
             return repeated(query)
 
@@ -386,21 +386,23 @@ class Store:
         if self._is_first(places, layout):
             return
         forward = module.Plan(problem).forward
-        lengths, queries, offset = places.lengths, np.array([problem.query.shape[2]]), problem.offset
+        held, queries, offset = places.lengths, problem.query.shape[2], problem.offset
+        every = np.array([queries])
         left, compute, stored = problem.left, problem.compute, problem.query.dtype
         shape, dtype = result.shape, result.dtype
         # A ring holds all that its window's queries see unless they are many, or it went back.
-        is_long = places.ring and queries[0] + left > places.ring
+        is_long = places.ring and queries + left > places.ring
         converts, rotate = dtype != stored, None
         if self.frequencies is not None:
             rotate = check.backend_module("append", self.backend).rotate
 
-        def again(query: NDArray[Any], out: Any, given: Any) -> NDArray[Any] | AttentionOutput:
+        def again(query: NDArray[Any], out: Any, given: Any, lengths: Any) -> NDArray[Any] | AttentionOutput:
+            counts = every if lengths is None else check_counts(lengths, len(held), queries)
             if out is not None:
                 arrays = (query, *given[-2:], *self.pages[:4])
                 check.check_out(out, shape, dtype, tuple(x for x in arrays if x is not None))
             # Threads that attend at once write the same numbers here.
-            np.subtract(lengths, queries, offset)
+            np.subtract(held, counts, offset)
             if is_long or places.went_back:
                 self._check_held(places, offset, left)
             if converts:
@@ -412,6 +414,8 @@ class Store:
             output = np.empty(shape, stored)
             sums = np.empty(shape[:3], compute) if return_lse else None
             forward(query, output, sums, min(places.longest, places.ring or places.longest))
+            if lengths is not None:
+                _end_at(counts, output, sums)
             if out is not None:
                 out[...] = output
                 output = out
@@ -457,6 +461,16 @@ class Store:
                 f"{places.starts[b]} on; attend after every capacity - window + 1 new tokens or fewer"
             )
             raise ValueError(msg)
+
+
+def _end_at(counts: NDArray[np.int64], output: NDArray[Any], lse: NDArray[Any] | None) -> None:
+    """Rows (B, Hq, Sq, ...) beyond so many of each sequence attend to nothing."""
+    queries = output.shape[2]
+    for b, count in enumerate(counts.tolist()):
+        if count < queries:
+            output[b, :, count:] = 0
+            if lse is not None:
+                lse[b, :, count:] = -np.inf
 
 
 def _by_row(array: Any) -> Any:

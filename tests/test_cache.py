@@ -281,10 +281,33 @@ class TestAttend:
         cache, *_ = filled("float32", [20, 9], None)
         for _ in range(4):
             query = normal(rng, (2, 4, 1, 32))
-            expected = cache.attend(query, lengths=[1, 1], **options)  # no shorter way
+            expected = cache.attend(query, np.ones((1, 20), bool), **options)  # no shorter way
             np.testing.assert_array_equal(cache.attend(query, **options)[0], expected[0])
         assert len(cache._places.readers) == 1
         assert all(cache._places.readers.values())
+
+    @pytest.mark.parametrize("storage", ["float32", "int8"])
+    def test_lengths_of_repeated_calls(self, storage, rng):
+        """They are checked each time, place the queries, and end the rows; calls without them stay apart."""
+        cache, *_ = filled(storage, [20, 9], None, tokens=40, rotary_base=100.0)
+        for step in range(5):
+            counts = rng.integers(0, 4, 2)
+            token, query = normal(rng, (2, 2, 3, 32)), normal(rng, (2, 4, 3, 32))
+            cache.append(token, token, counts)
+            mask = np.ones((1, cache.lengths.max()), bool)  # which no shorter way is made for
+            for lengths in (counts, None):
+                expected = cache.attend(query, mask, lengths=lengths, return_lse=True)
+                out = np.full(query.shape, np.nan, np.float32)
+                result = cache.attend(query, lengths=lengths, return_lse=True, out=out)
+                assert result.output is out
+                assert_same_bits(out, expected.output)
+                assert_same_bits(result.lse, expected.lse)
+                assert_same_bits(cache.attend(query, lengths=lengths), expected.output)
+            for b, count in enumerate(counts):
+                assert (cache.attend(query, lengths=counts)[b, :, count:] == 0).all()
+            with pytest.raises(ValueError, match=r"lengths\[1\] is 4; expected 0 to 3"):
+                cache.attend(query, lengths=[1, 4])
+            assert all(cache._places.readers.values()) == (step > 0)
 
     def test_numbers_that_look_alike_stay_apart(self, rng):
         cache, *_ = filled("float32", [20, 9], None)
@@ -313,7 +336,8 @@ class TestAttend:
         query, sinks = normal(rng, (2, 4, 1, 32)), np.zeros(4, np.float32)
         for _ in range(4):
             np.testing.assert_array_equal(
-                cache.attend(query, sinks=sinks), cache.attend(query, sinks=sinks.copy(), lengths=[1, 1])
+                cache.attend(query, sinks=sinks),
+                cache.attend(query, np.ones((1, 20), bool), sinks=sinks.copy()),
             )
             sinks += 1
 
@@ -334,7 +358,7 @@ class TestAttend:
                 out = np.zeros((2, 1, 4, 64), dtype)[..., ::2].swapaxes(1, 2)
                 result = cache.attend(query, sinks=sinks, out=out)
                 assert result is out
-                assert_same_bits(out, cache.attend(query, lengths=[1, 1], sinks=sinks))
+                assert_same_bits(out, cache.attend(query, np.ones((1, 20), bool), sinks=sinks))
                 before = query.copy(), snapshot(cache._store.pages)
                 for bad in (query, query[:1], out.astype(np.float64), sinks, [1]):
                     with pytest.raises((TypeError, ValueError), match="out "):
