@@ -32,6 +32,8 @@ def arrays(rng, dtype=np.float32, length=9):
 
 
 lengths = pytest.mark.parametrize("length", [9, 20])
+known = pytest.mark.skipif(not repeats.arrays.KNOWN, reason="keeps its arrays in another way")
+wakes = pytest.mark.skipif(not (repeats.arrays.KNOWN and SLEEPS), reason="needs Linux")
 
 
 @lengths
@@ -139,6 +141,7 @@ def test_alike_to_the_eye(rng):
             sdpa(*x, is_causal=True, query_offset=1.0)
 
 
+@known
 @lengths
 def test_the_next_call_may_have_any_arrays(rng, length):
     """A call that is as the latest one but for its arrays: laid out in another way, or no arrays of NumPy's
@@ -192,7 +195,8 @@ def test_options_as_other_objects(rng):
         np.testing.assert_array_equal(sdpa(*x), sdpa(*x, backend="cpu"))
 
 
-@pytest.mark.parametrize("length", [32, 300])
+@known
+@pytest.mark.parametrize("length", [32, pytest.param(300, marks=wakes)])
 def test_an_interrupt_of_a_call_that_a_helper_is_in(rng, monkeypatch, length):
     """The call is over before the interrupt leaves it."""
     monkeypatch.setattr(runtime, "threads", lambda: 2)
@@ -218,7 +222,7 @@ def test_an_interrupt_of_a_call_that_a_helper_is_in(rng, monkeypatch, length):
     np.testing.assert_array_equal(sdpa(*x), expected)
 
 
-@pytest.mark.skipif(not SLEEPS, reason="needs Linux")
+@wakes
 def test_calls_wake_helpers_that_sleep(rng, monkeypatch):
     """Long ones at once, short ones where they follow each other closely; results never change."""
     monkeypatch.setattr(team, "CLOSELY", 60.0)

@@ -122,7 +122,7 @@ class Repeat:
         if helpers is None:
             return None
         places = repeats.Places(QUERY, QUERY + 1, QUERY + 2, QUERY + 3, WORKSPACE, WORKSPACE, 0)
-        return repeats.Again(self.kernel, self.words, places, *helpers, int(self.words[WORKSPACE_BYTES]),
+        return repeats.Again(self.kernel, self.words, places, helpers, int(self.words[WORKSPACE_BYTES]),
                              inputs, result, self.keep_alive)  # fmt: skip
 
     def forward(self, query: NDArray[Any], key: NDArray[Any], value: NDArray[Any], out: NDArray[Any]) -> None:

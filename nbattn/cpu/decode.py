@@ -181,12 +181,12 @@ class Plan:
             return None
         words: Any = self.words.copy()
         words[0] = tasks
-        eager = tasks - 8 * min(helpers[0] + 1, runtime.threads())
+        eager = tasks - 8 * min(helpers.most + 1, runtime.threads())
         _CALL.pack_into(words, _CALL_BYTES, 0, 0, 0, 0, 0, chunks, eager, 0, 0, *self.places)
         at = _WORDS
         places = repeats.Places(at["query"], at["key"], at["value"], at["out"], at["partials"],
                                 at["workspace"], tasks * self.partial_bytes)  # fmt: skip
-        return repeats.Again(self.kernel, words, places, *helpers, self.workspace_bytes, inputs, out, self)
+        return repeats.Again(self.kernel, words, places, helpers, self.workspace_bytes, inputs, out, self)
 
 
 # --- many queries over cached keys --------------------------------------------------------------------------

@@ -36,15 +36,28 @@ class Places(NamedTuple):
     shift: int
 
 
-def helpers(tasks: int, work: int, short: int, serial: int) -> tuple[int, bool] | None:
-    """How many helpers a call has at most, and whether it wakes them; None where `team` has more of them.
+class Helpers(NamedTuple):
+    """Who helps with a call."""
 
-    Below so much work a call is too `short` for any, and up to `serial` for those that sleep.
+    most: int
+    wakes: bool  # whether it wakes those that sleep, or shares with those that are awake
+    after: int  # how many short calls follow each other closely before they wake any
+
+
+WAKING = 16
+"""What waking a helper takes the caller, 40 us, in calls that are just long enough to be shared: half of what
+they take is what they lose without one."""
+
+
+def helpers(tasks: int, work: int, short: int, serial: int) -> Helpers | None:
+    """Below so much work a call is too `short` for any helper, and up to `serial` for those that sleep.
+
+    None where `team` has more of them than can be reached here.
     """
     wakes = work >= serial
     if tasks == 0 or (wakes and not (SLEEPS and min(runtime.threads(), tasks) <= team.BOARD_SLOTS)):
         return None
-    return (tasks - 1 if work >= short else 0), wakes
+    return Helpers(tasks - 1 if work >= short else 0, wakes, -(-WAKING * short // max(work, 1)))
 
 
 class Again:
@@ -53,18 +66,15 @@ class Again:
     KNOWN = handover.KNOWN
 
     def __init__(
-        self, kernel: Any, words: NDArray[np.int64], places: Places, helpers: int, wakes: bool,
+        self, kernel: Any, words: NDArray[np.int64], places: Places, helpers: Helpers,
         thread_bytes: int, inputs: tuple[NDArray[Any], ...], out: NDArray[Any], keep_alive: Any,
     ) -> None:  # fmt: skip
-        """`words` are the parameters but for `places`, `out` is an example, and a thread has so much scratch.
-
-        There are at most so many `helpers`, of which a call `wakes` those that sleep, or shares with those
-        that are awake. Where such calls follow each other closely, these are woken for those to come.
-        """
-        self.words, self.places, self.helpers, self.thread_bytes = words, places, helpers, thread_bytes
+        """`words` are the parameters but for `places`, `out` is an example; a thread has so much scratch."""
+        self.words, self.places, self.thread_bytes = words, places, thread_bytes
+        self.helpers, self.wakes, self.after = helpers
         self.entry, self.out = entry(kernel), (out.shape, out.dtype)
         self.layout = np.array([word for x in inputs for word in arrays.layout(x)], np.int64)
-        self.alignment, self.wakes = out.dtype.alignment, wakes
+        self.alignment = out.dtype.alignment
         self.keep_alive = kernel, [x.dtype for x in inputs], keep_alive
         self.hand_over = handover.kernel()
         self.desks: list[tuple[Any, int]] = []
@@ -108,7 +118,7 @@ class Again:
         try:
             state = self.hand_over(at)
             if state == ALONE and helpers > 0 and not self.wakes:
-                mates.rouse(helpers)
+                mates.rouse(helpers, self.after)
             elif state < FINISHED:
                 self._settle(record, at)
         except BaseException:

@@ -53,7 +53,7 @@ class _Team:
     def __init__(self) -> None:
         self.calls: SimpleQueue[_Call | _Rouse] = SimpleQueue()
         self.size = self.slots = 0
-        self.last_alone = 0.0
+        self.last_alone, self.alone = 0.0, 0
         self.lock = threading.RLock()  # a signal handler may call while this thread holds it
         self.board = np.zeros((BOARD_SLOTS + 1, SLOT_BYTES // 8), np.int64)
         self.board_at = address(self.board)
@@ -76,12 +76,14 @@ class _Team:
             self.slots = min(self.size, BOARD_SLOTS)
         return self.size
 
-    def rouse(self, helpers: int) -> None:
-        """Wake helpers for calls to come, if the last one that met none was just before."""
+    def rouse(self, helpers: int, after: int = 1) -> None:
+        """Wake helpers for calls to come, if so many that met none have followed each other closely."""
         now = time.perf_counter()
-        closely, self.last_alone = now - self.last_alone < CLOSELY, now
-        if not closely:
+        self.alone = self.alone + 1 if now - self.last_alone < CLOSELY else 0
+        self.last_alone = now
+        if self.alone < after:
             return
+        self.alone = 0
         helpers = min(self.grow(helpers), helpers)
         if SLEEPS:
             record = np.zeros(TICKETS, np.int64)
