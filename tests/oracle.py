@@ -229,9 +229,12 @@ def bounds(exact, dtype, ulp):
     return units, {name: ulp * eps + (half_ulp if name == "output" else 0) for name in units}
 
 
-def rounding_of(exact, query, key, value, scale=None):
-    """What rounding queries to multiples of their largest / 32512, and weights of their largest / 32767, may
-    change in output and lse at most.
+def rounding_of(exact, query, key, value, scale=None, fine=True):
+    """What rounding may change in output and lse at most.
+
+    Where it is `fine`, of queries to multiples of their largest / 32512, and of weights to those of their
+    largest / 32767. Else queries are what they were rounded to, and weights are off by less than their
+    largest / 127, up or down by turns: of n such errors no more than 2 sqrt(n) are taken to add up.
     """
     q, k, v = (np.abs(np.asarray(x).astype(np.float64)) for x in (query, key, value))
     q, k, v = (np.where(np.isfinite(x), x, 0) for x in (q, k, v))
@@ -240,16 +243,19 @@ def rounding_of(exact, query, key, value, scale=None):
     scale = 1 / np.sqrt(q.shape[3]) if scale is None else abs(scale)
     sums = np.where(exact.seen, k.sum(axis=3)[:, :, None], 0).max(axis=3, initial=0)
     score = scale * q.max(axis=3, initial=0) * sums / 65024
-    largest = np.nan_to_num(exact.weights).max(axis=3, initial=0) * exact.seen.sum(axis=3)
+    seen, step = exact.seen.sum(axis=3), 1 / 65534
+    if not fine:
+        seen, step = np.minimum(seen, 2 * np.sqrt(seen)), 1 / 127
+    largest = np.nan_to_num(exact.weights).max(axis=3, initial=0) * seen
     most = v.max(axis=(2, 3), initial=0)[:, :, None]
-    return 2 * score[..., None] * np.nan_to_num(exact.magnitude) + (largest * most)[..., None] / 65534, score
+    return 2 * score[..., None] * np.nan_to_num(exact.magnitude) + (largest * most)[..., None] * step, score
 
 
-def hold(output, lse, query, key, value, mask=None, *, ulp=4, rounds=False, **options):
+def hold(output, lse, query, key, value, mask=None, *, ulp=4, rounds="", **options):
     """Hold the output, and the lse where there is one, that another door gave to the rule.
 
-    int8 keys and values may be multiplied by numbers of 16 bits that queries and weights are rounded to: then
-    `rounds` is set.
+    int8 and int4 keys and values may be multiplied by whole numbers that queries and weights are rounded to:
+    then it `rounds`, to 16 bits ("fine") or weights to 8 ("coarse").
     """
     dtype = query.dtype
     compute = compute_dtype_of(dtype)
@@ -259,7 +265,9 @@ def hold(output, lse, query, key, value, mask=None, *, ulp=4, rounds=False, **op
     units, few = bounds(exact, dtype, ulp)
     assert output.dtype == dtype
     rounded = plain.output.astype(dtype)
-    less, less_lse = rounding_of(exact, *wide, options.get("scale")) if rounds else (0.0, 0.0)
+    less, less_lse = (
+        rounding_of(exact, *wide, options.get("scale"), rounds == "fine") if rounds else (0.0, 0.0)
+    )
     assert_accurate(
         output, exact.output, rounded, units["output"], ulp=few["output"], what="output", rounding=less
     )

@@ -388,16 +388,16 @@ class Quantised:
     def hold_options(self, dtype, page_size, tile, rng):
         p, dense, options = self.problem(rng, [130, 0, 33], dtype, page_size=page_size)
         more = {"sinks": normal(rng, 4), "alibi_slopes": rng.random(4), "softcap": 4.0, "scale": 0.4}
-        oracle.hold(*self.run(p, tile), p.query, *dense, rounds=True, **options)
+        oracle.hold(*self.run(p, tile), p.query, *dense, rounds="fine", **options)
         p = replace(p, **(more | {name: np.float32(more[name]) for name in ("sinks", "alibi_slopes")}))
-        oracle.hold(*self.run(p, tile), p.query, *dense, rounds=True, **options, **more)
+        oracle.hold(*self.run(p, tile), p.query, *dense, rounds="fine", **options, **more)
 
     def hold_tile(self, tile, rng):
         p, dense, options = self.problem(rng, [100], dims=(tile.width, tile.width - 32), queries=1)
         assert decode.tile_of(p) == tile
         assert tile.shared_bytes <= 99 << 10
         assert tile.warp_bytes >= 16 * tile.sum_pitch
-        oracle.hold(*self.run(p, tile), p.query, *dense, rounds=True, **options)
+        oracle.hold(*self.run(p, tile), p.query, *dense, rounds="fine", **options)
 
     def test_scales_that_are_no_numbers(self, rng):
         p, *_ = self.problem(rng, [100, 70])

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from cached import STORAGES, as_multiplied, input_dtype
+from cached import STORAGES, as_multiplied, input_dtype, rounds, stored
 from oracle import assert_same_bits, hold, normal
 
-from nbattn import paged_attention
+from nbattn import KVCache, paged_attention
 
 storages = pytest.mark.parametrize("storage", STORAGES)
 
@@ -55,7 +55,7 @@ class Paged:
         result = self.attend(query, mask, return_lse=True, backend=backend, **options)
         assert result.weights is None
         options = {"is_causal": True, "query_offset": "end", **options}
-        options["rounds"] = self.storage in ("int8", "int4") and backend == "cpu"
+        options["rounds"] = rounds(self.storage, backend, query, self.dense[0].shape[1])
         query = as_multiplied(query, self.storage, backend, self.dense[0].shape[1])
         hold(result.output, result.lse, query, *self.dense, mask, key_lengths=self.lengths, **options)
         return result
@@ -300,6 +300,24 @@ class TestPagedAttention:
                     assert np.isfinite(masked).all()
                     if backend == "cpu" and storage == "int8":
                         assert_same_bits(masked, clean)
+
+    def test_many_small_weights_add_up(self, backend, rng):
+        """One key in 64 outweighs the others so much that each is less than what weights of 8 bits can tell
+        apart; together they count nevertheless.
+        """
+        keys, heads = 1024, 4
+        key = np.zeros((1, 1, keys, 32), np.float32)
+        key[0, 0, ::64] = np.eye(32, dtype=np.float32)[0]
+        query = np.zeros((1, heads, 1, 32), np.float32)
+        query[..., 0] = np.sqrt(32) * np.log(127 / np.array([0.2, 0.33, 0.45, 0.7]))[:, None]
+        value = 1 + 0.1 * normal(rng, (1, 1, keys, 32))
+        value[0, 0, ::64] = 0
+        value[0, 0, :, 0] = 8  # all scales are alike
+        cache = KVCache(1, 1, keys, 32, "int4", backend=backend)
+        cache.append(key, value)
+        weights = np.exp(query[0, :, 0, 0, None] / np.sqrt(32) * key[0, 0, :, 0].astype(np.float64))
+        expected = weights / weights.sum(axis=1, keepdims=True) @ stored(value, "int4")[0, 0]
+        np.testing.assert_allclose(cache.attend(query)[0, :, 0], expected, rtol=0.1)
 
     def test_queries_of_bytes_that_are_nothing_or_not_finite(self, rng):
         paged = Paged(rng, "int8", (70, 40), head_dim=64)

@@ -183,6 +183,24 @@ class TestQuantisedCache:
         assert least < min(errors)
         assert max(errors) < most
 
+    @pytest.mark.parametrize(("dtype", "least", "most"), [("int8", 0.004, 0.01), ("int4", 0.07, 0.16)])
+    def test_error_token_by_token(self, layers, dtype, least, most):
+        """Of few queries, which meet bytes as they lie where the processor multiplies them."""
+        config, recorded = layers
+        rotary = {"rotary_base": config.rope_base, "rotary_interleaved": True}
+        for layer in recorded:
+            batch, heads, length, head_dim = layer.key.shape
+            exact = KVCache(batch, heads, length, head_dim, "float64", backend="reference", **rotary)
+            exact.append(layer.key.astype(np.float64), layer.value.astype(np.float64))
+            expected = exact.attend(layer.query.astype(np.float64))
+            cache, got = KVCache(batch, heads, length, head_dim, dtype, **rotary), []
+            for i in range(length):
+                token = np.s_[:, :, i : i + 1]
+                cache.append(layer.key[token], layer.value[token])
+                got.append(cache.attend(layer.query[token]))
+            error = np.linalg.norm(np.concatenate(got, axis=2) - expected) / np.linalg.norm(expected)
+            assert least < error < most
+
     def test_logits(self, backend):
         plain, tokenizer = load("glassllm-en", backend=backend)
         ids = [tokenizer.encode(ALICE)[:100]]

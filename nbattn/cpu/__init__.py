@@ -19,5 +19,5 @@ what one kernel alone needs:
 - few queries over long keys, whose lanes are numbers of a head: `chunks` is the kernel; `dots` are its
   products, and `nibbles` those of int4, of what `kinds` reads; `sweeps` says which of them takes what,
   `lookup` finds rows in pages, `rows` sets the queries up, `seen` is what `scores` is for the others,
-  `weights` comes after it, and `aside` is for values that are not finite.
+  `weights` comes after it (and `rounded`, of int4), and `aside` is for values that are not finite.
 """

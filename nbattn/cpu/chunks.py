@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import types
 
-from ..problem import INT4_GROUP
 from . import aside, dots, emitters, kinds, lookup, nibbles, rows, runtime, seen, simd, sweeps, weights
 from .dots import KEYS, LONG
 
@@ -160,7 +159,9 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
         wide = narrow_at + ROWS * KEYS * 2
         aside = wide + LONG * padded(max(p.head_dim, p.value_dim)) * size
         scales = aside + LONG * padded(p.value_dim) * size
-        spread = scales + max(p.head_dim, p.value_dim) // INT4_GROUP * KEYS * 4
+        spread = (
+            scales + max(p.head_dim // 32, (p.value_dim + 127) // 128 * 4) * KEYS * 4
+        )  # as `nibbles` has it
         wide_keys = vectors + VECTORS * vector
         wide_values = wide_keys + 8 * LONG
         return Scratch(w, w + table, w + 2 * table, w + 3 * table, wide_keys, wide_values,

@@ -104,6 +104,11 @@ def load_value(b: ir.IRBuilder, p: Any) -> Any:
     return b.load(p, align=align(t))
 
 
+def load_at(b: ir.IRBuilder, address: Any, shift: int, t: Any) -> Any:
+    """What lies so many bytes behind an address."""
+    return load_value(b, pointer(b, b.add(address, const(I64, shift)), t))
+
+
 def store_value(b: ir.IRBuilder, x: Any, p: Any) -> None:
     b.store(x, p, align=align(x.type))
 

@@ -3,12 +3,14 @@
 Scores: lanes are 16 keys. Of 32 numbers at a time each key's 16 bytes are turned, so that a vector holds four
 bytes of each key; their lower and upper halves meet a row's queries, rounded to 8 bits, in one instruction
 each, and the eight sums become one float32, times what one of them is worth, times the keys' scales. Values:
-lanes are columns. Two keys' numbers stand side by side as 16 bits each and meet two weights, whole numbers of
-16 bits that hold the scale of 32 columns, too. A key of 128 numbers takes 19 vector instructions and 9 for
-each row, its value 8 and 4 for each row.
+lanes are columns. Four keys' bytes stand side by side and meet four weights, whole numbers of 8 bits that
+hold the scale of 32 columns, too: once as they are and once without their upper halves, whose sum is a 16th
+of the difference. A key of 128 numbers takes 8 vector instructions and 3 for each row, its value 6 and 2 for
+each row, and its weights 3 for each row.
 
 What a byte of a query is worth is the largest of 32 / 127: it is off by a sixteenth of what such keys are. A
-whole weight is worth the largest of its 64 keys, with their scales, / 32767.
+whole weight is worth the row's largest of 64 keys, with their scales, / 127. It is rounded up or down by
+turns, so that the sum of many small ones is right.
 """
 
 from __future__ import annotations
@@ -18,22 +20,22 @@ from typing import Any, NamedTuple
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ..problem import INT4_GROUP
-from . import dots, emitters, kinds, simd
+from . import dots, emitters, kinds, rounded, simd
 from .dots import KEYS
-from .emitters import I8, I16, I32, I64, const, fma_value, load_value, pointer, splat_value, store_value
-from .kinds import LARGEST_WEIGHT, LEAST
+from .emitters import I8, I32, I64, const, fma_value, load_at, load_value, pointer, splat_value, store_value
+from .kinds import LEAST
+from .rounded import WEIGHT_BYTES
 
 LANES = 16
 LARGEST_QUERY = 127
 QUERY_BYTES = 64
 """Of 32 queries: those that the lower halves of 16 bytes meet, those that the upper halves meet, what 8 more
 in each number adds to their sums, and what one of these is worth."""
-WEIGHT_BYTES = KEYS * 2 + 64
-"""Of a row's weights for 32 columns; behind them, what 8 more in each number adds, and what one is worth."""
+TURNED = KEYS * 4
+"""Bytes between four bytes of a tile's keys and the next four."""
 
 _whole = ir.VectorType(I32, LANES)
 _number = ir.VectorType(ir.FloatType(), LANES)
@@ -41,16 +43,17 @@ _number = ir.VectorType(ir.FloatType(), LANES)
 
 def scratch_bytes(rows: int, head_dim: int, value_dim: int) -> int:
     """Scales of a tile's keys or values, and weights of `rows`, each 32 columns after the other."""
-    most = max(head_dim, value_dim)
-    return most // INT4_GROUP * KEYS * 4 + value_dim // INT4_GROUP * rows * WEIGHT_BYTES
+    fours = -(-value_dim // (4 * INT4_GROUP))
+    return scales_bytes(head_dim, value_dim) + fours * (rows * WEIGHT_BYTES + 16)
 
 
-def _at(b: Any, address: Any, shift: int, t: Any) -> Any:
-    return load_value(b, pointer(b, b.add(address, const(I64, shift)), t))
+def scales_bytes(head_dim: int, value_dim: int) -> int:
+    """Of a tile's scales, those of values filled up to four times 32 columns."""
+    return max(head_dim // INT4_GROUP, -(-value_dim // (4 * INT4_GROUP)) * 4) * KEYS * 4
 
 
 def _splat_at(b: Any, address: Any, shift: int, t: Any) -> Any:
-    return splat_value(b, t, _at(b, address, shift, t.element))
+    return splat_value(b, t, load_at(b, address, shift, t.element))
 
 
 def _join(b: Any, parts: list[Any]) -> Any:
@@ -80,49 +83,87 @@ def _halves(b: Any, x: Any, mask: int) -> list[Any]:
     return [b.and_(x, const(_whole, mask)), b.and_(b.lshr(x, const(_whole, 4)), const(_whole, mask))]
 
 
-def _scores_tile(rows: int) -> Any:
-    """``tile(table, scales, wanted, wanted_bytes, q, q_row, s, s_row, steps)``: scores of 16 keys.
+@intrinsic
+def _turn_keys(typingctx: Any, table: Any, target: Any, steps: Any) -> Any:
+    """16 keys, of `steps` times 32 numbers -> for each 32 four vectors, `TURNED` bytes apart, of four bytes
+    of each key.
+    """
 
-    `scales` are the keys' of the first 32 numbers, those of the next `KEYS` behind them. Asks for `wanted`,
-    as many other rows of so many bytes.
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        table, target, steps = args
+        four = ir.VectorType(I32, 4)
+
+        def step(state: list[Any], k: Any) -> list[Any]:
+            keys = []
+            shift = b.mul(k, const(I64, 16))
+            for i in range(LANES):
+                at = b.add(load_at(b, table, 8 * i, I64), shift)
+                keys.append(load_value(b, pointer(b, at, four)))
+            at = b.add(target, b.mul(k, const(I64, 4 * TURNED)))
+            for i, x in enumerate(_turn(b, keys)):
+                store_value(b, x, pointer(b, b.add(at, const(I64, TURNED * i)), _whole))
+            return state
+
+        emitters.loop_values(b, steps, [], step)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 3), codegen
+
+
+def _scores_tile(rows: int, blocks: int, asks: bool) -> Any:
+    """``tile(keys, scales, wanted, wanted_bytes, q, q_row, s, s_row, steps)``: scores of so many times 16
+    keys, which `_turn_keys` has turned.
+
+    `scales` are the keys' of the first 32 numbers, those of the next `KEYS` behind them. If it
+    `asks`, then for `wanted`, as many other rows of so many bytes.
     """
 
     @intrinsic
     def tile(
-        typingctx: Any, table: Any, scales: Any, wanted: Any, wanted_bytes: Any, q: Any, q_row: Any, s: Any,
-        s_row: Any, steps: Any
+        typingctx: Any, keys: Any, scales: Any, wanted: Any, wanted_bytes: Any, q: Any, q_row: Any, s: Any,
+        s_row: Any, steps: Any,
     ) -> Any:  # fmt: skip
         def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-            table, scales, wanted, wanted_bytes, q, q_row, s, s_row, steps = args
-            last = b.add(wanted, const(I64, 8 * (LANES - 1)))
-            four = ir.VectorType(I32, 4)
+            keys, scales, wanted, wanted_bytes, q, q_row, s, s_row, steps = args
+            last = b.add(wanted, const(I64, 8 * (LANES * blocks - 1)))
 
             def step(sums: list[Any], k: Any) -> list[Any]:
                 other = dots._Wanted(sums[0], sums[1], wanted_bytes, last, 4)
-                keys = []
-                shift = b.mul(k, const(I64, 16))
-                for i in range(LANES):
-                    at = b.add(_at(b, table, 8 * i, I64), shift)
-                    keys.append(load_value(b, pointer(b, at, four)))
-                    other.ask_by_turns(b, 16 * LANES, i, LANES)
-                scale = load_value(b, pointer(b, b.add(scales, b.mul(k, const(I64, 4 * KEYS))), _number))
+                sums = sums[2:]
                 at = b.add(q, b.mul(k, const(I64, QUERY_BYTES)))
                 queries = [b.add(at, b.mul(q_row, const(I64, r))) for r in range(rows)]
-                totals = [_splat_at(b, x, 32, _whole) for x in queries]
-                for i, numbers in enumerate(_turn(b, keys)):
-                    for half, x in enumerate(_halves(b, numbers, 0x0F0F0F0F)):
+                totals = [[_splat_at(b, x, 32, _whole)] * blocks for x in queries]
+                turned = b.add(keys, b.mul(k, const(I64, 4 * TURNED)))
+                for i in range(4):
+                    numbers = [
+                        _halves(b, load_at(b, turned, TURNED * i + 64 * j, _whole), 0x0F0F0F0F)
+                        for j in range(blocks)
+                    ]
+                    for half in range(2):
+                        if asks:
+                            other.ask_by_turns(b, 16 * LANES * blocks, 2 * i + half, 8)
                         for r in range(rows):
                             y = _splat_at(b, queries[r], 16 * half + 4 * i, _whole)
-                            totals[r] = kinds._dot(b, "vpdpbusd", totals[r], x, y)
-                grown = []
+                            totals[r] = [
+                                kinds._dot(b, "vpdpbusd", total, x[half], y)
+                                for total, x in zip(totals[r], numbers, strict=True)
+                            ]
+                at = b.add(scales, b.mul(k, const(I64, 4 * KEYS)))
+                scale = [load_at(b, at, 64 * j, _number) for j in range(blocks)]
+                grown: list[Any] = []
                 for r in range(rows):
-                    y = b.fmul(b.sitofp(totals[r], _number), _splat_at(b, queries[r], 36, _number))
-                    grown.append(fma_value(b, y, scale, sums[2 + r]))
+                    worth = _splat_at(b, queries[r], 36, _number)
+                    for j in range(blocks):
+                        y = b.fmul(b.sitofp(totals[r][j], _number), worth)
+                        grown.append(fma_value(b, y, scale[j], sums[len(grown)]))
                 return [other.row, other.shift, *grown]
 
-            first = [wanted, const(I64, 0), *[const(_number, 0.0)] * rows]
-            for r, x in enumerate(emitters.loop_values(b, steps, first, step)[2:]):
-                store_value(b, x, pointer(b, b.add(s, b.mul(s_row, const(I64, r))), _number))
+            first = [wanted, const(I64, 0), *[const(_number, 0.0)] * (rows * blocks)]
+            sums = emitters.loop_values(b, steps, first, step)[2:]
+            for r in range(rows):
+                for j in range(blocks):
+                    at = b.add(s, b.add(b.mul(s_row, const(I64, r)), const(I64, 64 * j)))
+                    store_value(b, sums[r * blocks + j], pointer(b, at, _number))
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 9), codegen
@@ -131,68 +172,75 @@ def _scores_tile(rows: int) -> Any:
 
 
 def _values_tile(rows: int, spans: int) -> Any:
-    """``tile(table, wanted, wanted_bytes, last, begin, column, p, p_span, o, o_row, factor, fours)``: add up
-    values, of `fours` times four keys and `spans` times 32 columns from byte `column` of a value on.
+    """``tile(table, wanted, wanted_bytes, last, begin, column, p, p_row, ends, o, o_row, factor, fours)``:
+    add up values, of `fours` times four keys and `spans` times 32 columns from byte `column` of a value on.
 
-    ``o = o * factor + p @ values``. `wanted` are other rows, the last one's entry at `last`: as many are
+    ``o = o * factor + p @ values``, where `p` and `ends` are the first row's weights as `rounded.round_row`
+    leaves them, and what is behind them. `wanted` are other rows, the last one's entry at `last`: as many are
     asked for meanwhile, from byte `begin` of all of them on.
     """
-    width = 16 * spans
 
     @intrinsic
     def tile(
         typingctx: Any, table: Any, wanted: Any, wanted_bytes: Any, last: Any, begin: Any, column: Any,
-        p: Any, p_span: Any, o: Any, o_row: Any, factor: Any, fours: Any
+        p: Any, p_row: Any, ends: Any, o: Any, o_row: Any, factor: Any, fours: Any
     ) -> Any:  # fmt: skip
         def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-            table, wanted, wanted_bytes, last, begin, column, p, p_span, o, o_row, factor, fours = args
+            table, wanted, wanted_bytes, last, begin, column, p, p_row, ends, o, o_row, factor, fours = args
             row = b.add(wanted, b.mul(b.udiv(begin, wanted_bytes), const(I64, 8)))
             row = b.select(b.icmp_unsigned("<", row, last), row, last)
-            span = [b.add(p, b.mul(p_span, const(I64, u))) for u in range(spans)]
-            bytes_ = ir.VectorType(I8, width)
+            weights = [b.add(p, b.mul(p_row, const(I64, r))) for r in range(rows)]
+            behind = [b.add(ends, b.mul(p_row, const(I64, r))) for r in range(rows)]
+            part, bytes_ = ir.VectorType(I32, 4), ir.VectorType(I8, 4 * LANES)
+            order = [16 * key + c for c in range(16) for key in range(4)]
 
             def step(sums: list[Any], k: Any) -> list[Any]:
                 other = dots._Wanted(sums[0], sums[1], wanted_bytes, last, 4)
                 grown = sums[2:]
-                here, shift = b.add(table, b.mul(k, const(I64, 32))), b.mul(k, const(I64, 8))
-                for pair in range(2):
-                    values = []
-                    for i in (2 * pair, 2 * pair + 1):
-                        at = b.add(_at(b, here, 8 * i, I64), column)
-                        values.append(load_value(b, pointer(b, at, bytes_)))
-                        other.ask_by_turns(b, 4 * width, i, 4)
-                    for u in range(spans):
-                        # Both bytes of a word are the same.
-                        order = [n // 2 % 2 * width + 16 * u + n // 4 for n in range(4 * LANES)]
-                        words = b.bitcast(kinds.shuffle(b, values[0], values[1], order), _whole)
-                        halves = _halves(b, words, 0x000F000F)
-                        at = b.add(span[u], shift)
-                        for r in range(rows):
-                            weight = _splat_at(b, at, r * WEIGHT_BYTES + 4 * pair, _whole)
-                            for half, x in enumerate(halves):
-                                n = (r * spans + u) * 2 + half
-                                grown[n] = kinds._dot(b, "vpdpwssd", grown[n], x, weight)
+                here = b.add(table, b.mul(k, const(I64, 32)))
+                # Where `rounded.round_row` leaves the weights of these four keys.
+                shift = b.or_(
+                    b.shl(b.and_(k, const(I64, 3)), const(I64, 4)),
+                    b.and_(k, const(I64, ~3 & (KEYS // 4 - 1))),
+                )
+                keys = []
+                for i in range(4):
+                    keys.append(b.add(load_at(b, here, 8 * i, I64), column))
+                    other.ask_by_turns(b, 64 * spans, i, 4)
+                for u in range(spans):
+                    four = _join(b, [load_at(b, a, 16 * u, part) for a in keys])
+                    four = b.bitcast(four, bytes_)
+                    both = b.bitcast(kinds.shuffle(b, four, four, order), _whole)
+                    low = b.and_(both, const(_whole, 0x0F0F0F0F))
+                    for r in range(rows):
+                        weight = _splat_at(b, b.add(weights[r], shift), 64 * u, _whole)
+                        for i, x in enumerate((low, both)):
+                            n = (r * spans + u) * 2 + i
+                            grown[n] = kinds._dot(b, "vpdpbusd", grown[n], x, weight)
                 return [other.row, other.shift, *grown]
 
-            first = [
-                _splat_at(b, x, r * WEIGHT_BYTES + KEYS * 2, _whole)
-                for r in range(rows) for x in span for _ in range(2)
-            ]  # fmt: skip
+            first = []
+            for r in range(rows):
+                for u in range(spans):
+                    extra = load_at(b, behind[r], 4 * u, I32)
+                    # Both halves of a byte are 16 times the upper one and once the lower one.
+                    first += [splat_value(b, _whole, b.mul(extra, const(I32, n))) for n in (1, 17)]
             start = [row, b.urem(begin, wanted_bytes), *first]
             totals = emitters.loop_values(b, fours, start, step)[2:]
             for r in range(rows):
                 f = _splat_at(b, factor, 2 * r * emitters.REGISTER_BYTES, _number)
                 target = b.add(o, b.mul(o_row, const(I64, r)))
                 for u in range(spans):
-                    worth = _splat_at(b, span[u], r * WEIGHT_BYTES + KEYS * 2 + 4, _number)
-                    for half in range(2):
-                        total = b.fmul(b.sitofp(totals[(r * spans + u) * 2 + half], _number), worth)
+                    worth = _splat_at(b, behind[r], 16 + 4 * u, _number)
+                    low, both = totals[(r * spans + u) * 2 :][:2]
+                    for half, total in enumerate((low, b.ashr(b.sub(both, low), const(_whole, 4)))):
+                        x = b.fmul(b.sitofp(total, _number), worth)
                         shift = (2 * u + half) * emitters.REGISTER_BYTES
                         place = pointer(b, b.add(target, const(I64, shift)), _number)
-                        store_value(b, fma_value(b, load_value(b, place), f, total), place)
+                        store_value(b, fma_value(b, load_value(b, place), f, x), place)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 12), codegen
+        return types.void(*[types.int64] * 13), codegen
 
     return tile
 
@@ -209,12 +257,12 @@ def _gather(count: int) -> Any:
             t = ir.VectorType(ir.FloatType(), count)
             rows = [
                 load_value(
-                    b, pointer(b, b.add(_at(b, table, 8 * i, I64), shift), t if count > 1 else t.element)
+                    b, pointer(b, b.add(load_at(b, table, 8 * i, I64), shift), t if count > 1 else t.element)
                 )
                 for i in range(LANES)
             ]
             for i in range(0, LANES, 4):
-                emitters.prefetch_value(b, b.add(_at(b, next_, 8 * i, I64), shift))
+                emitters.prefetch_value(b, b.add(load_at(b, next_, 8 * i, I64), shift))
             if count == 1:
                 columns = [ir.Constant(_number, ir.Undefined)]
                 for i, x in enumerate(rows):
@@ -230,35 +278,6 @@ def _gather(count: int) -> Any:
     return gather
 
 
-@intrinsic
-def _round_row(typingctx: Any, weights: Any, scales: Any, factor: Any, target: Any, vectors: Any) -> Any:
-    """Weights times scales times a factor -> whole numbers, and what 8 more in each value adds up to."""
-
-    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        weights, scales, factor, target, vectors = args
-        factor = splat_value(b, _number, factor)
-        # Added to this, a number is rounded and stands in the lowest bits.
-        magic = const(_number, 1.5 * 2.0**23)
-
-        def step(sums: list[Any], k: Any) -> list[Any]:
-            x, y = (_at(b, b.add(a, b.mul(k, const(I64, 64))), 0, _number) for a in (weights, scales))
-            words = b.bitcast(fma_value(b, b.fmul(x, y), factor, magic), _whole)
-            halves = b.trunc(words, ir.VectorType(I16, LANES))
-            store_value(b, halves, pointer(b, b.add(target, b.mul(k, const(I64, 32))), halves.type))
-            return [b.add(sums[0], words)]
-
-        (total,) = emitters.loop_values(b, vectors, [const(_whole, 0)], step)
-        name = f"llvm.vector.reduce.add.v{LANES}i32"
-        add_up = cgutils.get_or_insert_function(b.module, ir.FunctionType(I32, [_whole]), name)
-        # The bits of that number, as often as it was added.
-        extra = b.mul(b.trunc(vectors, I32), const(I32, LANES * 0x4B400000 % 2**32))
-        total = b.mul(b.sub(b.call(add_up, [total]), extra), const(I32, -8))
-        store_value(b, total, pointer(b, b.add(target, const(I64, KEYS * 2)), I32))
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.float32, types.int64, types.int64), codegen
-
-
 class Nibbles(NamedTuple):
     """The compiled functions of this file; `p` is the call's parameters, `w` a thread's `chunks.Scratch`."""
 
@@ -267,7 +286,7 @@ class Nibbles(NamedTuple):
     score: Any
     """As `sweeps.scorer` makes it."""
     spread_weights: Any
-    """``spread_weights(p, w, table, keys, rows)``: weights -> whole numbers that hold the values' scales."""
+    """``spread_weights(p, w, table, keys, rows)``: weights -> bytes that hold the values' scales."""
     weigh: Any
     """As `sweeps.weigher` makes it, of those whole numbers."""
 
@@ -279,7 +298,9 @@ def build(jit: Any) -> Nibbles:
     put_int32 = simd.scalars(types.int32)[1]
     put_byte = kinds.put_whole(8)
     add, mul, fma, greater, splat = simd.add, simd.mul, simd.fma, simd.greater, simd.splat
-    score1, score2, score4, score8 = (_scores_tile(n) for n in (1, 2, 4, 8))
+    score1, score2, score4 = (_scores_tile(n, 2, asks=True) for n in (1, 2, 4))
+    score4_more = _scores_tile(4, 2, asks=False)
+    turn_keys = _turn_keys
     weigh8, weigh4, weigh2, weigh1 = (_values_tile(*n) for n in ((8, 1), (4, 2), (2, 4), (1, 4)))
     weigh4_few, weigh2_few, weigh1_few = (_values_tile(n, 1) for n in (4, 2, 1))
     gather1, gather4 = _gather(1), _gather(4)
@@ -315,74 +336,78 @@ def build(jit: Any) -> Nibbles:
     def score(p, w, table, scales, ahead, ahead_bytes, keys, groups, together):
         steps = p.head_dim // 32
         gather(scales, w.scales, keys, steps)
-        q_row, s_row, r = p.head_dim * 2, KEYS * 4, 0
-        while r < groups:
-            q, s, left = w.q + r * q_row, w.s + r * s_row, groups - r
-            for j in range(0, keys, 16):
-                k, f, v, t = table + 8 * j, w.scales + 4 * j, ahead + 8 * j, s + 4 * j
-                if left >= 8:
-                    score8(k, f, v, ahead_bytes, q, q_row, t, s_row, steps)
+        q_row, s_row = p.head_dim * 2, KEYS * 4
+        for half in range(0, keys, 32):  # the last one's second 16 keys may be none
+            for j in range(half, min(half + 32, keys), 16):
+                turn_keys(table + 8 * j, w.wide + 4 * j, steps)
+            k, f, v, t = w.wide + 4 * half, w.scales + 4 * half, ahead + 8 * half, w.s + 4 * half
+            r = 0
+            while r < groups:
+                q, s, left = w.q + r * q_row, t + r * s_row, groups - r
+                if left >= 4 and r > 0:
+                    score4_more(k, f, v, ahead_bytes, q, q_row, s, s_row, steps)
                 elif left >= 4:
-                    score4(k, f, v, ahead_bytes, q, q_row, t, s_row, steps)
+                    score4(k, f, v, ahead_bytes, q, q_row, s, s_row, steps)
                 elif left >= 2:
-                    score2(k, f, v, ahead_bytes, q, q_row, t, s_row, steps)
+                    score2(k, f, v, ahead_bytes, q, q_row, s, s_row, steps)
                 else:
-                    score1(k, f, v, ahead_bytes, q, q_row, t, s_row, steps)
-            r += 8 if left >= 8 else 4 if left >= 4 else 2 if left >= 2 else 1
+                    score1(k, f, v, ahead_bytes, q, q_row, s, s_row, steps)
+                r += 4 if left >= 4 else 2 if left >= 2 else 1
 
     @jit
     def spread_weights(p, w, table, keys, rows):
-        columns, zero = p.value_dim // 32, splat(dtype(0))
-        gather(table, w.scales, keys, columns)
-        # A whole number is worth the same in all rows: none has less than its largest weight, 1.
-        for j in range(0, keys * 4, 64):
-            most = zero
-            for s in range(w.s + j, w.s + j + rows * KEYS * 4, KEYS * 4):
-                most = greater(load(s), most)
-            store(w.narrow + j, most)
-        t = w.spread
-        for c in range(columns):
-            scales = w.scales + c * KEYS * 4
-            largest, broken = splat(dtype(LEAST)), zero
-            for j in range(0, keys * 4, 64):
-                x = load(scales + j)
-                largest = greater(simd.absolute(mul(load(w.narrow + j), x)), largest)
-                broken = fma(x, zero, broken)
-            top = dots.lowest_lane(simd.across_max(largest))
-            worth = top / dtype(LARGEST_WEIGHT) + dots.lowest_lane(simd.across_sum(broken))
+        spans, zero = p.value_dim // 32, splat(dtype(0))
+        gather(table, w.scales, keys, spans)
+        fours = (spans + 3) // 4
+        for t in range(w.scales + spans * KEYS * 4, w.scales + fours * 4 * KEYS * 4, 64):
+            store(t, zero)
+        if keys < KEYS:
+            for t in range(w.scales, w.scales + spans * KEYS * 4, KEYS * 4):
+                for j in range(keys * 4, KEYS * 4, 64):
+                    store(t + j, zero)
+            for t in range(w.s, w.s + rows * KEYS * 4, KEYS * 4):
+                for j in range(keys * 4, KEYS * 4, 64):
+                    store(t + j, zero)
+        t, broken = w.spread, w.spread + fours * rows * WEIGHT_BYTES
+        for c in range(0, 4 * fours):
+            x = zero
+            for j in range(w.scales + c * KEYS * 4, w.scales + (c + 1) * KEYS * 4, 64):
+                x = fma(load(j), zero, x)
+            put(broken + c * 4, dots.lowest_lane(simd.across_sum(x)))
+        for c in range(fours):
             for r in range(rows):
-                _round_row(w.s + r * KEYS * 4, scales, dtype(LARGEST_WEIGHT) / top, t, keys // 16)
-                put(t + KEYS * 2 + 4, worth)
+                rounded.round_row(w.s + r * KEYS * 4, w.scales + c * 4 * KEYS * 4, broken + c * 16, t)
                 t += WEIGHT_BYTES
 
     @jit
     def weigh(p, w, state, weights, table, scales, wanted, last, keys, groups, together):
         """o = o * factor + weights @ values; asks for the next tile's keys meanwhile."""
         o_row, spans, fours, width = p.value_dim * 4, p.value_dim // 32, keys // 4, p.key_bytes
-        p_span, r = groups * WEIGHT_BYTES, 0
+        row, r = WEIGHT_BYTES, 0
         while r < groups:
             left, u = groups - r, 0
             o, f = state + 2 * groups * 64 + r * o_row, w.factor + 2 * r * 64
             while u < spans:
-                a, t, c = w.spread + u * p_span + r * WEIGHT_BYTES, o + u * 128, u * 16
+                behind = w.spread + (u // 4 * groups + r) * row + u % 4 * 4 + KEYS * 4
+                a, t, c = behind + u % 4 * (KEYS - 4) - KEYS * 4, o + u * 128, u * 16
                 begin, n = c * keys if r == 0 else keys * width, 1
                 if left >= 8:
-                    weigh8(table, wanted, width, last, begin, c, a, p_span, t, o_row, f, fours)
+                    weigh8(table, wanted, width, last, begin, c, a, row, behind, t, o_row, f, fours)
                 elif left >= 4 and spans - u >= 2:
-                    weigh4(table, wanted, width, last, begin, c, a, p_span, t, o_row, f, fours)
+                    weigh4(table, wanted, width, last, begin, c, a, row, behind, t, o_row, f, fours)
                     n = 2
                 elif left >= 4:
-                    weigh4_few(table, wanted, width, last, begin, c, a, p_span, t, o_row, f, fours)
+                    weigh4_few(table, wanted, width, last, begin, c, a, row, behind, t, o_row, f, fours)
                 elif left >= 2 and spans - u >= 4:
-                    weigh2(table, wanted, width, last, begin, c, a, p_span, t, o_row, f, fours)
+                    weigh2(table, wanted, width, last, begin, c, a, row, behind, t, o_row, f, fours)
                     n = 4
                 elif left >= 2:
-                    weigh2_few(table, wanted, width, last, begin, c, a, p_span, t, o_row, f, fours)
+                    weigh2_few(table, wanted, width, last, begin, c, a, row, behind, t, o_row, f, fours)
                 elif spans - u >= 4:
-                    weigh1(table, wanted, width, last, begin, c, a, p_span, t, o_row, f, fours)
+                    weigh1(table, wanted, width, last, begin, c, a, row, behind, t, o_row, f, fours)
                     n = 4
                 else:
-                    weigh1_few(table, wanted, width, last, begin, c, a, p_span, t, o_row, f, fours)
+                    weigh1_few(table, wanted, width, last, begin, c, a, row, behind, t, o_row, f, fours)
                 u += n
             r += 8 if left >= 8 else 4 if left >= 4 else 2 if left >= 2 else 1
 
