@@ -1,5 +1,6 @@
 """Safe to embed: many threads, forks, pools, interrupts, exits, and the kernel cache."""
 
+import ctypes
 import importlib.util
 import os
 import shutil
@@ -18,7 +19,7 @@ from ml_dtypes import bfloat16
 
 import nbattn
 from nbattn import scaled_dot_product_attention as attend
-from nbattn.cpu import runtime, sleeping, team
+from nbattn.cpu import handover, runtime, sleeping, team
 from nbattn.cpu.sleeping import SLEEPS
 
 PACKAGE = Path(nbattn.__file__).parent
@@ -211,6 +212,41 @@ class TestThreads:
         assert set(np.flatnonzero(bits)) == cpus - {slot[sleeping.CPU]}
         (helper,) = team._team.resting() or [int(slot[sleeping.THREAD])]
         until(lambda: os.sched_getaffinity(helper) == cpus)  # free again, once it is awake
+
+    @pytest.mark.skipif(not SLEEPS, reason="needs Linux")
+    def test_a_helper_that_is_claimed_as_it_falls_asleep_comes_back(self, monkeypatch):
+        """It may be awake before it is sent away."""
+        cpus = os.sched_getaffinity(0)
+        monkeypatch.setattr(team, "_team", team._Team())
+        assert team._team.grow(1) == 1
+        slot = team._team.board[0]
+        until(lambda: slot[0] % team.ROUND == team.ASLEEP)
+        claimed = int(slot[0]) - team.ASLEEP + team.ROUND
+        slot[0] = claimed + handover.CLAIMED
+        ctypes.CDLL(None).syscall(sleeping.FUTEX, ctypes.c_void_p(slot.ctypes.data), sleeping.WAKE, 1, 0)
+        time.sleep(0.01)
+        helper = int(slot[sleeping.THREAD])
+        os.sched_setaffinity(helper, {min(cpus)})
+        slot[sleeping.CPUS // 8] = sum(1 << cpu for cpu in cpus if cpu < 63)
+        slot[sleeping.SENT] = 8
+        slot[0] = claimed + handover.IDLE
+        until(lambda: os.sched_getaffinity(helper) == {cpu for cpu in cpus if cpu < 63})
+
+    def test_what_cannot_sleep_asks_for_no_system_call(self):
+        """Where a symbol is missing, as `syscall` on Windows, LLVM ends the process."""
+        output = script(
+            """
+            from nbattn.cpu import sleeping
+
+            sleeping.SLEEPS = False
+            from nbattn.cpu import handover, runtime
+
+            kernel = runtime.compiled("awake", handover.build, on_disk=False, nogil=False)
+            print("syscall" in kernel.overloads[runtime.SIGNATURE.args].library.get_asm_str())
+            """,
+            prelude="",
+        )
+        assert output == "False\n"
 
     @pytest.mark.skipif(not SLEEPS, reason="needs Linux")
     def test_sleeping_helpers_take_calls_without_python(self, rng, monkeypatch):

@@ -144,7 +144,7 @@ def enter(typingctx: Any, entry: Any, parameters: Any) -> Any:
 def build(jit: Any, inline: Any) -> Callable[[Any], Any]:
     """The kernel of a record's address."""
     laid_so = arrays.build(jit)
-    sleep, wake, send_away = sleeping.build(jit, look)
+    sleep, wake, send_away, come_back = sleeping.build(jit, look)
 
     @jit
     def linger(slot, queued):
@@ -168,6 +168,10 @@ def build(jit: Any, inline: Any) -> Callable[[Any], Any]:
                 # Whoever put something into the queue may have seen this one awake until now.
                 if look(queued) == 0:
                     sleep(slot, word - IDLE + ASLEEP)
+                    # One that had not fallen asleep yet sees itself claimed before it is sent away.
+                    while look(slot) % ROUND == CLAIMED:
+                        pause()
+                    come_back(slot)
                 elif swap(slot, word - IDLE + ASLEEP, word - IDLE + AWAY):
                     return 0
                 turn = 0

@@ -40,15 +40,18 @@ def _system(typingctx: Any, number: Any, first: Any, second: Any, third: Any, fo
     """What libc's `syscall` returns; -1 where the system says no."""
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        if not SLEEPS:  # nobody asks, and Windows has no such symbol: LLVM would end the process
+            return ir.Constant(I64, -1)
         syscall = ir.FunctionType(I64, [I64], var_arg=True)
         return b.call(cgutils.get_or_insert_function(b.module, syscall, "syscall"), args)
 
     return types.int64(*[types.int64] * 5), codegen
 
 
-def build(jit: Any, look: Any) -> tuple[Any, Any, Any]:
+def build(jit: Any, look: Any) -> tuple[Any, Any, Any, Any]:
     """The compiled functions ``sleep(slot, word)``, as long as that is the slot's state; ``wake(slot)``,
-    after that has changed; and ``send_away(slot)``, before that, of whom this thread is about to wake.
+    after that has changed; ``send_away(slot)``, before that, of whom this thread is about to wake; and
+    ``come_back(slot)``, of who is awake again.
     """
     get, put = simd.scalars(types.int64)
     get_int = simd.scalars(types.int32)[0]
@@ -57,6 +60,10 @@ def build(jit: Any, look: Any) -> tuple[Any, Any, Any]:
     def sleep(slot, word):
         while look(slot) == word:
             _system(FUTEX, slot, WAIT, word & 0xFFFFFFFF, 0)
+
+    @jit
+    def come_back(slot):
+        """Use all processors again."""
         size = get(slot + 8 * SENT)
         if size > 0:
             put(slot + 8 * SENT, 0)
@@ -86,4 +93,4 @@ def build(jit: Any, look: Any) -> tuple[Any, Any, Any]:
         if others != 0 and _system(SET_AFFINITY, get(slot + 8 * THREAD), size, slot + OTHERS, 0) == 0:
             put(slot + 8 * SENT, size)
 
-    return sleep, wake, send_away
+    return sleep, wake, send_away, come_back
