@@ -409,9 +409,10 @@ def merge_states(outputs: ArrayLike, lses: ArrayLike) -> tuple[NDArray[Any], NDA
 _repeats: dict[Any, Any] = {}
 """By layout: calls whose checks have been done. A small call is then little more than its kernel."""
 REPEATS = 256
-_latest: tuple[Any, ...] = (None,) * 7
+_NO_CALL = (object(),) * 7
+_latest: tuple[Any, ...] = _NO_CALL
 """The options of the latest such call, which are held to the next one's as objects, and what makes it again,
-or gives None where the arrays lie otherwise. No call's options are all None, as `is_causal` is a bool."""
+or gives None where the arrays lie otherwise."""
 
 
 def _layout(query: Any, key: Any, value: Any, numbers: tuple[Any, ...], window_size: Any) -> Any:

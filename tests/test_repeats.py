@@ -22,7 +22,7 @@ softmax = importlib.import_module("nbattn.softmax")  # not the function of this 
 @pytest.fixture(autouse=True)
 def fresh():
     attention._repeats.clear()
-    attention._latest = (None,) * 7
+    attention._latest = attention._NO_CALL
     softmax._repeats.clear()
 
 
@@ -47,7 +47,7 @@ def test_same_as_the_long_way(rng, options, length):
         np.testing.assert_array_equal(sdpa(*x, **options), sdpa(*x, backend="cpu", **options))
     assert len(attention._repeats) == 1
     assert all(attention._repeats.values())
-    assert (attention._latest[-1] is not None) == repeats.arrays.KNOWN
+    assert (attention._latest is not attention._NO_CALL) == repeats.arrays.KNOWN
 
 
 def test_layouts_and_options_stay_apart(rng):
@@ -93,6 +93,12 @@ def test_bad_options_are_seen_every_time(rng):
             sdpa(*x, softcap=-1)
         with pytest.raises(ValueError, match="head_dim"):
             sdpa(x[0], x[1][..., :4], x[2])
+
+
+def test_options_of_no_call_are_no_repeat(rng):
+    """Before any call there is none that another's options could equal."""
+    with pytest.raises(TypeError, match="is_causal must be"):
+        sdpa(*arrays(rng), is_causal=None, query_offset=None)
 
 
 def test_the_first_call_s_arrays_are_let_go(rng):
@@ -164,7 +170,7 @@ def test_the_next_call_may_have_any_arrays(rng, length):
         expected = sdpa(*other, backend="cpu")
         for _ in range(4):
             sdpa(*x)
-        assert attention._latest[-1] is not None
+        assert attention._latest is not attention._NO_CALL
         for _ in range(4):
             np.testing.assert_array_equal(sdpa(*other), expected, strict=True)
             np.testing.assert_array_equal(sdpa(*x), sdpa(*x, backend="cpu"))
