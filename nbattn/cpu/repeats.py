@@ -139,6 +139,9 @@ class Again:
         parameters = record[TICKETS + team.BOARD_SLOTS :]
         parameters[NEXT_TASK] = parameters[TASKS]
         record[0] = SETTLE
-        while self.hand_over(at) == RUNNING:
+        running = True
+        while running:
             with suppress(KeyboardInterrupt):  # one is on its way already
-                time.sleep(0.001)
+                running = self.hand_over(at) == RUNNING
+                if running:
+                    time.sleep(0.001)

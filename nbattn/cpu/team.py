@@ -165,9 +165,12 @@ class _Call:
         self.abandoned = True
         words = self.parameters.view(np.int64)
         words[NEXT_TASK] = words[TASKS]
-        while self.settle() == RUNNING or len(self.left) < len(self.entered):
+        running = True
+        while running:
             with suppress(KeyboardInterrupt):  # one is on its way already
-                time.sleep(0.001)
+                running = self.settle() == RUNNING or len(self.left) < len(self.entered)
+                if running:
+                    time.sleep(0.001)
 
 
 def _help(team: _Team, number: int) -> None:
@@ -265,9 +268,12 @@ def run_among_awake(kernel: Any, parameters: NDArray[np.int64], helpers: int, ke
                 time.sleep(50e-6)
         except BaseException:
             parameters[NEXT_TASK] = parameters[TASKS]
-            while _hand_over()(at) == RUNNING:
+            running = True
+            while running:
                 with suppress(KeyboardInterrupt):  # one is on its way already
-                    time.sleep(0.001)
+                    running = _hand_over()(at) == RUNNING
+                    if running:
+                        time.sleep(0.001)
             raise
     _kept.record = kept
 
