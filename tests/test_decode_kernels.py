@@ -30,7 +30,7 @@ def test_both_sides_of_the_crossover(dtype, group, queries, rng):
 
 
 def test_few_queries_are_read_off_and_many_tiled(taken, rng):
-    for queries, kernel in ((1, "decode-float32"), (7, "decode-float32"), (64, "attention-float32")):
+    for queries, kernel in ((1, "decode-float32"), (5, "decode-float32"), (64, "attention-float32")):
         x = inputs(rng, 1, 4, 1, queries, 300, 32)
         scaled_dot_product_attention(*x)
         varlen_attention(*(a[0].swapaxes(0, 1) for a in x), [0, queries], [0, 300])

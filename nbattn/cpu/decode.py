@@ -293,20 +293,26 @@ def _unpack(packed: NDArray[Any], scales: NDArray[Any]) -> NDArray[Any]:
 def is_few(p: Problem, queries: Any, keys: Any) -> Any:
     """Whether so many queries a sequence and key head (numbers or arrays) are better read off than tiled.
 
-    Measured against the prefill kernel with 1, 4 and 8 heads a group: up to 32 rows of float32 it is 1.0 to 5
-    times as fast, up to 16 of bfloat16 where that has products of its own; against AMX up to 8 of bfloat16
-    and 32 of float16, a quarter of that under 2048 keys. Masks and biases are read number by number here.
+    Measured against the tiles with 1, 4 and 8 heads a group on Zen 4, 512 to 32768 keys: from 4096 keys on it
+    is 1.0 to 5 times as fast for up to 48 rows of float32 and 1.1 to 5 for up to 32 of bfloat16 and float16;
+    with fewer keys bfloat16 is 0.9 to 1.9 times as fast and float32 1.1 to 1.9 where tiles leave a quarter of
+    a vector of queries empty, 0.8 to 0.9 where they fill it. Against AMX up to 8 rows of bfloat16 and 32 of
+    float16, a quarter of that under 2048 keys. Masks and biases are read number by number here.
     """
     rows = p.query.shape[1] // max(p.key.shape[1], 1) * queries
     kind = layout.multiplies(p.storage, False)
-    limit = {"pairs": 16, "amx": 8}.get(kind, 32)
-    if p.bias is not None:
-        limit //= 8
-    elif p.mask is not None:
-        limit //= 2
-    limits = np.where(keys < 2048, limit // 4, limit) if kind in ("amx", "split") else limit
+    limits: Any = 8 if kind == "amx" else 32
+    fills = False
+    if p.bias is not None or p.mask is not None:
+        limits = {"pairs": 16, "amx": 8}.get(kind, 32) // (2 if p.bias is None else 8)
+    elif p.storage == "float32" and simd.lanes(np.float32) == 16:
+        limits = np.where(keys < 2048, 24, np.where(keys < 4096, 32, 48))
+        fills = (keys < 2048) & (-rows % 16 < 4)
+    if kind in ("amx", "split"):
+        limits = np.where(keys < 2048, limits // 4, limits)
     # Under a causal mask most of a short square is not worth reading.
-    return (rows <= limits) & (queries <= np.maximum(16, keys // 8)) & (not p.bfloat16_products)
+    few = (rows <= limits) & (queries <= np.maximum(16, keys // 8)) & (not p.bfloat16_products)
+    return few & np.logical_not(fills)
 
 
 def as_cache(p: Problem) -> CacheProblem:
