@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import dots, emitters, kinds
-from .dots import KEYS
+from .dots import KEYS, MOST_NEAR, NEAR
 
 
 def scorer(jit: Any, number: Any, kind: str, stored_bits: int, padded: Any, in_place: bool) -> Any:
@@ -93,42 +93,44 @@ def weigher(jit: Any, number: Any, kind: str, stored_bits: int, padded: Any, in_
         o_row, width = padded(p.value_dim) * size, p.key_bytes
         o = state + 2 * groups * register
         s_group = together * KEYS * weight_bytes
+        ahead = NEAR // 2 if together == 1 else NEAR  # one row comes in the order of memory
+        near = 8 * min(max(ahead // p.value_bytes, 1), MOST_NEAR) if in_place else 0
         g = 0
         while g < groups:
             pair = together == wide_rows and g + 1 < groups
             a, t, f = weights + g * s_group, o + g * together * o_row, w.factor + 2 * g * register
+            sums = t, o_row, f, blocks
             c = 0
             while c < o_row:
                 left, count = o_row - c, few
                 begin = (c * keys * stored_bits) // (8 * size) if g == 0 else keys * width
+                rows = table, scales, wanted, width, last, begin, near
                 if together == 1:
                     if is_wide and left >= wide_bytes:
-                        weigh1_wide(table, scales, wanted, width, last, begin, c, a, 0, t, o_row, f, blocks)
+                        weigh1_wide(*rows, c, a, 0, *sums)
                         count = wide_bytes
                     elif left >= bytes1:
-                        weigh1(table, scales, wanted, width, last, begin, c, a, 0, t, o_row, f, blocks)
+                        weigh1(*rows, c, a, 0, *sums)
                         count = bytes1
                     else:
-                        weigh1_few(table, scales, wanted, width, last, begin, c, a, 0, t, o_row, f, blocks)
+                        weigh1_few(*rows, c, a, 0, *sums)
                 elif together == pair_rows:
                     if left >= bytes2:
-                        weigh2(table, scales, wanted, width, last, begin, c, a, 0, t, o_row, f, blocks)
+                        weigh2(*rows, c, a, 0, *sums)
                         count = bytes2
                     else:
-                        weigh2_few(table, scales, wanted, width, last, begin, c, a, 0, t, o_row, f, blocks)
+                        weigh2_few(*rows, c, a, 0, *sums)
                 elif pair:
                     if left >= bytes8:
-                        weigh8(table, scales, wanted, width, last, begin, c, a, s_group, t, o_row, f, blocks)
+                        weigh8(*rows, c, a, s_group, *sums)
                         count = bytes8
                     else:
-                        weigh8_few(
-                            table, scales, wanted, width, last, begin, c, a, s_group, t, o_row, f, blocks
-                        )
+                        weigh8_few(*rows, c, a, s_group, *sums)
                 elif left >= bytes4:
-                    weigh4(table, scales, wanted, width, last, begin, c, a, 0, t, o_row, f, blocks)
+                    weigh4(*rows, c, a, 0, *sums)
                     count = bytes4
                 else:
-                    weigh4_few(table, scales, wanted, width, last, begin, c, a, 0, t, o_row, f, blocks)
+                    weigh4_few(*rows, c, a, 0, *sums)
                 c += count
             g += 2 if pair else 1
 
