@@ -38,7 +38,8 @@ def _from_rows(
     Row r's vector lies at ``table[r] + offset``, and column c's address is ``target + c * ROW_BYTES``. With
     `join`, row r is what `join(builder, vector, following)` makes of it and the vector that follows. Where
     `scaled`, `read` takes one number more, and `emit` gets it in all lanes. What lies so many bytes `ahead`
-    in each row is asked for meanwhile.
+    in each row is asked for meanwhile: for the second-level cache, as rows that lie a power of two apart push
+    each other out of the first.
     """
     t = ir.VectorType(element, lanes)
 
@@ -52,7 +53,7 @@ def _from_rows(
             x = load_value(b, place)
             rows.append(join(b, x, load_value(b, b.gep(place, [const(I64, 1)]))) if join else x)
             if ahead:
-                emitters.prefetch_value(b, b.add(a, const(I64, ahead)))
+                emitters.prefetch_value(b, b.add(a, const(I64, ahead)), locality=2)
         for c, column in enumerate(emitters.transpose_values(b, rows)):
             emit(b, column, b.add(target, const(I64, c * ROW_BYTES)), *factors)
         return context.get_dummy_value()
