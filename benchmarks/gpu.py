@@ -105,16 +105,21 @@ def passed(part: dict[str, Any]) -> bool:
 def summary(name: str, part: dict[str, Any]) -> str:
     """A part in one line, and what failed of it in one line each."""
     rows = part.get("rows", [])
-    good = sum(row["passed"] for row in rows)
-    lines = [f"{name}: {good} of {len(rows)} passed in {part['took']:.0f} s"]
+    tried = [row for row in rows if "skipped" not in row]
+    good = sum(row["passed"] for row in tried)
+    lines = [f"{name}: {good} of {len(tried)} passed in {part['took']:.0f} s"]
     if reason := part.get("failure") or part.get("skipped"):
         lines[0] += f"; {reason.splitlines()[-1]}"
+    if late := part.get("left_out"):
+        lines[0] += f"; no time was left for {late} more"
     for row in rows:
         if not row["passed"]:
             why = (
                 row.get("failure") or f"error {row.get('error', math.nan):.2e} of {row.get('allowed', 0):.2e}"
             )
             lines.append(f"  {row['name']}: {why}")
+        elif "skipped" in row:
+            lines.append(f"  {row['name']}: skipped, {row['skipped']}")
         elif "tflops" in row:
             ratios = ", ".join(f"{label} {median:.2f}" for label, (median, _) in row["ratios"].items())
             lines.append(

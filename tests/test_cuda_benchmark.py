@@ -98,7 +98,10 @@ def device(monkeypatch):
 
 PARTS = {
     "units": {"rows": [], "skipped": "GPU 0 has no wgmma"},
-    "correctness": {"rows": [{"name": "plain", "passed": True, "error": 1e-7, "allowed": 2e-6}]},
+    "correctness": {
+        "rows": [{"name": "plain", "passed": True, "error": 1e-7, "allowed": 2e-6}],
+        "left_out": 3,
+    },
     "libraries": {"failure": "Traceback\nCUDA_ERROR_700"},
     "sanitizer": {"rows": [], "skipped": "compute-sanitizer is not on the PATH"},
     "timing": {
@@ -118,6 +121,7 @@ PARTS = {
                 "share": 0.8,
                 "ratios": {"sdpa": [3, 0]},
             },
+            {"name": "int4", "passed": True, "skipped": "no time left"},
         ]
     },
     "overhead": {"rows": [{"name": "softmax", "passed": True, "microseconds": 12.34}]},
@@ -151,7 +155,7 @@ class TestCommand:
         lines = capsys.readouterr().out.splitlines()
         assert lines[:-1] == [
             "units: 0 of 0 passed in 1 s; GPU 0 has no wgmma",
-            "correctness: 1 of 1 passed in 1 s",
+            "correctness: 1 of 1 passed in 1 s; no time was left for 3 more",
             "caches: 0 of 0 passed in 1 s",
             "libraries: 0 of 0 passed in 1 s; CUDA_ERROR_700",
             "sanitizer: 0 of 0 passed in 1 s; compute-sanitizer is not on the PATH",
@@ -160,6 +164,7 @@ class TestCommand:
             "  f32: RuntimeError: no memory",
             "decode: 2 of 2 passed in 1 s",
             "  int8: 2.40 TB/s, 0.80 of a copy's; times over nbattn's: sdpa 3.00",
+            "  int4: skipped, no time left",
             "overhead: 1 of 1 passed in 1 s",
             "  softmax: 12.3 us",
         ]
