@@ -12,6 +12,9 @@ from .attention import AttentionOutput
 from .check_cache import check_no_lengths, check_size, refuse
 from .store import Places, Store
 
+GRAPH_REACH = 1 << 30
+"""Positions that attention in a CUDA graph tells apart."""
+
 
 class KVCache:
     """Keys and values of the positions so far, in memory that is taken once.
@@ -151,7 +154,8 @@ class KVCache:
         self._store = Store(sizes, dtype, rotary, self._window, backend)
         self._places = Places(np.arange(batch)[:, None], capacity if window is not None else 0)
         if self._store.is_on_gpu:
-            self._places.there = self._store.gpu.empty((batch,), np.dtype(np.int64))
+            # Launches before the first `advance` find nobody's lengths.
+            self._places.there = self._store.gpu.placed(self._nobody)
 
     @property
     def batch(self) -> int:
@@ -212,6 +216,8 @@ class KVCache:
             return
         if not places.ring and places.longest + k.shape[2] > self._capacity:
             self._check_room(counts)
+        if places.is_told:
+            self._take_back()
         before = places.starts.copy() if self._store.is_on_gpu else None
         places.make_room(counts)
         try:
@@ -234,7 +240,9 @@ class KVCache:
         graph does: write the last S positions, and attend from the sequences' ends. `lengths` stay as they
         are. Before each launch `advance` checks that there is room, counts the positions that the graph will
         write, and tells the GPU on the current stream (PyTorch's, or CuPy's). What the recorded calls are
-        given must lie on the GPU, and `attend` be of few queries, on tensor cores.
+        given must lie on the GPU, and `attend` be of few queries, on tensor cores. Before the first
+        `advance`, and once the cache has changed in another way, launches write nothing and their outputs are
+        NaN. A graph does not keep the cache alive: keep both.
 
         Parameters
         ----------
@@ -262,12 +270,19 @@ class KVCache:
         if places.there is None:
             msg = 'advance is for graphs of a cache with backend="cuda"; append to others'
             raise ValueError(msg)
-        counts = np.full(len(places.lengths), check_size(count, "count", least=0))
+        size = check_size(count, "count", least=0)
+        counts = np.full(len(places.lengths), size)
         if not places.ring:
             self._check_room(counts)
+        elif places.longest + size >= GRAPH_REACH:
+            msg = f"a sequence would have {places.longest + size} positions; graphs reach {GRAPH_REACH - 1}"
+            raise ValueError(msg)
+        else:
+            self._store.check_held(places, places.lengths + counts - places.reach, 0)
         here = self._store.on_current_stream()
         self._store.order(here, writes=True)
         self._store.gpu.write(places.lengths + counts, places.there, here.stream)
+        places.is_told = True
         places.make_room(counts)
         places.lengths += counts
         places.measure()
@@ -353,6 +368,9 @@ class KVCache:
             first = new - self._window + 1  # what the query at the next position sees
             lost = (new > 0) & (new < places.lengths) & (np.maximum(first, 0) < places.starts)
             refuse(lost, new, "lengths", "but the ring holds positions from {} on", places.starts)
+        if places.is_told:
+            self._take_back()
+        if self._window is not None:
             places.starts[new == 0] = 0
             places.went_back = True
         places.lengths[:] = new
@@ -371,6 +389,18 @@ class KVCache:
             lengths[b] = 0
         self.truncate(lengths)
 
+    @property
+    def _nobody(self) -> NDArray[np.int64]:
+        """Lengths with which launches of graphs write nothing and give NaN."""
+        return np.full(self.batch, -1, np.int64)
+
+    def _take_back(self) -> None:
+        """Have launches be nobody's until `advance`, as the cache changes."""
+        here = self._store.on_current_stream()
+        self._store.order(here, writes=True)
+        self._store.gpu.write(self._nobody, self._places.there, here.stream)
+        self._places.is_told = False
+
     def _parts(self, sequences: None) -> tuple[Store, Places]:
         """What `cascade_attention` attends."""
         if sequences is not None:
@@ -380,7 +410,7 @@ class KVCache:
 
     def _check_room(self, counts: NDArray[np.int64]) -> None:
         lengths = self._places.lengths
-        full = lengths + counts > self._capacity
+        full = counts > self._capacity - lengths  # sums may overflow
         if full.any():
             b = int(np.flatnonzero(full)[0])
             msg = (

@@ -164,7 +164,9 @@ def _torch_stream(torch: Any, ordinal: int) -> int:
 
 def current_stream(ordinal: int) -> int:
     """The stream that is current on a GPU: PyTorch's where it is loaded, or CuPy's, else the default one."""
-    if (torch := sys.modules.get("torch")) is not None and hasattr(torch, "cuda"):
+    torch: Any = sys.modules.get("torch")
+    # Builds for the CPU have `torch.cuda` too, where asking it for a stream fails.
+    if hasattr(torch, "cuda") and hasattr(torch._C, "_cuda_getCurrentRawStream"):
         return _torch_stream(torch, ordinal)
     if (cupy := sys.modules.get("cupy")) is not None:
         with cupy.cuda.Device(ordinal):

@@ -212,14 +212,16 @@ class PagedKVCache(Pool):
         places = self._places(handles)
         if (recorded := self._store.in_a_graph(places, k)) is not None:
             check_no_lengths(lengths)
-            self._recorded[len(handles)].most = max(self._recorded[len(handles)].most, k.shape[2])
+            self._record(self._recorded[len(handles)], k.shape[2])
             self._store.write(recorded, k, v, counts)
             return
+        needs = self._needs_pages(places.rows, counts)
+        lacking = self._lacking(places.rows, counts) if needs else None
         self._take_back(handles)
         self._store.order(k, writes=True)
-        if self._needs_pages(places.rows, counts):
+        if lacking is not None:
             with self._all_or_nothing(places.rows):
-                self._take_pages(places.rows, counts, k)
+                self._take_pages(places.rows, *lacking, k)
                 self._store.write(self._places(handles), k, v, counts)
         else:
             self._store.write(places, k, v, counts)
@@ -251,14 +253,15 @@ class PagedKVCache(Pool):
         >>> cache.free_pages
         4
         """
-        handles, size = self._different(sequences, "a reserve"), check_size(count, "count", least=0)
-        rows, counts, here = self._places(handles).rows, np.full(len(handles), size), None
+        handles, size = self._different(sequences, "a reserve"), self._check_count(count)
+        rows, here = self._places(handles).rows, None
+        lacking = self._lacking(rows, np.full(len(handles), size))
         if self._store.is_on_gpu:
             self._take_back(handles)
             here = self._store.on_current_stream()
             self._store.order(here, writes=True)
         with self._all_or_nothing(rows):
-            self._take_pages(rows, counts, here)
+            self._take_pages(rows, *lacking, here)
             width, old = int(self._held[rows].max(initial=0)), self._recorded.get(len(handles))
             if here is None or width == 0 or (old is not None and old.width >= width):
                 return
@@ -307,7 +310,7 @@ class PagedKVCache(Pool):
         if not self._store.is_on_gpu:
             msg = 'advance is for graphs of a cache with backend="cuda"; append to others'
             raise ValueError(msg)
-        handles, size = self._different(sequences, "an advance"), check_size(count, "count", least=0)
+        handles, size = self._different(sequences, "an advance"), self._check_count(count)
         rows, recorded = self._places(handles).rows, self._recorded.get(len(handles))
         if recorded is None:
             msg = f"call reserve for {len(handles)} sequences before a graph is captured and launched"
@@ -319,6 +322,20 @@ class PagedKVCache(Pool):
         self._take_back(handles, but=recorded)
         recorded.tell(handles, self._changes, self._table[rows], new, here.stream)
         self._lengths[rows] = new
+
+    def _check_count(self, count: Any) -> int:
+        """How many positions more; so few that no sum of them overflows."""
+        size, room = check_size(count, "count", least=0), self.pages * self._page_size
+        if size > room:
+            msg = f"count is {size}, and all pages together hold {room} positions"
+            raise ValueError(msg)
+        return size
+
+    def _record(self, recorded: Recorded, count: int) -> None:
+        """Know how many positions launches write: whom they are for now, too, needs pages of its own."""
+        rows = np.array([self._rows[handle] for handle in recorded.sequences], np.int64)
+        self._check_reserved(rows, self._lengths[rows], count, recorded.width)
+        recorded.most = max(recorded.most, count)
 
     def _check_reserved(
         self, rows: NDArray[np.int64], new: NDArray[np.int64], written: int, width: int
@@ -338,7 +355,9 @@ class PagedKVCache(Pool):
         """Have no launch of a graph be for these sequences, which change."""
         for recorded in self._recorded.values():
             if recorded is not but and not recorded.sequences.isdisjoint(handles):
-                recorded.take_back(self._store.on_current_stream().stream)
+                here = self._store.on_current_stream()
+                self._store.order(here, writes=True)  # launches may still read it
+                recorded.take_back(here.stream)
 
     def attend(
         self,

@@ -52,20 +52,33 @@ class Pool:
         """Whether sequences share pages."""
         return self._holds > len(self._uses) - len(self._free)
 
-    def _take_pages(self, rows: NDArray[np.int64], counts: NDArray[np.int64], key: Any) -> None:
-        """Give sequences pages of their own for that many more positions, or raise before any changes."""
+    def _lacking(
+        self, rows: NDArray[np.int64], counts: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], list[tuple[int, int, int]]]:
+        """How many pages sequences lack for that many more positions, and which they have to copy."""
         size, lengths = self._page_size, self._lengths[rows]
         wanted = np.maximum(-(-(lengths + counts) // size) - self._held[rows], 0)
         copies = self._shared(rows, lengths, counts) if self._has_shared else []
         needed = int(wanted.sum()) + len(copies)
-        if needed == 0:
-            return
         if needed > len(self._free):
             msg = (
                 f"{counts.sum()} more positions need {needed} pages and {len(self._free)} are free "
                 f"(free or truncate sequences, or make the cache with more pages)"
             )
             raise ValueError(msg)
+        return wanted, copies
+
+    def _take_pages(
+        self,
+        rows: NDArray[np.int64],
+        wanted: NDArray[np.int64],
+        copies: list[tuple[int, int, int]],
+        key: Any,
+    ) -> None:
+        """Give sequences the pages that `_lacking` found."""
+        if not copies and not wanted.any():
+            return
+        size = self._page_size
         self._changes += 1
         self._widen(0, int((self._held[rows] + wanted).max(initial=0)))
         for row, index, page in copies:

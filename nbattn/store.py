@@ -50,6 +50,8 @@ class Places:
         self.changes = 0  # of the table
         self.went_back = False  # a ring, which then may hold less than its size
         self.there: Any = None  # the lengths on a GPU, as of the last `advance`, for graphs
+        self.is_told = False  # whether launches find lengths there, which the cache still has
+        self.reach = 0  # positions before a ring's end that recorded queries see
         self.recorded: Any = None  # `Places` of a graph's calls, where they are others
         self.writer: Any = None  # the plan of an append, which serves all layouts
         self.readers: dict[Any, Callable[[Any, Any, Any, Any], Any] | None] = {}  # by layout
@@ -207,6 +209,9 @@ class Store:
             return None
         if type(places.table) is not DeviceArray:
             self.gpu.keep(places.table, places.changes)
+        if type(array) is not DeviceArray and self.gpu.is_captured(self._here()):
+            msg = "a graph is captured on the current stream and cannot hold arrays on the host"
+            raise ValueError(msg)
         if not self.gpu.is_captured(array):
             return None
         found = places if places.there is not None else places.recorded
@@ -218,12 +223,15 @@ class Store:
 
     def on_current_stream(self) -> DeviceArray:
         """An array on the GPU, in the order of its current stream, for what no graph records."""
-        key: Any = self.pages.key
-        here = replace(key, stream=device.current_stream(key.device))
+        here = self._here()
         if self.gpu.is_captured(here):
             msg = "a graph is captured on the current stream; change the cache's sequences before or after"
             raise ValueError(msg)
         return here
+
+    def _here(self) -> DeviceArray:
+        key: Any = self.pages.key
+        return replace(key, stream=device.current_stream(key.device))
 
     def order(self, array: Any, *, writes: bool) -> None:
         """Wait, on a GPU, for what other streams have written, and to write also for what they have read.
@@ -283,6 +291,9 @@ class Store:
         self.order(q, writes=False)
         if in_graph is not None:
             check_no_lengths(lengths)
+            if options.mask is not None or options.bias is not None:
+                msg = "a graph cannot hold attention with a mask or bias, whose sizes change with lengths"
+                raise ValueError(msg)
             places = in_graph
         problem = cache_problem(
             # Wide before they turn.
@@ -302,10 +313,14 @@ class Store:
                 seen = problem.left + q.shape[2]
                 msg = f"{q.shape[2]} queries see {seen} positions, and the ring holds {room}"
                 raise ValueError(msg)
+            if places.ring:
+                if places.is_told:  # at once, too
+                    self.check_held(places, offset, problem.left)
+                places.reach = max(places.reach, problem.left + q.shape[2])
             starts = np.zeros_like(places.starts)
             problem = replace(problem, key_lengths=places.there, key_starts=starts, max_keys=room)
         elif places.ring:
-            self._check_held(places, offset, problem.left)
+            self.check_held(places, offset, problem.left)
         is_wanted = check.check_flag(return_lse, "return_lse")
         result, lse = run(module, problem, q.dtype, is_wanted, out, (query, *given))
         if type(result) is DeviceArray:
@@ -348,7 +363,7 @@ class Store:
             if store is None or places is None or store.streams != {stream}:
                 return False
             if is_long or places.went_back:
-                store._check_held(places, places.lengths - queries, left)
+                store.check_held(places, places.lengths - queries, left)
             if later.has_table:
                 keep(places.table, places.changes)
             return later.forward(places, query, output, stream)
@@ -404,7 +419,7 @@ class Store:
             # Threads that attend at once write the same numbers here.
             np.subtract(held, counts, offset)
             if is_long or places.went_back:
-                self._check_held(places, offset, left)
+                self.check_held(places, offset, left)
             if converts:
                 query = query.astype(stored)
             if rotate is not None:
@@ -451,7 +466,7 @@ class Store:
         left, right = check.check_window(window_size, is_causal=False)
         return min(left, self.window - 1), -1 if right == UNBOUNDED else right
 
-    def _check_held(self, places: Places, offset: NDArray[np.int64], left: int) -> None:
+    def check_held(self, places: Places, offset: NDArray[np.int64], left: int) -> None:
         first = np.maximum(offset - left, 0)
         lost = places.starts > first
         if lost.any():

@@ -13,7 +13,9 @@ from test_cuda_arrays import torch  # noqa: F401
 
 import benchmarks.cuda
 from nbattn import KVCache, PagedKVCache
+from nbattn.cache import GRAPH_REACH
 from nbattn.cuda import launch
+from nbattn.cuda.decode_tiles import REACH
 
 pytestmark = pytest.mark.cuda_sim
 
@@ -147,6 +149,26 @@ class TestPages:
         before = gpu.calls.count("cuCtxSynchronize")
         cache.advance([0, 1]), cache.advance([0, 1])
         assert gpu.calls.count("cuCtxSynchronize") == before + 1
+        torch.streams[0] = 72  # launches on 71 may still read what is taken back
+        cache.truncate(0, 1)
+        assert gpu.calls.count("cuCtxSynchronize") == before + 2
+
+    def test_what_is_refused_takes_nothing_back(self, cache, torch):  # noqa: F811
+        cache.advance([0, 1])
+        x = torch.to(np.zeros((1, 2, 50, 32), np.float16))
+        for call in (lambda: cache.reserve([0, 1], 40), lambda: cache.append(0, x, x)):
+            with pytest.raises(ValueError, match=r"pages and \d+ are free"):
+                call()
+            assert self.found(cache._recorded[2]) == [6, 4]
+
+    def test_an_append_captured_after_its_advance(self, cache, gpu):
+        """What the next launch would write is checked at once."""
+        cache.fork(0)
+        cache.reserve([0, 1], 4)
+        cache.advance([0, 1])
+        gpu.captured = {70}
+        with pytest.raises(ValueError, match="a fork shares a page that the launch would write"):
+            cache.append([0, 1], self.x, self.x)
 
     def test_refused(self, cache, gpu, torch):  # noqa: F811
         cache.advance([0, 1])
@@ -159,6 +181,7 @@ class TestPages:
             (lambda: cache.advance([0]), "call reserve for 1 sequences before"),
             (lambda: cache.advance([0, 9]), "sequence 9 is not in the cache"),
             (lambda: cache.advance([0, 1], -1), "count is -1"),
+            (lambda: cache.advance([0, 1], 2**63 - 1), "all pages together hold 48 positions"),
             (lambda: cache.reserve([0, 1], 40), "positions need 18 pages and 2 are free"),
             (lambda: PagedKVCache(1, 1, 1, 8).advance([]), "is for graphs of a cache with backend"),
         ):
@@ -277,15 +300,75 @@ class TestGraphs:
         row.time_step(storage, page_size)
         assert (done, made, row.cache.lengths[0]) == (["replay", "wait"], [], 40)
 
+    @pytest.mark.parametrize(
+        "change",
+        [lambda c, x: c.append(x, x), lambda c, x: c.append(x, x, [0, 1]), lambda c, x: c.truncate(3),
+         lambda c, x: c.reset(1)],
+    )  # fmt: skip
+    def test_nobody_s_once_the_cache_has_changed(self, gpu, torch, change):  # noqa: F811
+        """Nor before the first `advance`, when launches would read what memory happens to hold."""
+        torch.cuda = None
+        allocate = gpu.allocate
+        gpu.allocate = lambda *x: [address := allocate(*x), gpu.bytes(address, 1).fill(7)][0]
+        cache = KVCache(2, 2, 9, 32, "float16", window=8, backend="cuda")
+        found = simulated_gpu.view(cache._places.there)
+        assert found.tolist() == [-1, -1]
+        cache.advance(4)
+        with pytest.raises(ValueError, match="lengths"):
+            cache.truncate(5)
+        assert found.tolist() == [4, 4]
+        torch.streams[0] = 71  # launches on 70 may still read it
+        before = gpu.calls.count("cuCtxSynchronize")
+        change(cache, torch.to(np.zeros((2, 2, 1, 32), np.float16)))
+        assert found.tolist() == [-1, -1]
+        assert gpu.calls.count("cuCtxSynchronize") == before + 1
+        cache.advance()
+        np.testing.assert_array_equal(found, cache.lengths)
+
+    def test_a_ring_that_went_back(self, gpu, torch, monkeypatch):  # noqa: F811
+        """No launch sees positions that later ones have taken the place of."""
+        monkeypatch.setattr(launch, "run", lambda *_: None)
+        torch.cuda = None
+        x = torch.to(np.zeros((2, 2, 2, 32), np.float16))
+        ring = KVCache(2, 2, 9, 32, "float16", window=8, backend="cuda")
+        ring.advance(20)
+        ring.truncate(18)  # holds 11 to 17
+        message = "sees from position 10 on, but the ring holds them from 11 on"
+        ring.advance()
+        gpu.captured = {70}
+        with pytest.raises(ValueError, match=message):
+            ring.attend(x)  # from 10 on
+        gpu.captured = set()
+        ring.truncate(18)
+        gpu.captured = {70}
+        ring.attend(x)
+        gpu.captured = set()
+        with pytest.raises(ValueError, match=message):
+            ring.advance()
+        assert (ring.lengths == 18).all()
+        ring.advance(2)
+        with pytest.raises(ValueError, match=f"would have {2**30} positions; graphs reach {2**30 - 1}"):
+            ring.advance(2**30 - 20)
+        assert GRAPH_REACH == REACH
+        ring.advance(2**30 - 21)
+
+    def test_streams_beside_pytorch_for_the_cpu(self, gpu, torch):  # noqa: F811
+        """It has `torch.cuda`, but no streams."""
+        torch.cuda, torch._C = SimpleNamespace(), SimpleNamespace()
+        cache = KVCache(2, 2, 9, 32, "float16", backend="cuda")
+        cache.advance()
+        assert simulated_gpu.view(cache._places.there).tolist() == [1, 1]
+
     def test_refused(self, gpu, torch):  # noqa: F811
+        torch.cuda = None  # has one, so that streams are asked for
         x = torch.to(np.zeros((2, 2, 1, 32), np.float16))
         cache, ring = (KVCache(2, 2, 9, 32, "float16", window=w, backend="cuda") for w in (None, 8))
         paged = PagedKVCache(9, 4, 2, 32, "float16", backend="cuda")
         handles = [paged.add(), paged.add()]
         cache.advance(8)
         for count, kind, message in (
-            (2, ValueError, "sequence 0 holds 8 of 9"), (-1, ValueError, "count is -1"),
-            (1.0, TypeError, "count must be an integer"),
+            (2, ValueError, "sequence 0 holds 8 of 9"), (2**63 - 1, ValueError, "do not fit"),
+            (-1, ValueError, "count is -1"), (1.0, TypeError, "count must be an integer"),
         ):  # fmt: skip
             with pytest.raises(kind, match=message):
                 cache.advance(count)
@@ -298,7 +381,16 @@ class TestGraphs:
             (lambda: cache.append(x, x, [1, 1]), "cannot hold lengths"),
             (lambda: cache.attend(x, lengths=[1, 1]), "cannot hold lengths"),
             (lambda: cache.attend(x, sinks=np.ones(2)), "cannot hold what lies on the host"),
-            (lambda: cache.attend(x, bias=torch.to(np.ones(1, np.float16))), "this is another call"),
+            (
+                lambda: cache.attend(x, bias=torch.to(np.ones(1, np.float16))),
+                "cannot hold attention with a mask",
+            ),
+            (lambda: cache.attend(torch.to(np.zeros((2, 2, 17, 32), np.float16))), "this is another call"),
+            (
+                lambda: cache.append(*[np.zeros((2, 2, 1, 32), np.float16)] * 2),
+                "cannot hold arrays on the host",
+            ),
+            (lambda: cache.attend(np.zeros((2, 2, 1, 32), np.float16)), "cannot hold arrays on the host"),
             (lambda: ring.attend(three), "3 queries see 10 positions, and the ring holds 9"),
             (lambda: paged.append(handles, x, x), "call the cache's reserve for as many sequences, 2"),
             (lambda: paged.attend(handles, x), "call the cache's reserve for as many sequences, 2"),

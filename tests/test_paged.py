@@ -234,6 +234,10 @@ class TestPages:
                 call()
         cache.truncate(fourth, 0)
         assert cache.free_pages == 10
+        for count in (2**62, 2**63 - 1, 2**64):
+            with pytest.raises(ValueError, match=rf"count is {count}, and all pages together hold 80 pos"):
+                cache.reserve([first, fourth], count)
+        assert cache.free_pages == 10
         with pytest.raises(ValueError, match='for graphs of a cache with backend="cuda"'):
             cache.advance(first)
 

@@ -85,7 +85,9 @@ def wait(array: DeviceArray) -> None:
 def placed(array: NDArray[Any]) -> DeviceArray:
     """A copy of the array on the current GPU."""
     there = empty(array.shape, array.dtype)
-    write(array, there, 0)
+    with launch.device(there.device).current(), launch.aside_from_captures():
+        write(array, there, 0)
+        launch.ask("cuStreamSynchronize", 0)  # streams that do not wait for the default one read it
     return there
 
 
