@@ -242,7 +242,7 @@ class KVCache:
         write, and tells the GPU on the current stream (PyTorch's, or CuPy's). What the recorded calls are
         given must lie on the GPU, and `attend` be of few queries, on tensor cores. Before the first
         `advance`, and once the cache has changed in another way, launches write nothing and their outputs are
-        NaN. A graph does not keep the cache alive: keep both.
+        NaN. A graph keeps neither the cache nor arrays alive: keep them with it.
 
         Parameters
         ----------

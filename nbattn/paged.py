@@ -230,8 +230,9 @@ class PagedKVCache(Pool):
     def reserve(self, sequences: int | Sequence[int], count: int) -> None:
         """Have sequences hold the pages that they need for further positions.
 
-        Appends of so many then take no pages, and do not fail for want of them. What is not used goes back
-        with `free` and `truncate`. On a GPU it is also what a CUDA graph needs: see `advance`.
+        Appends of so many then take no pages, and do not fail for want of them, where no fork comes between,
+        as it would share the page that is begun. What is not used goes back with `free` and `truncate`. On a
+        GPU it is also what a CUDA graph needs: see `advance`.
 
         Parameters
         ----------

@@ -107,6 +107,7 @@ class Store:
         key, key_scales, value, value_scales = arrays
         self.pages = Pages(key, value, key_scales, value_scales, storage)
         self.streams: set[int] = set()  # that have used it since it was written last, on a GPU
+        self.kept: list[Any] = []  # turned queries of graphs, where no library has memory for graphs
         self.checked: dict[Any, NDArray[np.int64]] = {}  # by layout: counts of appends that need no checks
 
     @property
@@ -319,6 +320,8 @@ class Store:
                 places.reach = max(places.reach, problem.left + q.shape[2])
             starts = np.zeros_like(places.starts)
             problem = replace(problem, key_lengths=places.there, key_starts=starts, max_keys=room)
+            if self.frequencies is not None and not device.is_of(problem.query, "torch"):
+                self.kept.append(problem.query)
         elif places.ring:
             self.check_held(places, offset, problem.left)
         is_wanted = check.check_flag(return_lse, "return_lse")

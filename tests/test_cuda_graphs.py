@@ -1,5 +1,7 @@
 """Caches in CUDA graphs: what captured calls would record, what launches find, and what is refused."""
 
+import gc
+import weakref
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -9,7 +11,7 @@ import simulated_gpu
 from cached import input_dtype
 from ml_dtypes import bfloat16
 from oracle import normal
-from test_cuda_arrays import torch  # noqa: F401
+from test_cuda_arrays import cupy, torch  # noqa: F401
 
 import benchmarks.cuda
 from nbattn import KVCache, PagedKVCache
@@ -351,6 +353,18 @@ class TestGraphs:
             ring.advance(2**30 - 20)
         assert GRAPH_REACH == REACH
         ring.advance(2**30 - 21)
+
+    def test_turned_queries_are_kept(self, gpu, cupy, monkeypatch):  # noqa: F811
+        """PyTorch has memory for graphs; another library would soon give it to somebody else."""
+        monkeypatch.setattr(launch, "run", lambda *_: None)
+        made, empty = [], cupy.empty
+        monkeypatch.setattr(cupy, "empty", lambda *x: [y := empty(*x), made.append(weakref.ref(y))][0])
+        cache = KVCache(2, 2, 9, 32, "float16", rotary_base=10.0, backend="cuda")
+        gpu.captured = {80}
+        output = cache.attend(cupy.to(np.zeros((2, 2, 1, 32), np.float16)))
+        gc.collect()
+        assert [ref() is None for ref in made] == [False, False]
+        assert made[1]() is output
 
     def test_streams_beside_pytorch_for_the_cpu(self, gpu, torch):  # noqa: F811
         """It has `torch.cuda`, but no streams."""
