@@ -239,10 +239,10 @@ class KVCache:
         While a graph is captured, `append` and `attend` of a cache on a GPU record what every launch of the
         graph does: write the last S positions, and attend from the sequences' ends. `lengths` stay as they
         are. Before each launch `advance` checks that there is room, counts the positions that the graph will
-        write, and tells the GPU on the current stream (PyTorch's, or CuPy's). What the recorded calls are
-        given must lie on the GPU, and `attend` be of few queries, on tensor cores. Before the first
-        `advance`, and once the cache has changed in another way, launches write nothing and their outputs are
-        NaN. A graph keeps neither the cache nor arrays alive: keep them with it.
+        write, and tells the GPU on the current stream: PyTorch's, or CuPy's where that captured. What the
+        recorded calls are given must lie on the GPU, and `attend` be of few queries, on tensor cores. Before
+        the first `advance`, and once the cache has changed in another way, launches write nothing and their
+        outputs are NaN. A graph keeps neither the cache nor arrays alive: keep them with it.
 
         Parameters
         ----------

@@ -162,11 +162,14 @@ def _torch_stream(torch: Any, ordinal: int) -> int:
     return raw(ordinal) if raw else torch.cuda.current_stream(ordinal).cuda_stream
 
 
-def current_stream(ordinal: int) -> int:
-    """The stream that is current on a GPU: PyTorch's where it is loaded, or CuPy's, else the default one."""
+def current_stream(ordinal: int, of_cupy: bool = False) -> int:
+    """The stream that is current on a GPU: PyTorch's where it is loaded, or CuPy's, else the default one.
+
+    CuPy's comes first where asked for.
+    """
     torch: Any = sys.modules.get("torch")
     # Builds for the CPU have `torch.cuda` too, where asking it for a stream fails.
-    if hasattr(torch, "cuda") and hasattr(torch._C, "_cuda_getCurrentRawStream"):
+    if not of_cupy and hasattr(torch, "cuda") and hasattr(torch._C, "_cuda_getCurrentRawStream"):
         return _torch_stream(torch, ordinal)
     if (cupy := sys.modules.get("cupy")) is not None:
         with cupy.cuda.Device(ordinal):

@@ -107,6 +107,7 @@ class Store:
         key, key_scales, value, value_scales = arrays
         self.pages = Pages(key, value, key_scales, value_scales, storage)
         self.streams: set[int] = set()  # that have used it since it was written last, on a GPU
+        self.of_cupy = False  # whether the graph that was captured last is CuPy's
         self.kept: list[Any] = []  # turned queries of graphs, where no library has memory for graphs
         self.checked: dict[Any, NDArray[np.int64]] = {}  # by layout: counts of appends that need no checks
 
@@ -215,6 +216,7 @@ class Store:
             raise ValueError(msg)
         if not self.gpu.is_captured(array):
             return None
+        self.of_cupy = device.is_of(array, "cupy")
         found = places if places.there is not None else places.recorded
         if found is None:
             count = len(places.lengths)
@@ -232,7 +234,7 @@ class Store:
 
     def _here(self) -> DeviceArray:
         key: Any = self.pages.key
-        return replace(key, stream=device.current_stream(key.device))
+        return replace(key, stream=device.current_stream(key.device, self.of_cupy))
 
     def order(self, array: Any, *, writes: bool) -> None:
         """Wait, on a GPU, for what other streams have written, and to write also for what they have read.

@@ -366,6 +366,20 @@ class TestGraphs:
         assert [ref() is None for ref in made] == [False, False]
         assert made[1]() is output
 
+    def test_graphs_of_cupy_beside_pytorch(self, gpu, torch, cupy, monkeypatch):  # noqa: F811
+        """Lengths are told on the stream of the library that the graph is of."""
+        monkeypatch.setattr(launch, "run", lambda *_: None)
+        torch.cuda = None
+        sent, copy = [], gpu.cuMemcpyHtoDAsync_v2
+        gpu.cuMemcpyHtoDAsync_v2 = lambda *x: sent.append(x[3]) or copy(*x)
+        for library, stream in ((cupy, 80), (torch, 70)):
+            cache = KVCache(2, 2, 9, 32, "float16", backend="cuda")
+            gpu.captured = {stream}
+            cache.attend(library.to(np.zeros((2, 2, 1, 32), np.float16)))
+            gpu.captured = set()
+            cache.advance()
+            assert sent.pop() == stream
+
     def test_streams_beside_pytorch_for_the_cpu(self, gpu, torch):  # noqa: F811
         """It has `torch.cuda`, but no streams."""
         torch.cuda, torch._C = SimpleNamespace(), SimpleNamespace()
