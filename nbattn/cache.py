@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from . import check
 from .attention import AttentionOutput
-from .check_cache import check_no_lengths, check_size, refuse
+from .check_cache import check_held, check_no_lengths, check_size, refuse
 from .store import Places, Store
 
 GRAPH_REACH = 1 << 30
@@ -278,7 +278,7 @@ class KVCache:
             msg = f"a sequence would have {places.longest + size} positions; graphs reach {GRAPH_REACH - 1}"
             raise ValueError(msg)
         else:
-            self._store.check_held(places, places.lengths + counts - places.reach, 0)
+            check_held(places.starts, places.lengths + counts - places.reach, 0)
         here = self._store.on_current_stream()
         self._store.order(here, writes=True)
         self._store.gpu.write(places.lengths + counts, places.there, here.stream)

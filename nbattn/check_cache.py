@@ -1,4 +1,4 @@
-"""The checks of what caches alone are given: sizes, dtypes, rotary options, how many rows are new."""
+"""The checks of what caches alone are given: sizes, dtypes, rotary options, new rows, what a ring holds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,41 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from . import check, device
-from .problem import CACHE_DTYPES
+from .decode import Pages
+from .problem import CACHE_DTYPES, storage_name
+
+
+def check_rows(
+    x: ArrayLike, name: str, batch: int, pages: Pages, which: int, is_on_gpu: bool
+) -> NDArray[Any]:
+    """New keys (`which` is 0) or values (1) that fit the memory."""
+    array = check.floating(x, name)
+    quantised = pages.key_scales is not None
+    if quantised and array.dtype == np.float64:
+        msg = f"{name} has dtype float64; a cache of {pages.storage} takes float32, float16 or bfloat16"
+        raise TypeError(msg)
+    if not quantised and storage_name(array.dtype) != pages.storage:
+        msg = f"{name} has dtype {array.dtype} but the cache {pages.storage}; both must match"
+        raise TypeError(msg)
+    heads, width = pages.key.shape[2], pages.head_dims[which]
+    if array.ndim != 4 or (*array.shape[:2], array.shape[3]) != (batch, heads, width):
+        msg = f"{name} has shape {array.shape}; expected ({batch}, {heads}, new positions, {width})"
+        raise ValueError(msg)
+    as_it_is = is_on_gpu or not quantised
+    return check.kernel_view(array if as_it_is else array.astype(np.float32, copy=False))
+
+
+def check_held(starts: NDArray[np.int64], offset: NDArray[np.int64], left: int) -> None:
+    """Whether rings, which hold positions from `starts` on, still have all that queries at `offset` see."""
+    first = np.maximum(offset - left, 0)
+    lost = starts > first
+    if lost.any():
+        b = int(np.flatnonzero(lost)[0])
+        msg = (
+            f"a query of sequence {b} sees from position {first[b]} on, but the ring holds them from "
+            f"{starts[b]} on; attend after every capacity - window + 1 new tokens or fewer"
+        )
+        raise ValueError(msg)
 
 
 def check_counts(lengths: ArrayLike | None, batch: int, most: int) -> NDArray[np.int64]:

@@ -19,11 +19,19 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from . import check, device
 from .attention import AttentionOutput
-from .check_cache import check_counts, check_dtype, check_no_lengths, check_rotary, check_size
+from .check_cache import (
+    check_counts,
+    check_dtype,
+    check_held,
+    check_no_lengths,
+    check_rotary,
+    check_rows,
+    check_size,
+)
 from .decode import Options, Pages, cache_problem, check_query, run, wide
 from .device import DeviceArray
 from .layouts import call_layout
-from .problem import INT4_GROUP, UNBOUNDED, AppendProblem, CacheProblem, storage_name
+from .problem import INT4_GROUP, UNBOUNDED, AppendProblem, CacheProblem
 
 LINE = 64
 """Bytes of a cache line."""
@@ -140,7 +148,8 @@ class Store:
                       value.shape, value.strides, value.dtype, value.flags.aligned)  # fmt: skip
             if (known := self.checked.get(layout)) is not None:
                 return key, value, known
-        k, v = self._check_rows(key, "key", batch, 0), self._check_rows(value, "value", batch, 1)
+        k = check_rows(key, "key", batch, self.pages, 0, self.is_on_gpu)
+        v = check_rows(value, "value", batch, self.pages, 1, self.is_on_gpu)
         if k.shape[2] != v.shape[2]:
             msg = f"key has {k.shape[2]} positions but value has {v.shape[2]}; both must match"
             raise ValueError(msg)
@@ -150,22 +159,6 @@ class Store:
                 self.checked.clear()
             self.checked[layout] = counts
         return k, v, counts
-
-    def _check_rows(self, x: ArrayLike, name: str, batch: int, which: int) -> NDArray[Any]:
-        array, pages = check.floating(x, name), self.pages
-        quantised = pages.key_scales is not None
-        if quantised and array.dtype == np.float64:
-            msg = f"{name} has dtype float64; a cache of {pages.storage} takes float32, float16 or bfloat16"
-            raise TypeError(msg)
-        if not quantised and storage_name(array.dtype) != pages.storage:
-            msg = f"{name} has dtype {array.dtype} but the cache {pages.storage}; both must match"
-            raise TypeError(msg)
-        heads, width = pages.key.shape[2], pages.head_dims[which]
-        if array.ndim != 4 or (*array.shape[:2], array.shape[3]) != (batch, heads, width):
-            msg = f"{name} has shape {array.shape}; expected ({batch}, {heads}, new positions, {width})"
-            raise ValueError(msg)
-        as_it_is = self.is_on_gpu or not quantised
-        return check.kernel_view(array if as_it_is else array.astype(np.float32, copy=False))
 
     def _placed(self, large: dict[str, Any], small: dict[str, Any]) -> tuple[Any, ...]:
         """A call's arrays as they lie: all on the host, or all but small ones on this cache's GPU."""
@@ -318,14 +311,14 @@ class Store:
                 raise ValueError(msg)
             if places.ring:
                 if places.is_told:  # at once, too
-                    self.check_held(places, offset, problem.left)
+                    check_held(places.starts, offset, problem.left)
                 places.reach = max(places.reach, problem.left + q.shape[2])
             starts = np.zeros_like(places.starts)
             problem = replace(problem, key_lengths=places.there, key_starts=starts, max_keys=room)
             if self.frequencies is not None and not device.is_of(problem.query, "torch"):
                 self.kept.append(problem.query)
         elif places.ring:
-            self.check_held(places, offset, problem.left)
+            check_held(places.starts, offset, problem.left)
         is_wanted = check.check_flag(return_lse, "return_lse")
         result, lse = run(module, problem, q.dtype, is_wanted, out, (query, *given))
         if type(result) is DeviceArray:
@@ -368,7 +361,7 @@ class Store:
             if store is None or places is None or store.streams != {stream}:
                 return False
             if is_long or places.went_back:
-                store.check_held(places, places.lengths - queries, left)
+                check_held(places.starts, places.lengths - queries, left)
             if later.has_table:
                 keep(places.table, places.changes)
             return later.forward(places, query, output, stream)
@@ -424,7 +417,7 @@ class Store:
             # Threads that attend at once write the same numbers here.
             np.subtract(held, counts, offset)
             if is_long or places.went_back:
-                self.check_held(places, offset, left)
+                check_held(places.starts, offset, left)
             if converts:
                 query = query.astype(stored)
             if rotate is not None:
@@ -470,17 +463,6 @@ class Store:
             return window_size
         left, right = check.check_window(window_size, is_causal=False)
         return min(left, self.window - 1), -1 if right == UNBOUNDED else right
-
-    def check_held(self, places: Places, offset: NDArray[np.int64], left: int) -> None:
-        first = np.maximum(offset - left, 0)
-        lost = places.starts > first
-        if lost.any():
-            b = int(np.flatnonzero(lost)[0])
-            msg = (
-                f"a query of sequence {b} sees from position {first[b]} on, but the ring holds them from "
-                f"{places.starts[b]} on; attend after every capacity - window + 1 new tokens or fewer"
-            )
-            raise ValueError(msg)
 
 
 def _end_at(counts: NDArray[np.int64], output: NDArray[Any], lse: NDArray[Any] | None) -> None:
