@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .decode_products import query_row, sharing
-from .decode_tiles import WARPS, Tile
+from .decode_products import scoring, sharing, taking
+from .decode_tiles import Tile
 
 
 def build(isa: Any, tile: Tile) -> tuple[Any, ...]:
@@ -30,7 +30,8 @@ def build(isa: Any, tile: Tile) -> tuple[Any, ...]:
     width, pitch, scales_at = tile.width, tile.pitch, tile.scales_at
     steps, in_shared = width // 16, tile.query_parts > 0
     n_queries = 4 if in_shared else 4 * steps
-    take_queries, fetch = taking(isa, tile, 2, 1), sharing(isa, tile)[1]
+    begin_score, fetch = scoring(isa, tile), sharing(isa, tile)[1]
+    take_queries = taking(isa, tile, halves(isa, 2, 1))
 
     @jit
     def begin_queries(p, x, target):
@@ -39,12 +40,7 @@ def build(isa: Any, tile: Tile) -> tuple[Any, ...]:
     @jit
     def score(s, kept, a, b, keys):
         """s = queries @ keys.T"""
-        lane = int32(thread() & 31)
-        row = int32((lane & 7) + ((lane >> 4) << 3))
-        first = int32(keys + row * pitch + ((((lane >> 3) & 1) ^ (lane & 7)) << 4))
-        for i in range(8):
-            unroll()
-            s[i] = float32(0)
+        first = begin_score(s, keys)
         for j in range(steps // 2):
             unroll()
             load_matrices(b, 0, int32(flip(first, (j % 4) * 32) + (j // 4) * 128))
@@ -59,6 +55,7 @@ def build(isa: Any, tile: Tile) -> tuple[Any, ...]:
                     a[0], a[1] = bytes_01(b[2 * e + k]), bytes_23(b[2 * e + k])
                     multiply(s, 4 * e, kept, at, a, 0)
                     multiply(s, 4 * e, kept, n_queries + at, a, 0)
+        lane = int32(thread() & 31)
         for i in range(8):
             unroll()
             key = int32(2 * (lane & 3) + i % 2 + 8 * (i // 4))
@@ -100,20 +97,15 @@ def build(isa: Any, tile: Tile) -> tuple[Any, ...]:
     return begin_queries, take_queries, 2 * n_queries, score, add_values, None, None, column, 4
 
 
-def taking(isa: Any, tile: Tile, between: int, apart: int) -> Callable[..., None]:
-    """The function `take_queries` of a kernel for a quantised cache.
+def halves(isa: Any, between: int, across: int) -> Callable[..., None]:
+    """The function `words` of `decode_products.taking` for a quantised cache.
 
     Of four numbers that lie together in a row, a thread's word e has the one at ``e * between`` and another
-    so far `apart`.
+    so far `across`: what bfloat16 holds of them, then what is left.
     """
-    jit, unroll, thread, barrier = isa.jit, isa.unroll, isa.thread, isa.barrier
-    int32, int64, float32 = isa.int32, isa.int64, isa.float32
+    jit, thread, int32, int64, float32 = isa.jit, isa.thread, isa.int32, isa.int64, isa.float32
     load_float, load_half, pack = isa.load_float, isa.load_half, isa.pack_bf16
     low, high, low_f16 = isa.low_bf16, isa.high_bf16, isa.low_f16
-    address, put = query_row(isa), sharing(isa, tile)[0]
-    in_shared, steps = tile.query_parts > 0, tile.width // 16
-    takers = WARPS if in_shared else 1
-    n_queries = 4 * steps
 
     @jit
     def number(p, row, c, wanted):
@@ -127,33 +119,11 @@ def taking(isa: Any, tile: Tile, between: int, apart: int) -> Callable[..., None
         return y
 
     @jit
-    def take_queries(p, x, kept, source):
-        """The rows as left operands: what bfloat16 holds of them, then what is left."""
-        lane = int32(thread() & 31)
-        g, q = int32(lane >> 2), int32(lane & 3)
-        for r in range(2):
-            unroll()
-            row = int32(x.row0 + g + 8 * r)
-            wanted = g + 8 * r < x.rows
-            start = address(p, x, row)
-            for i in range(steps // takers):
-                unroll()
-                step = int32(i)
-                if in_shared:
-                    step = int32(takers * i + (thread() >> 5))
-                for e in range(2):
-                    unroll()
-                    c = int32(16 * step + 4 * q + between * e)
-                    y, z = number(p, start, c, wanted), number(p, start, int32(c + apart), wanted)
-                    word = pack(y, z)
-                    rest = pack(float32(y - low(word)), float32(z - high(word)))
-                    if in_shared:
-                        put(step, 0, 2 * e + r, word)
-                        put(step, 1, 2 * e + r, rest)
-                    else:
-                        kept[4 * i + 2 * e + r] = word
-                        kept[n_queries + 4 * i + 2 * e + r] = rest
-        if in_shared:
-            barrier()
+    def words(p, start, wanted, step, e, target, at, apart):
+        c = int32(16 * step + 4 * (thread() & 3) + between * e)
+        y, z = number(p, start, c, wanted), number(p, start, int32(c + across), wanted)
+        word = pack(y, z)
+        target[at] = word
+        target[at + apart] = pack(float32(y - low(word)), float32(z - high(word)))
 
-    return take_queries
+    return words

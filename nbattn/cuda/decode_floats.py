@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .decode_products import HALF, column, leaving, query_row, sharing
-from .decode_tiles import KEYS, WARPS, Tile
+from .decode_products import HALF, column, leaving, sharing, taking
+from .decode_tiles import KEYS, Tile
 
 
 def build(isa: Any, tile: Tile) -> tuple[Any, ...]:
@@ -25,9 +25,7 @@ def build(isa: Any, tile: Tile) -> tuple[Any, ...]:
     number_of, warp_barrier = isa.number_of, isa.warp_barrier
     width, pitch = tile.width, tile.pitch
     steps, value_tiles, words = width // 16, width // 8, pitch // 4
-    address, leave, (put, fetch) = query_row(isa), leaving(isa), sharing(isa, tile)
-    in_shared, barrier = tile.query_parts > 0, isa.barrier
-    takers = WARPS if in_shared else 1
+    leave, fetch, in_shared = leaving(isa), sharing(isa, tile)[1], tile.query_parts > 0
     n_queries = 4 if in_shared else 4 * steps
 
     @jit
@@ -54,34 +52,11 @@ def build(isa: Any, tile: Tile) -> tuple[Any, ...]:
         """Queries are read when they are taken."""
 
     @jit
-    def take_queries(p, x, kept, source):
-        """The rows as left operands, part by part."""
-        lane = int32(thread() & 31)
-        g, q = int32(lane >> 2), int32(lane & 3)
-        for r in range(2):
-            unroll()
-            row = int32(x.row0 + g + 8 * r)
-            wanted = g + 8 * r < x.rows
-            start = address(p, x, row)
-            for i in range(steps // takers):
-                unroll()
-                step = int32(i)
-                if in_shared:
-                    step = int32(takers * i + (thread() >> 5))
-                for e in range(2):
-                    unroll()
-                    c = int32(16 * step + 8 * e + q)
-                    y = load_float(start + 4 * int64(c), wanted & (c < p.head_dim))
-                    z = load_float(start + 4 * int64(c + 4), wanted & (c + 4 < p.head_dim))
-                    if in_shared:
-                        split(word_of(y), word_of(z), kept, 0, 1)
-                        for part in range(3):
-                            unroll()
-                            put(step, part, 2 * e + r, kept[part])
-                    else:
-                        split(word_of(y), word_of(z), kept, 4 * i + 2 * e + r, n_queries)
-        if in_shared:
-            barrier()
+    def take_words(p, start, wanted, step, e, target, at, apart):
+        c = int32(16 * step + 8 * e + (thread() & 3))
+        y = load_float(start + 4 * int64(c), wanted & (c < p.head_dim))
+        z = load_float(start + 4 * int64(c + 4), wanted & (c + 4 < p.head_dim))
+        split(word_of(y), word_of(z), target, at, apart)
 
     @jit
     def score(s, kept, a, b, keys):
@@ -158,7 +133,7 @@ def build(isa: Any, tile: Tile) -> tuple[Any, ...]:
                             o[at] = select(hidden, o[at], fma(weight, x, o[at]))
             warp_barrier()
 
-    n_kept = 3 * n_queries
+    take_queries, n_kept = taking(isa, tile, take_words), 3 * n_queries
     return (
         begin_queries, take_queries, n_kept, score, add_values, add_exactly, not_finite, jit(column), 2,
     )  # fmt: skip

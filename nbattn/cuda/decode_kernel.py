@@ -153,27 +153,29 @@ def build(isa: Any, storage: str, tile: Tile) -> Callable[[Any], None]:
             )
 
     @jit
+    def copy_rows(p, x, target, address, strides, scales, scale_strides, position, numbers):
+        """Start to copy 16 rows of so many numbers, with their scales."""
+        row_bytes, count = int32(row_unit * numbers), int32(1)
+        if is_halved:
+            row_bytes, count = int32(numbers >> 1), int32(numbers >> 5)
+        copy(p, x, target, address, strides, position, row_bytes)
+        if has_scales:
+            copy_scales(p, x, target, scales, scale_strides, position, count)
+
+    @jit
     def begin_copy(p, x, target, number, position, last):
         """Start copy `number` of the warp, 2 t of the keys and 2 t + 1 of the values of tile t."""
         row = int32(position + (number // 2) * STEP)
         if row < last:
             row = int32(row + own())
             if number % 2 == 0:
-                row_bytes, count = int32(row_unit * p.head_dim), int32(1)
-                if is_halved:
-                    row_bytes, count = int32(p.head_dim >> 1), int32(p.head_dim >> 5)
-                copy(p, x, target, p.key, (p.key_h, p.key_p, p.key_s), row, row_bytes)
-                if has_scales:
-                    strides = p.key_scales_h, p.key_scales_p, p.key_scales_s
-                    copy_scales(p, x, target, p.key_scales, strides, row, count)
+                strides = p.key_h, p.key_p, p.key_s
+                scale_strides = p.key_scales_h, p.key_scales_p, p.key_scales_s
+                copy_rows(p, x, target, p.key, strides, p.key_scales, scale_strides, row, p.head_dim)
             else:
-                row_bytes, count = int32(row_unit * p.value_dim), int32(1)
-                if is_halved:
-                    row_bytes, count = int32(p.value_dim >> 1), int32(p.value_dim >> 5)
-                copy(p, x, target, p.value, (p.value_h, p.value_p, p.value_s), row, row_bytes)
-                if has_scales:
-                    strides = p.value_scales_h, p.value_scales_p, p.value_scales_s
-                    copy_scales(p, x, target, p.value_scales, strides, row, count)
+                strides = p.value_h, p.value_p, p.value_s
+                scale_strides = p.value_scales_h, p.value_scales_p, p.value_scales_s
+                copy_rows(p, x, target, p.value, strides, p.value_scales, scale_strides, row, p.value_dim)
         commit_copies()
 
     @jit

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .decode_bytes import taking
-from .decode_products import sharing
+from .decode_bytes import halves
+from .decode_products import scoring, sharing, taking
 from .decode_tiles import GROUP, Tile
 
 
@@ -23,7 +23,8 @@ def build(isa: Any, tile: Tile) -> tuple[Any, ...]:
     load_shared_float, multiply, pack = isa.load_shared_float, isa.multiply_bf16, isa.pack_bf16
     low, high, nibbles = isa.low_bf16, isa.high_bf16, isa.nibbles
     groups, pitch, scales_at = tile.width // GROUP, tile.pitch, tile.scales_at
-    take_queries, fetch = taking(isa, tile, 1, 2), sharing(isa, tile)[1]
+    begin_score, fetch = scoring(isa, tile), sharing(isa, tile)[1]
+    take_queries = taking(isa, tile, halves(isa, 1, 2))
 
     @jit
     def begin_queries(p, x, target):
@@ -39,12 +40,7 @@ def build(isa: Any, tile: Tile) -> tuple[Any, ...]:
     def score(s, kept, a, b, keys):
         """s = queries @ keys.T"""
         sums = cuda.local.array(8, float32)
-        lane = int32(thread() & 31)
-        row = int32((lane & 7) + ((lane >> 4) << 3))
-        first = int32(keys + row * pitch + ((((lane >> 3) & 1) ^ (lane & 7)) << 4))
-        for i in range(8):
-            unroll()
-            s[i] = float32(0)
+        first = begin_score(s, keys)
         for j in range(groups // 2):
             unroll()
             load_matrices(b, 0, int32(flip(first, (j % 4) * 32) + (j // 4) * 128))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .decode_tiles import KEYS, ROWS, Tile
+from .decode_tiles import KEYS, ROWS, WARPS, Tile
 
 HALF = KEYS // 2
 
@@ -47,6 +47,64 @@ def sharing(isa: Any, tile: Tile) -> tuple[Callable[..., None], Callable[..., No
     return put, fetch
 
 
+def taking(isa: Any, tile: Tile, words: Any) -> Callable[..., None]:
+    """The function `take_queries` of a kernel that reads its queries number by number.
+
+    ``words(p, start, wanted, step, e, target, at, apart)`` puts the first part of word e of what the thread
+    has of 16 numbers of the row at `start` into ``target[at]``, and further parts so far `apart`.
+    """
+    jit, unroll, thread, int32, barrier = isa.jit, isa.unroll, isa.thread, isa.int32, isa.barrier
+    address, put = query_row(isa), sharing(isa, tile)[0]
+    steps, parts = tile.width // 16, tile.query_parts
+    takers = WARPS if parts else 1
+
+    @jit
+    def take_queries(p, x, kept, source):
+        """The rows as left operands, part by part."""
+        g = int32((thread() & 31) >> 2)
+        for r in range(2):
+            unroll()
+            row = int32(x.row0 + g + 8 * r)
+            wanted = g + 8 * r < x.rows
+            start = address(p, x, row)
+            for i in range(steps // takers):
+                unroll()
+                step = int32(i)
+                if parts:
+                    step = int32(takers * i + (thread() >> 5))
+                for e in range(2):
+                    unroll()
+                    if parts:
+                        words(p, start, wanted, step, e, kept, 0, 1)
+                        for part in range(parts):
+                            unroll()
+                            put(step, part, 2 * e + r, kept[part])
+                    else:
+                        words(p, start, wanted, step, e, kept, 4 * i + 2 * e + r, 4 * steps)
+        if parts:
+            barrier()
+
+    return take_queries
+
+
+def scoring(isa: Any, tile: Tile) -> Callable[..., Any]:
+    """The function `begin_score` of a kernel that reads keys by ``ldmatrix``, 32 bytes of each at a time."""
+    jit, unroll, thread, int32, float32 = isa.jit, isa.unroll, isa.thread, isa.int32, isa.float32
+    pitch = tile.pitch
+
+    @jit
+    def begin_score(s, keys):
+        """Scores of 0, and where the thread's row of a tile of keys begins."""
+        for i in range(8):
+            unroll()
+            s[i] = float32(0)
+        lane = int32(thread() & 31)
+        row = int32((lane & 7) + ((lane >> 4) << 3))
+        return int32(keys + row * pitch + ((((lane >> 3) & 1) ^ (lane & 7)) << 4))
+
+    return begin_score
+
+
 def leaving(isa: Any) -> Callable[..., None]:
     """The function `leave` of a kernel."""
     jit, unroll, thread, int32, float32 = isa.jit, isa.unroll, isa.thread, isa.int32, isa.float32
@@ -86,7 +144,7 @@ def build(isa: Any, storage: str, tile: Tile) -> tuple[Any, ...]:
     low, high = (isa.low_f16, isa.high_f16) if half else (isa.low_bf16, isa.high_bf16)
     exponent = 0x7C00 if half else 0x7F80  # all of its bits
     steps, value_tiles, pitch = tile.width // 16, tile.width // 8, tile.pitch
-    address, leave = query_row(isa), leaving(isa)
+    address, leave, begin_score = query_row(isa), leaving(isa), scoring(isa, tile)
     words, panels = pitch // 4, pitch // 128
 
     @jit
@@ -119,12 +177,7 @@ def build(isa: Any, storage: str, tile: Tile) -> tuple[Any, ...]:
     @jit
     def score(s, kept, a, b, keys):
         """s = queries @ keys.T"""
-        lane = int32(thread() & 31)
-        row = int32((lane & 7) + ((lane >> 4) << 3))
-        first = int32(keys + row * pitch + ((((lane >> 3) & 1) ^ (lane & 7)) << 4))
-        for i in range(8):
-            unroll()
-            s[i] = float32(0)
+        first = begin_score(s, keys)
         for step in range(steps):
             unroll()
             load_matrices(b, 0, int32(flip(first, (step % 4) * 32) + (step // 4) * 128))
