@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from . import check, device
 from .attention import AttentionOutput
+from .call_layout import call_layout
 from .check_cache import (
     check_counts,
     check_dtype,
@@ -30,7 +31,6 @@ from .check_cache import (
 )
 from .decode import Options, Pages, cache_problem, check_query, run, wide
 from .device import DeviceArray
-from .layouts import call_layout
 from .problem import INT4_GROUP, UNBOUNDED, AppendProblem, CacheProblem
 
 LINE = 64

@@ -255,13 +255,17 @@ class TestThreads:
         monkeypatch.setattr(team, "_team", team._Team())
         monkeypatch.setattr(runtime, "threads", lambda: 3)
         expected = attend(x, x, x, backend="cpu")  # not in the short way of calls that repeat
-        until(lambda: len(team._team.resting()) == 2)
+
+        def asleep():
+            return all(slot[0] % team.ROUND == team.ASLEEP for slot in team._team.board[:2])
+
+        until(asleep)  # on a busy machine they may not have begun to watch before
         monkeypatch.setattr(team._Team, "put", None)
         offer, reached = team._Call.offer, []
         monkeypatch.setattr(team._Call, "offer", lambda own, n: reached.append(offer(own, n)) or reached[-1])
         for _ in range(5):
             np.testing.assert_array_equal(attend(x, x, x, backend="cpu"), expected)
-            until(lambda: all(slot[0] % team.ROUND == team.ASLEEP for slot in team._team.board[:2]))
+            until(asleep)
         assert reached == [2] * 5
 
     def test_what_waits_in_the_queue_is_taken_by_who_sleeps_or_ends_a_call(self, rng, monkeypatch):

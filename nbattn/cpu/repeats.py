@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import struct
 import time
-from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 
 from . import arrays, handover, runtime, team
 from .handover import AGAIN, ALONE, ENTRY, FINISHED, OTHER, RUNNING, SETTLE, SOURCES, TARGETS, TICKETS
-from .runtime import NEXT_TASK, TASKS, TASKS_DONE, address, entry
+from .runtime import TASKS_DONE, address, entry
 from .sleeping import SLEEPS
 
 INPUTS = 3
@@ -122,7 +121,8 @@ class Again:
             elif state < FINISHED:
                 self._settle(record, at)
         except BaseException:
-            self._abandon(record, at)
+            record[0] = SETTLE
+            team.abandon(record[TICKETS + team.BOARD_SLOTS :], lambda: self.hand_over(at) == RUNNING)
             raise
         self.desks.append(desk)
         runtime.keep(memory)
@@ -133,15 +133,3 @@ class Again:
         record[0] = SETTLE
         while self.hand_over(at) == RUNNING:
             time.sleep(50e-6)  # a helper may wait for this very core
-
-    def _abandon(self, record: NDArray[np.int64], at: int) -> None:
-        """Leave the tasks that nobody has taken, and wait for the rest."""
-        parameters = record[TICKETS + team.BOARD_SLOTS :]
-        parameters[NEXT_TASK] = parameters[TASKS]
-        record[0] = SETTLE
-        running = True
-        while running:
-            with suppress(KeyboardInterrupt):  # one is on its way already
-                running = self.hand_over(at) == RUNNING
-                if running:
-                    time.sleep(0.001)

@@ -10,6 +10,7 @@ import os
 import struct
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -161,16 +162,9 @@ class _Call:
         self.left.append(None)
 
     def abandon(self) -> None:
-        """Leave the tasks that nobody has taken, and wait for the rest."""
         self.abandoned = True
         words = self.parameters.view(np.int64)
-        words[NEXT_TASK] = words[TASKS]
-        running = True
-        while running:
-            with suppress(KeyboardInterrupt):  # one is on its way already
-                running = self.settle() == RUNNING or len(self.left) < len(self.entered)
-                if running:
-                    time.sleep(0.001)
+        abandon(words, lambda: self.settle() == RUNNING or len(self.left) < len(self.entered))
 
 
 def _help(team: _Team, number: int) -> None:
@@ -231,9 +225,22 @@ def run(kernel: Any, parameters: Any, helpers: int, keep_alive: Any) -> None:
         # Helpers that come late look at the parameters alone.
         call.keep_alive = None
     except BaseException:
-        # Ctrl-C: once this call is left, no helper may go on writing to the caller's arrays.
         call.abandon()
         raise
+
+
+def abandon(parameters: NDArray[np.int64], is_running: Callable[[], bool]) -> None:
+    """Leave the tasks that nobody has taken, and wait until helpers are done with theirs.
+
+    After Ctrl-C: once a call is left, no helper may go on writing to the caller's arrays.
+    """
+    parameters[NEXT_TASK] = parameters[TASKS]
+    running = True
+    while running:
+        with suppress(KeyboardInterrupt):  # one is on its way already
+            running = is_running()
+            if running:
+                time.sleep(0.001)
 
 
 class _Kept(threading.local):
@@ -267,13 +274,7 @@ def run_among_awake(kernel: Any, parameters: NDArray[np.int64], helpers: int, ke
             while _hand_over()(at) == RUNNING:
                 time.sleep(50e-6)
         except BaseException:
-            parameters[NEXT_TASK] = parameters[TASKS]
-            running = True
-            while running:
-                with suppress(KeyboardInterrupt):  # one is on its way already
-                    running = _hand_over()(at) == RUNNING
-                    if running:
-                        time.sleep(0.001)
+            abandon(parameters, lambda: _hand_over()(at) == RUNNING)
             raise
     _kept.record = kept
 
