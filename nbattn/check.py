@@ -258,6 +258,8 @@ def check_int_vector(x: ArrayLike, name: str, length: int) -> NDArray[np.int64]:
     if array.shape != (length,):
         msg = f"{name} has shape {array.shape}; expected ({length},)"
         raise ValueError(msg)
+    if array.dtype == np.uint64:  # of which the largest must not turn into negative ones
+        array = np.minimum(array, np.iinfo(np.int64).max)
     # A copy: the caller may change the array while kernels rely on what was checked.
     return np.array(array, dtype=np.int64)
 

@@ -97,9 +97,10 @@ class PagedKVCache(Pool):
         rotary_dim: int | None = None,
         backend: str | None = None,
     ) -> None:
-        super().__init__(check_size(pages, "pages"), check_size(page_size, "page_size"))
-        sizes = (self.pages, self._page_size, kv_heads, head_dim, value_dim)
+        pages, page_size = check_size(pages, "pages"), check_size(page_size, "page_size")
+        sizes = (pages, page_size, kv_heads, head_dim, value_dim)
         self._store = Store(sizes, dtype, (rotary_base, rotary_interleaved, rotary_dim), None, backend)
+        super().__init__(pages, page_size)
         self._next = 0
         self._groups: dict[tuple[int, ...], _Group] = {}
         self._rows: dict[int, int] = {}  # of each handle in what follows
@@ -399,8 +400,11 @@ class PagedKVCache(Pool):
         places = self._places(self._handles(sequences))
         return self._store.attend(places, query, options, lengths, return_lse, out, backend)
 
-    def _parts(self, sequences: int | Sequence[int]) -> tuple[Store, Places]:
+    def _parts(self, sequences: int | Sequence[int] | None) -> tuple[Store, Places]:
         """What `cascade_attention` attends."""
+        if sequences is None:
+            msg = "value is missing; it must be the sequences where key is a PagedKVCache"
+            raise ValueError(msg)
         return self._store, self._places(self._handles(sequences))
 
     # --- pages ----------------------------------------------------------------------------------------------

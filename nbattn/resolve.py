@@ -133,8 +133,8 @@ def check_starts(starts: ArrayLike, name: str, total: int, what: str) -> NDArray
     if array[0] != 0:
         msg = f"{name} starts at {array[0]}; expected 0"
         raise ValueError(msg)
-    if (np.diff(array) < 0).any():
-        b = int(np.flatnonzero(np.diff(array) < 0)[0])
+    if (falls := array[1:] < array[:-1]).any():  # differences may overflow
+        b = int(np.flatnonzero(falls)[0])
         step = f"from {array[b]} to {array[b + 1]} at entry {b + 1}"
         msg = f"{name} decreases {step}; sequences cannot have negative lengths"
         raise ValueError(msg)

@@ -226,6 +226,11 @@ BAD = {
         ValueError,
         "value must be None",
     ),
+    "pages and no sequences": (
+        {"key": PagedKVCache(2, 7, 2, 8, value_dim=6, backend="reference"), "value": None},
+        ValueError,
+        "value is missing; it must be the sequences",
+    ),
     "cache and lengths": (
         {"key": KVCache(2, 2, 7, 8, value_dim=6, backend="reference"), "value": None, "key_lengths": [1, 1]},
         ValueError,

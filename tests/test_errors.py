@@ -84,6 +84,11 @@ BAD = {
     "offset shape": ({"query_offset": [1, 2, 3]}, ValueError, r"query_offset has shape \(3,\)"),
     "offset dtype": ({"query_offset": [1.0, 2.0]}, TypeError, "query_offset must hold integers"),
     "offset size": ({"query_offset": 2**62}, ValueError, r"query_offset must be smaller than 2\*\*40"),
+    "offset beyond": (
+        {"query_offset": np.array([0, 2**64 - 1], np.uint64)},
+        ValueError,
+        r"must be smaller than 2\*\*40",
+    ),
     "offset sizes": ({"query_offset": [0, -(2**63)]}, ValueError, r"must be smaller than 2\*\*40"),
     "lengths too long": ({"key_lengths": [5, 6]}, ValueError, r"key_lengths\[1\] is 6; expected 0 to 5"),
     "lengths negative": ({"key_lengths": [-1, 5]}, ValueError, r"key_lengths\[0\] is -1; expected 0 to 5"),
@@ -207,6 +212,11 @@ BAD_PACKED = {
         {"cu_seqlens_k": [0, 10, 9]},
         ValueError,
         "cu_seqlens_k decreases from 10 to 9 at entry 2",
+    ),
+    "decreasing by too much to count": (
+        {"cu_seqlens_q": [0, 2, 2, 6], "cu_seqlens_k": [0, 2**62, -(2**62) - 1, 9]},
+        ValueError,
+        "cu_seqlens_k decreases from",
     ),
     "ends at": ({"cu_seqlens_q": [0, 2, 5]}, ValueError, "cu_seqlens_q ends at 5 but query has 6 rows"),
     "ends beyond": ({"cu_seqlens_k": [0, 2, 10]}, ValueError, "cu_seqlens_k ends at 10 but key has 9 rows"),
