@@ -398,8 +398,11 @@ def _remember(layout: Any, module: ModuleType, problem: CacheProblem, given: tup
         _repeats[layout] = None
         return
     read = (p.query, p.key_pages, p.value_pages, p.key_scales, p.value_scales)
-    if any(x is not y for x, y in zip(read, given, strict=True)) or 0 in p.query.shape:
-        return  # each such call copies something
+    if any(x is not y for x, y in zip(read, given, strict=True)) or 0 in (
+        *p.query.shape,
+        *p.page_table.shape,
+    ):
+        return  # each such call copies something, or has nothing to attend
     plan = module.Plan(p)
     if plan.many is not None:
         return

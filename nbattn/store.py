@@ -10,7 +10,7 @@ import math
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
 from typing import Any
 
@@ -32,6 +32,7 @@ from .check_cache import (
 from .decode import Options, Pages, cache_problem, check_query, run, wide
 from .device import DeviceArray
 from .problem import INT4_GROUP, UNBOUNDED, AppendProblem, CacheProblem
+from .reader import Reader, end_at
 
 LINE = 64
 """Bytes of a cache line."""
@@ -62,7 +63,7 @@ class Places:
         self.reach = 0  # positions before a ring's end that recorded queries see
         self.recorded: Any = None  # `Places` of a graph's calls, where they are others
         self.writer: Any = None  # the plan of an append, which serves all layouts
-        self.readers: dict[Any, Callable[[Any, Any, Any, Any], Any] | None] = {}  # by layout
+        self.readers: dict[Any, Callable[..., Any] | None] = {}  # by layout
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the plans, which know the addresses of these arrays, for copies and pickles."""
@@ -273,7 +274,7 @@ class Store:
             if lengths is not None and layout is not None:
                 layout = layout, "lengths"
             if (known := places.readers.get(layout)) is not None:
-                result = known(query, out, given, lengths)
+                result = known(places, query, out, given, lengths)
                 if result is not None:
                     return result
         if self.is_on_gpu:
@@ -329,9 +330,11 @@ class Store:
             result, lse = map(device.given_back, (result, lse))
             return result if lse is None else AttentionOutput(result, None, lse)
         if lengths is not None:
-            _end_at(counts, result, lse)
-        if layout is not None and q.size <= PLAN_NUMBERS and check.kernel_view(q) is q:
-            self._remember(places, layout, module, problem, result, return_lse)
+            end_at(counts, result, lse)
+        is_small = q.size <= PLAN_NUMBERS and check.kernel_view(q) is q
+        if layout is not None and is_small and not self._is_first(places, layout):
+            reader = Reader(module, problem, result, return_lse, self._turn())
+            places.readers[layout] = reader.attend
         return result if lse is None else AttentionOutput(result, None, lse)
 
     def _remember_on_gpu(
@@ -368,7 +371,7 @@ class Store:
 
         repeated = device.repeated(run, result, result.shape)
 
-        def again(query: Any, out: Any, given: Any, lengths: Any) -> Any:
+        def again(places: Any, query: Any, out: Any, given: Any, lengths: Any) -> Any:
             """The output; None where this call is another."""
             return repeated(query)
 
@@ -386,57 +389,12 @@ class Store:
         query, mask, bias, out, slopes, sinks = self._placed(large, {"alibi_slopes": slopes, "sinks": sinks})
         return query, out, (mask, bias, *numbers, slopes, sinks)
 
-    def _remember(
-        self,
-        places: Places,
-        layout: Any,
-        module: ModuleType,
-        problem: CacheProblem,
-        result: NDArray[Any],
-        return_lse: bool,
-    ) -> None:
-        """Make calls of this layout short from the third on."""
-        if self._is_first(places, layout):
-            return
-        forward = module.Plan(problem).forward
-        held, queries, offset = places.lengths, problem.query.shape[2], problem.offset
-        every = np.array([queries])
-        left, compute, stored = problem.left, problem.compute, problem.query.dtype
-        shape, dtype = result.shape, result.dtype
-        # A ring holds all that its window's queries see unless they are many, or it went back.
-        is_long = places.ring and queries + left > places.ring
-        converts, rotate = dtype != stored, None
-        if self.frequencies is not None:
-            rotate = check.backend_module("append", self.backend).rotate
-
-        def again(query: NDArray[Any], out: Any, given: Any, lengths: Any) -> NDArray[Any] | AttentionOutput:
-            counts = every if lengths is None else check_counts(lengths, len(held), queries)
-            if out is not None:
-                arrays = (query, *given[-2:], *self.pages[:4])
-                check.check_out(out, shape, dtype, tuple(x for x in arrays if x is not None))
-            # Threads that attend at once write the same numbers here.
-            np.subtract(held, counts, offset)
-            if is_long or places.went_back:
-                check_held(places.starts, offset, left)
-            if converts:
-                query = query.astype(stored)
-            if rotate is not None:
-                turned = np.empty(query.shape, stored)
-                rotate(query, turned, offset, self.frequencies, self.interleaved)
-                query = turned
-            output = np.empty(shape, stored)
-            sums = np.empty(shape[:3], compute) if return_lse else None
-            forward(query, output, sums, min(places.longest, places.ring or places.longest))
-            if lengths is not None:
-                _end_at(counts, output, sums)
-            if out is not None:
-                out[...] = output
-                output = out
-            elif converts:
-                output = output.astype(dtype)
-            return output if sums is None else AttentionOutput(output, None, sums)
-
-        places.readers[layout] = again
+    def _turn(self) -> Callable[..., None] | None:
+        """What turns the queries of a rotary cache, on the host."""
+        if self.frequencies is None:
+            return None
+        module = check.backend_module("append", self.backend)
+        return partial(module.rotate, frequencies=self.frequencies, interleaved=self.interleaved)
 
     def _is_first(self, places: Places, layout: Any) -> bool:
         """Whether no call of this layout was seen; then it is from now on."""
@@ -463,16 +421,6 @@ class Store:
             return window_size
         left, right = check.check_window(window_size, is_causal=False)
         return min(left, self.window - 1), -1 if right == UNBOUNDED else right
-
-
-def _end_at(counts: NDArray[np.int64], output: NDArray[Any], lse: NDArray[Any] | None) -> None:
-    """Rows (B, Hq, Sq, ...) beyond so many of each sequence attend to nothing."""
-    queries = output.shape[2]
-    for b, count in enumerate(counts.tolist()):
-        if count < queries:
-            output[b, :, count:] = 0
-            if lse is not None:
-                lse[b, :, count:] = -np.inf
 
 
 def _by_row(array: Any) -> Any:

@@ -1,9 +1,11 @@
 """KVCache: random walks beside plain arrays that grow, turning positions, rings, and what bad calls leave."""
 
 import copy
+import gc
 import pickle
 import threading
 import tracemalloc
+import weakref
 
 import numpy as np
 import pytest
@@ -433,6 +435,41 @@ class TestAttend:
         [thread.join() for thread in threads]
         assert not wrong
 
+    @pytest.mark.parametrize("queries", [3, 20], ids=["few", "tiled"])
+    @pytest.mark.parametrize("backend", ["cpu", "reference"])
+    def test_threads_with_other_lengths(self, backend, queries, rng, monkeypatch):
+        """A thread comes in with other `lengths` when another's call has been checked."""
+        cache, *_ = filled("float32", [700, 9], backend)
+        query = normal(rng, (2, 8, queries, 32))
+        for lengths in ([1, 3], [1, 3], [3, 0]):
+            expected = cache.attend(query, lengths=lengths)
+        reader = next(iter(cache._places.readers.values())).__self__
+        forward = reader.forward
+
+        def late(*args, **options):
+            monkeypatch.setattr(reader, "forward", forward)
+            cache.attend(query, lengths=[1, 3])
+            forward(*args, **options)
+
+        monkeypatch.setattr(reader, "forward", late)
+        assert_same_bits(cache.attend(query, lengths=[3, 0]), expected)
+        assert reader.forward is forward
+
+    @pytest.mark.parametrize("storage", ["float32", "int8"])
+    def test_memory_goes_with_the_cache(self, storage, rng):
+        """It does not wait for the garbage collector, however often the cache was read."""
+        cache, *_ = filled(storage, [20, 9], None, rotary_base=100.0)
+        query = normal(rng, (2, 4, 1, 32))
+        for _ in range(4):
+            cache.attend(query), cache.attend(query, lengths=[1, 0])
+        held = [weakref.ref(x) for x in (cache._store.pages.key, cache._store.pages.value)]
+        gc.disable()
+        try:
+            del cache
+            assert [x() for x in held] == [None, None]
+        finally:
+            gc.enable()
+
 
 class TestStorage:
     @pytest.mark.parametrize(("storage", "bound"), [("int8", 1 / 254), ("int4", 1 / 8)])
@@ -557,7 +594,9 @@ class TestRing:
         from nbattn.cpu import decode
 
         seen, forward = [], decode.Plan.forward
-        monkeypatch.setattr(decode.Plan, "forward", lambda self, *a: seen.extend(a[3:]) or forward(self, *a))
+        monkeypatch.setattr(
+            decode.Plan, "forward", lambda self, *a, **o: seen.extend(a[3:]) or forward(self, *a, **o)
+        )
         cache = KVCache(1, 1, 10, 8, window=10)
         for _ in range(40):
             token = normal(rng, (1, 1, 1, 8))

@@ -156,9 +156,9 @@ class TestPagedAttention:
 
     @storages
     def test_many_queries(self, backend, storage, rng):
-        paged = Paged(rng, storage, (150, 20))
+        paged = Paged(rng, storage, (150, 20, 0))
         for queries in (15, 16, 17, 33, 70):
-            paged.check(backend, query_for(rng, storage, 2, queries=queries))
+            paged.check(backend, query_for(rng, storage, 3, queries=queries))
 
     @pytest.mark.isa
     @pytest.mark.parametrize("storage", ["bfloat16", "int8", "int4"])
@@ -194,6 +194,13 @@ class TestPagedAttention:
             assert output.shape == query.shape
             assert not output[np.array(lengths, int) == 0].any()
             assert (lse[np.array(lengths, int) == 0] == -np.inf).all()
+
+    def test_a_table_without_pages_again(self, rng):
+        """Nothing is attended from the third call on either."""
+        paged = Paged(rng, "float32", (0, 0))
+        paged.table = paged.table[:, :0]
+        for _ in range(4):
+            assert not paged.attend(query_for(rng, "float32", 2)).any()
 
     def test_strides(self, backend, rng):
         """Pages as (pages, page_size, heads, D), both in one array, every other page."""

@@ -20,6 +20,7 @@ from .chunks import CALL, CHUNK, PARAMETERS, PLACES, ROWS
 _WORDS = records.words_of(PARAMETERS)
 _CALL = struct.Struct(f"{len(CALL)}q")
 _CALL_BYTES = 8 * _WORDS[CALL[0]]
+_OFFSET = PLACES.index("offset")
 SERIAL_WORK, SHORT_WORK = 1 << 22, 1 << 19
 """Numbers read and multiplied, 60 us of them, below which a call is not worth waking a second thread; and
 8 us, below which it is not worth one that is awake.
@@ -130,15 +131,17 @@ class Plan:
         max_keys: int | None = None,
         pages: tuple[NDArray[Any], NDArray[Any]] | None = None,
         places: tuple[NDArray[Any] | None, ...] | None = None,
+        offset: NDArray[np.int64] | None = None,
     ) -> None:
         """Attend `query`; no sequence has more than `max_keys` keys (the problem's where None is given).
 
         `pages` are other keys and values of the problem's layout, `places` its other arrays in the order of
-        `PLACES`.
+        `PLACES`, and `offset` is another one of them alone.
         """
         if self.many is not None:
             keys = self.many.max_keys if max_keys is None else max_keys
-            attend_many(replace(self.many, query=query, max_keys=keys), out, lse)
+            offset = self.many.offset if offset is None else offset
+            attend_many(replace(self.many, query=query, max_keys=keys, offset=offset), out, lse)
             return
         keys = self.max_keys if max_keys is None else max_keys
         chunks = self._chunks(keys)
@@ -151,6 +154,11 @@ class Plan:
         partials = tasks * self.partial_bytes
         memory, start = runtime.scratch(partials + (helpers + 1) * self.workspace_bytes)
         address = runtime.address
+        where = self.places
+        if places is not None:
+            where = tuple(0 if x is None else address(x) for x in places)
+        elif offset is not None:
+            where = (*where[:_OFFSET], address(offset), *where[_OFFSET + 1 :])
         words: Any = self.words.copy()
         words[0] = tasks
         _CALL.pack_into(
@@ -160,10 +168,10 @@ class Plan:
             self.value if pages is None else address(pages[1]),
             # Towards the end nobody takes a second task that others could begin at once.
             chunks, tasks - 8 * (helpers + 1), start, start + partials,
-            *(self.places if places is None else (0 if x is None else address(x) for x in places)),
+            *where,
         )  # fmt: skip
         run = team.run_among_awake if helpers > 0 and work < SERIAL_WORK else team.run
-        run(self.kernel, words, helpers, (query, out, lse, pages, places, self, memory))
+        run(self.kernel, words, helpers, (query, out, lse, pages, places, offset, self, memory))
         runtime.keep(memory)
 
     def _chunks(self, keys: int) -> int:
@@ -284,7 +292,7 @@ def _gather(p: CacheProblem, b: int, start: int, stop: int) -> list[NDArray[Any]
 def _unpack(packed: NDArray[Any], scales: NDArray[Any]) -> NDArray[Any]:
     groups = packed.reshape(*scales.shape, INT4_GROUP // 2)
     numbers = np.concatenate((groups & 15, groups >> 4), axis=-1).astype(np.float32) - np.float32(8)
-    return (numbers * scales[..., None]).reshape(*packed.shape[:-1], -1)
+    return (numbers * scales[..., None]).reshape(*packed.shape[:-1], 2 * packed.shape[-1])
 
 
 # --- attention of few queries that keeps no cache -----------------------------------------------------------

@@ -49,10 +49,17 @@ class Plan:
         self.problem = problem
 
     def forward(
-        self, query: NDArray[Any], out: NDArray[Any], lse: NDArray[Any] | None, max_keys: int
+        self,
+        query: NDArray[Any],
+        out: NDArray[Any],
+        lse: NDArray[Any] | None,
+        max_keys: int,
+        offset: NDArray[np.int64] | None = None,
     ) -> None:
-        """Attend `query`; no sequence has more than `max_keys` keys."""
-        forward(dataclasses.replace(self.problem, query=query, max_keys=max_keys), out, lse)
+        """Attend `query`; no sequence has more than `max_keys` keys. `offset` is another one."""
+        offset = self.problem.offset if offset is None else offset
+        problem = dataclasses.replace(self.problem, query=query, max_keys=max_keys, offset=offset)
+        forward(problem, out, lse)
 
 
 def _gathered(

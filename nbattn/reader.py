@@ -1,0 +1,91 @@
+"""Attention over a cache that repeats an earlier call: only what may have changed is looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from . import check
+from .attention import AttentionOutput
+from .check_cache import check_counts, check_held
+from .problem import CacheProblem
+
+if TYPE_CHECKING:
+    from .store import Places
+
+
+class Reader:
+    """Calls of one layout over the sequences of some `Places`.
+
+    These keep their readers, and come with each call: if readers kept them, a cache's memory would wait for
+    the garbage collector.
+    """
+
+    def __init__(
+        self,
+        module: ModuleType,
+        problem: CacheProblem,
+        result: NDArray[Any],
+        return_lse: bool,
+        turn: Callable[[NDArray[Any], NDArray[Any], NDArray[np.int64]], None] | None,
+    ) -> None:
+        p = problem
+        self.forward = module.Plan(p).forward
+        self.offset = p.offset
+        self.memory = p.key_pages, p.value_pages, p.key_scales, p.value_scales
+        self.shape, self.dtype = result.shape, result.dtype
+        self.stored, self.compute = p.query.dtype, p.compute
+        self.queries, self.left = p.query.shape[2], p.left
+        self.every = np.array([self.queries])
+        # A ring holds all that its window's queries see unless they are many, or it went back.
+        self.is_long = p.ring > 0 and self.queries + p.left > p.ring
+        self.return_lse, self.turn = return_lse, turn
+
+    def attend(
+        self, places: Places, query: NDArray[Any], out: Any, given: tuple[Any, ...], lengths: ArrayLike | None
+    ) -> NDArray[Any] | AttentionOutput:
+        """As the cache's `attend`; `given` are its options, whose arrays `out` must not overlap."""
+        counts, offset = self.every, self.offset
+        if lengths is not None:
+            # Of this call alone: another thread's may have other lengths.
+            counts, offset = check_counts(lengths, len(places.lengths), self.queries), np.empty_like(offset)
+        if out is not None:
+            arrays = (query, *given[-2:], *self.memory)
+            check.check_out(out, self.shape, self.dtype, tuple(x for x in arrays if x is not None))
+        # Threads that attend at once write the same numbers here.
+        np.subtract(places.lengths, counts, offset)
+        if self.is_long or places.went_back:
+            check_held(places.starts, offset, self.left)
+        stored, shape, converts = self.stored, self.shape, self.dtype != self.stored
+        if converts:
+            query = query.astype(stored)
+        if self.turn is not None:
+            turned = np.empty(query.shape, stored)
+            self.turn(query, turned, offset)
+            query = turned
+        output = np.empty(shape, stored)
+        sums = np.empty(shape[:3], self.compute) if self.return_lse else None
+        keys = min(places.longest, places.ring or places.longest)
+        self.forward(query, output, sums, keys, offset=None if lengths is None else offset)
+        if lengths is not None:
+            end_at(counts, output, sums)
+        if out is not None:
+            out[...] = output
+            output = out
+        elif converts:
+            output = output.astype(self.dtype)
+        return output if sums is None else AttentionOutput(output, None, sums)
+
+
+def end_at(counts: NDArray[np.int64], output: NDArray[Any], lse: NDArray[Any] | None) -> None:
+    """Rows (B, Hq, Sq, ...) beyond so many of each sequence attend to nothing."""
+    queries = output.shape[2]
+    for b, count in enumerate(counts.tolist()):
+        if count < queries:
+            output[b, :, count:] = 0
+            if lse is not None:
+                lse[b, :, count:] = -np.inf
