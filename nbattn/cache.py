@@ -36,8 +36,8 @@ class KVCache:
         multiplies bytes, queries and weights are rounded to 16 bits, which hardly counts beside that.) "int4"
         keeps 4 bits and a float32 factor for each 32 numbers, and is off by at most 1/8, mostly under 1/16,
         of the largest of them; it needs head_dims that are multiples of 32. (There the same processors round
-        queries to 8 bits, by at most 1/254 of the largest of 32, and weights to 8, by less than 1/127 of the
-        largest of 64: 1 to 2 % of the output by itself.) In the Euclidean norm that makes the outputs of a
+        queries to 8 bits, by at most 1/254 of their largest, and weights to 8, by less than 1/127 of the
+        largest of 128: 1 to 2.5 % of the output by itself.) In the Euclidean norm that makes the outputs of a
         layer, token by token, wrong by 0.5 to 0.9 % ("int8") and 8 to 14 % ("int4") on glassllm's keys and
         values, where "bfloat16" makes 0.3 to 0.4 %; on 1200 tokens of SmolLM2-135M, whose attention is
         sharper, by 0.7 to 2.8 % and 9 to 36 %, where "bfloat16" makes 0.2 to 1.0 %.

@@ -63,15 +63,14 @@ def rounds(storage, backend, query, kv_heads):
 def as_multiplied(query, storage, backend, kv_heads):
     """The numbers that few queries (..., Hq, n, D) of a cache are multiplied as.
 
-    Where the processor multiplies bytes, those that meet int4 keys are rounded to 8 bits, 32 together as the
-    keys are.
+    Where the processor multiplies bytes, those that meet int4 keys are rounded to 8 bits.
     """
     if rounds(storage, backend, query, kv_heads) != "coarse":
         return query
-    groups = query.astype(np.float32).reshape(*query.shape[:-1], query.shape[-1] // 32, 32)
-    most = np.abs(groups).max(axis=-1, keepdims=True)
+    numbers = query.astype(np.float32)
+    most = np.abs(numbers).max(axis=-1, keepdims=True)
     steps = np.float32(127) / np.where(most == 0, np.float32(1), most)
-    return (np.rint(groups * steps) * (most / np.float32(127))).reshape(query.shape)
+    return np.rint(numbers * steps) * (most / np.float32(127))
 
 
 class Line:

@@ -1,7 +1,7 @@
 """Attention of few queries over long keys and values that lie in pages: one chunk of keys at a time.
 
 A task is one chunk of `CHUNK` keys for one block of query rows: those of all the query heads that share a
-key head, so each key and value is read from memory once. Within a chunk `KEYS` keys at a time are scored,
+key head, so each key and value is read from memory once. Within a chunk 64 or 128 keys at a time are scored,
 softened and added up; the chunk leaves its sums, and who finishes a block's last chunk merges them, in their
 order. Chunks count from a sequence's first key, whatever the batch or the number of threads.
 
@@ -79,22 +79,30 @@ class Scratch(NamedTuple):
     slope: int  # one vector a group each: of ALiBi,
     back: int  # the query's position from the sequence's start on, less the lane's place in a run
     q: int  # the queries, a group after the other
-    s: int  # scores, then weights: KEYS * rows of a vector, a group after the other
+    s: int  # scores, then weights: of a tile's keys * rows of a vector, a group after the other
     narrow: int  # weights of 16 bits, likewise
     wide: int  # widened keys, then values: together they would not fit the first-level cache
     aside: int  # values that are not finite
-    scales: int  # of a tile's keys, then values, of 4 bits, and weights for them, as `nibbles` has them
-    spread: int
+    most: int  # as `nibbles` has them: the largest scale of each of a tile's values of 4 bits,
+    scales: int  # scales of a tile's keys, then values,
+    units: int  # units of whole weights,
+    spread: int  # and these
 
 
 def scratch_bytes(storage: str, dtype: Any, head_dim: int, value_dim: int) -> int:
     """What `Scratch` takes; head dimensions are padded to whole vectors."""
     size = np.dtype(dtype).itemsize
     vectors = VECTORS * ROWS * emitters.REGISTER_BYTES
-    rows = ROWS * (head_dim * size + KEYS * (size + 2)) + LONG * (max(head_dim, value_dim) + value_dim) * size
+    tile = tile_keys(storage)
+    rows = ROWS * (head_dim * size + tile * (size + 2)) + LONG * (max(head_dim, value_dim) + value_dim) * size
     tables = TABLES * (CHUNK + LONG) * 8 + ROW_TABLES * ROWS * 8 + 2 * LONG * 8
     of_nibbles = nibbles.scratch_bytes(ROWS, head_dim, value_dim) if storage == "int4" else 0
     return tables + vectors + rows + of_nibbles
+
+
+def tile_keys(storage: str) -> int:
+    """Keys that several rows soften together."""
+    return nibbles.TILE if kinds.read_as(storage) == "nibbles" else KEYS
 
 
 def partial_bytes(dtype: Any, rows: int, value_dim: int) -> int:
@@ -111,7 +119,7 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
     outer = "float32" if int8 or int4 else storage  # of queries and outputs
     outer_bytes = 2 if outer in ("float16", "bfloat16") else size
     as_stored = storage in ("float32", "float64")
-    kind = kinds.read_as(storage)
+    kind, row_keys = kinds.read_as(storage), tile_keys(storage)
     parities, pairs = kind == "bfloat16", kind == "pairs"
     whole, in_fours = kinds.is_whole(kind), kinds.in_fours(kind)
     lanes = simd.lanes(dtype)
@@ -131,12 +139,12 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
     narrow = kinds.narrow_fours(outer) if in_fours else kinds.narrow_parities
     sum1, sum2, sum4 = (dots.across(number, n, lambda b, x, y: b.fadd(x, y)) for n in (1, 2, wide_rows))
     padded, filled, find, fetch_scales, widen, widen_query = lookup.build(jit, storage)
-    adjust, visible, place = seen.build(jit, storage, filled)
+    adjust, visible, place = seen.build(jit, storage, filled, row_keys)
     as_nibbles = kind == "nibbles"
     of_nibbles = nibbles.build(jit) if as_nibbles else nibbles.Nibbles(None, None, None, None)
     spread_weights = of_nibbles.spread_weights
     rows_together, in_place, set_up = rows.build(jit, storage, padded, widen_query, of_nibbles.round_queries)
-    scale_by, soften, round_weights = weights.build(jit, storage)
+    scale_by, soften, round_weights = weights.build(jit, storage, row_keys)
     all_finite, set_aside, add_visible, by_parity = aside.build(jit, storage, padded, widen, visible, place)
     if as_nibbles:
         score_stored, weigh_stored = of_nibbles.score, of_nibbles.weigh
@@ -145,7 +153,7 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
         weigh_stored = weigh_wide = sweeps.weigher(jit, number, kind, stored_bits, padded, in_place=True)
     if not as_stored:
         score_wide = sweeps.scorer(jit, number, "float32", stored_bits, padded, in_place=False)
-        weigh_wide = sweeps.weigher(jit, number, "float32", stored_bits, padded, in_place=False)
+        weigh_wide = sweeps.weigher(jit, number, "float32", stored_bits, padded, False, row_keys)
 
     @jit
     def scratch_at(p, w):
@@ -155,19 +163,20 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
         vector = ROWS * register
         q = vectors + VECTORS * vector + 16 * LONG
         s = q + ROWS * padded(p.head_dim) * size
-        narrow_at = s + ROWS * KEYS * size
-        wide = narrow_at + ROWS * KEYS * 2
+        narrow_at = s + ROWS * row_keys * size
+        wide = narrow_at + ROWS * row_keys * 2
         aside = wide + LONG * padded(max(p.head_dim, p.value_dim)) * size
-        scales = aside + LONG * padded(p.value_dim) * size
-        spread = (
-            scales + max(p.head_dim // 32, (p.value_dim + 127) // 128 * 4) * KEYS * 4
-        )  # as `nibbles` has it
+        most = aside + LONG * padded(p.value_dim) * size
+        scales = most + row_keys * 4
+        # As `nibbles` has it.
+        units = scales + max(p.head_dim // 32, (p.value_dim + 127) // 128 * 4) * row_keys * 4
+        spread = units + ROWS * nibbles.UNIT_BYTES
         wide_keys = vectors + VECTORS * vector
         wide_values = wide_keys + 8 * LONG
         return Scratch(w, w + table, w + 2 * table, w + 3 * table, wide_keys, wide_values,
                        rows, rows + 8 * ROWS, rows + 16 * ROWS, rows + 24 * ROWS, rows + 32 * ROWS,
                        vectors, vectors + 2 * vector, vectors + 3 * vector,
-                       q, s, narrow_at, wide, aside, scales, spread)  # fmt: skip
+                       q, s, narrow_at, wide, aside, most, scales, units, spread)  # fmt: skip
 
     @jit
     def reach(p, b, row0, rows):
@@ -184,7 +193,7 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
     def tile_of(p, together, rows):
         """How many keys are softened together."""
         is_alone = rows == 1 and together == 1 and not as_nibbles
-        return LONG if is_alone and in_place(p, 1) and p.value_dim % value_unit == 0 else KEYS
+        return LONG if is_alone and in_place(p, 1) and p.value_dim % value_unit == 0 else row_keys
 
     @jit
     def is_foreseen(p):

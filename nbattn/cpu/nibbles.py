@@ -1,16 +1,16 @@
 """Keys and values of 4 bits, multiplied as they lie where a processor multiplies bytes.
 
-Scores: lanes are 16 keys. Of 32 numbers at a time each key's 16 bytes are turned, so that a vector holds four
-bytes of each key; their lower and upper halves meet a row's queries, rounded to 8 bits, in one instruction
-each, and the eight sums become one float32, times what one of them is worth, times the keys' scales. Values:
-lanes are columns. Four keys' bytes stand side by side and meet four weights, whole numbers of 8 bits that
-hold the scale of 32 columns, too: once as they are and once without their upper halves, whose sum is a 16th
-of the difference. A key of 128 numbers takes 8 vector instructions and 3 for each row, its value 6 and 2 for
-each row, and its weights 3 for each row.
+Scores: lanes are 16 keys. Of 32 numbers at a time each key's 16 bytes are turned in registers, so that a
+vector holds four bytes of each key; their lower and upper halves meet a row's queries, rounded to 8 bits, in
+one instruction each, and the eight sums become one float32, times the keys' scales. Turning takes 24
+instructions beside the 64 products of eight rows, on other ports, and is done again for the next eight.
+Values: lanes are columns. Four keys' bytes stand side by side and meet four weights, whole numbers of 8 bits
+that hold the scale of 32 columns, too: once as they are and once without their upper halves, whose sum is a
+16th of the difference. A value of 128 numbers takes 6 vector instructions and 16 for eight rows, its weights
+8 for eight rows.
 
-What a byte of a query is worth is the largest of 32 / 127: it is off by a sixteenth of what such keys are. A
-whole weight is worth the row's largest of 64 keys, with their scales, / 127. It is rounded up or down by
-turns, so that the sum of many small ones is right.
+What a byte of a query is worth is its largest number / 127. A whole weight is worth the row's largest of 128
+keys, with their scales, / 127. It is rounded up or down by turns: so the sum of many small ones is right.
 """
 
 from __future__ import annotations
@@ -24,32 +24,33 @@ from numba.extending import intrinsic
 
 from ..problem import INT4_GROUP
 from . import dots, emitters, kinds, rounded, simd
-from .dots import KEYS
 from .emitters import I8, I32, I64, const, fma_value, load_at, load_value, pointer, splat_value, store_value
 from .kinds import LEAST
-from .rounded import WEIGHT_BYTES
+from .rounded import TILE, UNIT_BYTES, WEIGHT_BYTES
 
 LANES = 16
 LARGEST_QUERY = 127
 QUERY_BYTES = 64
 """Of 32 queries: those that the lower halves of 16 bytes meet, those that the upper halves meet, what 8 more
-in each number adds to their sums, and what one of these is worth."""
-TURNED = KEYS * 4
-"""Bytes between four bytes of a tile's keys and the next four."""
+in each number adds to their sums, and what one of the row's is worth. All rows' first 32 come first, then
+their next: so they lie at constant distances."""
 
 _whole = ir.VectorType(I32, LANES)
 _number = ir.VectorType(ir.FloatType(), LANES)
 
 
 def scratch_bytes(rows: int, head_dim: int, value_dim: int) -> int:
-    """Scales of a tile's keys or values, and weights of `rows`, each 32 columns after the other."""
+    """Scales of a tile's keys or values, the largest of each value, and weights of `rows` with their units,
+    each 32 columns after the other.
+    """
     fours = -(-value_dim // (4 * INT4_GROUP))
-    return scales_bytes(head_dim, value_dim) + fours * (rows * WEIGHT_BYTES + 16)
+    scales = scales_bytes(head_dim, value_dim) + TILE * 4
+    return scales + rows * UNIT_BYTES + fours * rows * WEIGHT_BYTES
 
 
 def scales_bytes(head_dim: int, value_dim: int) -> int:
     """Of a tile's scales, those of values filled up to four times 32 columns."""
-    return max(head_dim // INT4_GROUP, -(-value_dim // (4 * INT4_GROUP)) * 4) * KEYS * 4
+    return max(head_dim // INT4_GROUP, -(-value_dim // (4 * INT4_GROUP)) * 4) * TILE * 4
 
 
 def _splat_at(b: Any, address: Any, shift: int, t: Any) -> Any:
@@ -83,87 +84,53 @@ def _halves(b: Any, x: Any, mask: int) -> list[Any]:
     return [b.and_(x, const(_whole, mask)), b.and_(b.lshr(x, const(_whole, 4)), const(_whole, mask))]
 
 
-@intrinsic
-def _turn_keys(typingctx: Any, table: Any, target: Any, steps: Any) -> Any:
-    """16 keys, of `steps` times 32 numbers -> for each 32 four vectors, `TURNED` bytes apart, of four bytes
-    of each key.
-    """
+def _scores_tile(rows: int, asks: bool) -> Any:
+    """``tile(table, scales, wanted, wanted_bytes, q, q_step, s, s_row, steps)``: scores of 16 keys, whose
+    addresses the table holds, of `steps` times 32 numbers; those of queries are `q_step` bytes apart.
 
-    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        table, target, steps = args
-        four = ir.VectorType(I32, 4)
-
-        def step(state: list[Any], k: Any) -> list[Any]:
-            keys = []
-            shift = b.mul(k, const(I64, 16))
-            for i in range(LANES):
-                at = b.add(load_at(b, table, 8 * i, I64), shift)
-                keys.append(load_value(b, pointer(b, at, four)))
-            at = b.add(target, b.mul(k, const(I64, 4 * TURNED)))
-            for i, x in enumerate(_turn(b, keys)):
-                store_value(b, x, pointer(b, b.add(at, const(I64, TURNED * i)), _whole))
-            return state
-
-        emitters.loop_values(b, steps, [], step)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 3), codegen
-
-
-def _scores_tile(rows: int, blocks: int, asks: bool) -> Any:
-    """``tile(keys, scales, wanted, wanted_bytes, q, q_row, s, s_row, steps)``: scores of so many times 16
-    keys, which `_turn_keys` has turned.
-
-    `scales` are the keys' of the first 32 numbers, those of the next `KEYS` behind them. If it
-    `asks`, then for `wanted`, as many other rows of so many bytes.
+    `scales` are the keys' of the first 32 numbers, those of the next `TILE` behind them. If it `asks`, then
+    for `wanted`, as many other rows of so many bytes.
     """
 
     @intrinsic
     def tile(
-        typingctx: Any, keys: Any, scales: Any, wanted: Any, wanted_bytes: Any, q: Any, q_row: Any, s: Any,
+        typingctx: Any, table: Any, scales: Any, wanted: Any, wanted_bytes: Any, q: Any, q_step: Any, s: Any,
         s_row: Any, steps: Any,
     ) -> Any:  # fmt: skip
         def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-            keys, scales, wanted, wanted_bytes, q, q_row, s, s_row, steps = args
-            last = b.add(wanted, const(I64, 8 * (LANES * blocks - 1)))
+            table, scales, wanted, wanted_bytes, q, q_step, s, s_row, steps = args
+            last = b.add(wanted, const(I64, 8 * (LANES - 1)))
+            four = ir.VectorType(I32, 4)
 
             def step(sums: list[Any], k: Any) -> list[Any]:
                 other = dots._Wanted(sums[0], sums[1], wanted_bytes, last, 4)
                 sums = sums[2:]
-                at = b.add(q, b.mul(k, const(I64, QUERY_BYTES)))
-                queries = [b.add(at, b.mul(q_row, const(I64, r))) for r in range(rows)]
-                totals = [[_splat_at(b, x, 32, _whole)] * blocks for x in queries]
-                turned = b.add(keys, b.mul(k, const(I64, 4 * TURNED)))
-                for i in range(4):
-                    numbers = [
-                        _halves(b, load_at(b, turned, TURNED * i + 64 * j, _whole), 0x0F0F0F0F)
-                        for j in range(blocks)
-                    ]
-                    for half in range(2):
+                at = b.add(q, b.mul(k, q_step))
+                totals = [_splat_at(b, at, QUERY_BYTES * r + 32, _whole) for r in range(rows)]
+                shift = b.mul(k, const(I64, 16))
+                keys = [
+                    load_at(b, b.add(load_at(b, table, 8 * i, I64), shift), 0, four) for i in range(LANES)
+                ]
+                for i, turned in enumerate(_turn(b, keys)):
+                    for half, x in enumerate(_halves(b, turned, 0x0F0F0F0F)):
                         if asks:
-                            other.ask_by_turns(b, 16 * LANES * blocks, 2 * i + half, 8)
+                            other.ask_by_turns(b, 16 * LANES, 2 * i + half, 8)
                         for r in range(rows):
-                            y = _splat_at(b, queries[r], 16 * half + 4 * i, _whole)
-                            totals[r] = [
-                                kinds._dot(b, "vpdpbusd", total, x[half], y)
-                                for total, x in zip(totals[r], numbers, strict=True)
-                            ]
-                at = b.add(scales, b.mul(k, const(I64, 4 * KEYS)))
-                scale = [load_at(b, at, 64 * j, _number) for j in range(blocks)]
-                grown: list[Any] = []
-                for r in range(rows):
-                    worth = _splat_at(b, queries[r], 36, _number)
-                    for j in range(blocks):
-                        y = b.fmul(b.sitofp(totals[r][j], _number), worth)
-                        grown.append(fma_value(b, y, scale[j], sums[len(grown)]))
+                            y = _splat_at(b, at, QUERY_BYTES * r + 16 * half + 4 * i, _whole)
+                            totals[r] = kinds._dot(b, "vpdpbusd", totals[r], x, y)
+                scale = load_at(b, b.add(scales, b.mul(k, const(I64, 4 * TILE))), 0, _number)
+                grown = [
+                    fma_value(b, b.sitofp(total, _number), scale, x)
+                    for total, x in zip(totals, sums, strict=True)
+                ]
                 return [other.row, other.shift, *grown]
 
-            first = [wanted, const(I64, 0), *[const(_number, 0.0)] * (rows * blocks)]
+            first = [wanted, const(I64, 0), *[const(_number, 0.0)] * rows]
             sums = emitters.loop_values(b, steps, first, step)[2:]
-            for r in range(rows):
-                for j in range(blocks):
-                    at = b.add(s, b.add(b.mul(s_row, const(I64, r)), const(I64, 64 * j)))
-                    store_value(b, sums[r * blocks + j], pointer(b, at, _number))
+            for r, x in enumerate(sums):
+                worth = _splat_at(b, q, QUERY_BYTES * r + 36, _number)
+                at = b.add(s, b.mul(s_row, const(I64, r)))
+                store_value(b, b.fmul(x, worth), pointer(b, at, _number))
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 9), codegen
@@ -198,11 +165,7 @@ def _values_tile(rows: int, spans: int) -> Any:
                 other = dots._Wanted(sums[0], sums[1], wanted_bytes, last, 4)
                 grown = sums[2:]
                 here = b.add(table, b.mul(k, const(I64, 32)))
-                # Where `rounded.round_row` leaves the weights of these four keys.
-                shift = b.or_(
-                    b.shl(b.and_(k, const(I64, 3)), const(I64, 4)),
-                    b.and_(k, const(I64, ~3 & (KEYS // 4 - 1))),
-                )
+                shift = b.mul(k, const(I64, 4))
                 keys = []
                 for i in range(4):
                     keys.append(b.add(load_at(b, here, 8 * i, I64), column))
@@ -213,7 +176,7 @@ def _values_tile(rows: int, spans: int) -> Any:
                     both = b.bitcast(kinds.shuffle(b, four, four, order), _whole)
                     low = b.and_(both, const(_whole, 0x0F0F0F0F))
                     for r in range(rows):
-                        weight = _splat_at(b, b.add(weights[r], shift), 64 * u, _whole)
+                        weight = _splat_at(b, b.add(weights[r], shift), TILE * u, _whole)
                         for i, x in enumerate((low, both)):
                             n = (r * spans + u) * 2 + i
                             grown[n] = kinds._dot(b, "vpdpbusd", grown[n], x, weight)
@@ -247,7 +210,7 @@ def _values_tile(rows: int, spans: int) -> Any:
 
 def _gather(count: int) -> Any:
     """``gather(table, next_, shift, target)``: of the 16 addresses in a table so many float32 each, `shift`
-    bytes behind, a vector of each, `KEYS` apart. Asks for what lies at the 16 `next_` addresses.
+    bytes behind, a vector of each, `TILE` apart. Asks for what lies at the 16 `next_` addresses.
     """
 
     @intrinsic
@@ -270,7 +233,7 @@ def _gather(count: int) -> Any:
             else:
                 columns = _turn(b, rows)
             for c, x in enumerate(columns):
-                store_value(b, x, pointer(b, b.add(target, const(I64, c * KEYS * 4)), _number))
+                store_value(b, x, pointer(b, b.add(target, const(I64, c * TILE * 4)), _number))
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 4), codegen
@@ -282,7 +245,7 @@ class Nibbles(NamedTuple):
     """The compiled functions of this file; `p` is the call's parameters, `w` a thread's `chunks.Scratch`."""
 
     round_queries: Any
-    """``round_queries(columns, x, target)``, a row of float32."""
+    """``round_queries(columns, x, target, step)``, a row of float32: each 32 numbers so many bytes apart."""
     score: Any
     """As `sweeps.scorer` makes it."""
     spread_weights: Any
@@ -298,27 +261,31 @@ def build(jit: Any) -> Nibbles:
     put_int32 = simd.scalars(types.int32)[1]
     put_byte = kinds.put_whole(8)
     add, mul, fma, greater, splat = simd.add, simd.mul, simd.fma, simd.greater, simd.splat
-    score1, score2, score4 = (_scores_tile(n, 2, asks=True) for n in (1, 2, 4))
-    score4_more = _scores_tile(4, 2, asks=False)
-    turn_keys = _turn_keys
+    score1, score2, score4, score8 = (_scores_tile(n, asks=True) for n in (1, 2, 4, 8))
+    score4_more, score8_more = (_scores_tile(n, asks=False) for n in (4, 8))
     weigh8, weigh4, weigh2, weigh1 = (_values_tile(*n) for n in ((8, 1), (4, 2), (2, 4), (1, 4)))
     weigh4_few, weigh2_few, weigh1_few = (_values_tile(n, 1) for n in (4, 2, 1))
     gather1, gather4 = _gather(1), _gather(4)
 
     @jit
-    def round_queries(columns, x, target):
+    def round_queries(columns, x, target, step):
         zero = splat(dtype(0))
+        largest, broken = zero, zero
+        for c in range(0, columns, 16):
+            y = load(x + c * 4)
+            largest = greater(simd.absolute(y), largest)
+            broken = fma(y, zero, broken)
+        top = dots.lowest_lane(simd.across_max(largest))
+        worth = top / dtype(LARGEST_QUERY) + dots.lowest_lane(simd.across_sum(broken))
+        inverse = splat(dtype(LARGEST_QUERY) / top if top > dtype(LEAST) else dtype(0))
         for c in range(0, columns, 32):
             y, z = load(x + c * 4), load(x + c * 4 + 64)
-            top = dots.lowest_lane(simd.across_max(greater(simd.absolute(y), simd.absolute(z))))
-            broken = dots.lowest_lane(simd.across_sum(fma(z, zero, mul(y, zero))))
-            inverse = splat(dtype(LARGEST_QUERY) / top if top > dtype(LEAST) else dtype(0))
             y, z = simd.round_near(mul(y, inverse)), simd.round_near(mul(z, inverse))
-            t = target + c * 2
+            t = target + c // 32 * step
             put_byte(t, y)
             put_byte(t + 16, z)
             put_int32(t + 32, np.int32(-8) * np.int32(dots.lowest_lane(simd.across_sum(add(y, z)))))
-            put(t + 36, top / dtype(LARGEST_QUERY) + broken)
+            put(t + 36, worth)
 
     @jit
     def gather(table, target, keys, count):
@@ -326,57 +293,74 @@ def build(jit: Any) -> Nibbles:
         for j in range(0, keys, 16):
             t, here, c = target + j * 4, table + 8 * j, 0
             while c + 4 <= count:
-                gather4(here, here + 8 * KEYS, c * 4, t + c * KEYS * 4)
+                gather4(here, here + 8 * TILE, c * 4, t + c * TILE * 4)
                 c += 4
             while c < count:
-                gather1(here, here + 8 * KEYS, c * 4, t + c * KEYS * 4)
+                gather1(here, here + 8 * TILE, c * 4, t + c * TILE * 4)
                 c += 1
 
     @jit
     def score(p, w, table, scales, ahead, ahead_bytes, keys, groups, together):
         steps = p.head_dim // 32
         gather(scales, w.scales, keys, steps)
-        q_row, s_row = p.head_dim * 2, KEYS * 4
-        for half in range(0, keys, 32):  # the last one's second 16 keys may be none
-            for j in range(half, min(half + 32, keys), 16):
-                turn_keys(table + 8 * j, w.wide + 4 * j, steps)
-            k, f, v, t = w.wide + 4 * half, w.scales + 4 * half, ahead + 8 * half, w.s + 4 * half
+        q_step, s_row = QUERY_BYTES * groups, TILE * 4
+        for j in range(0, keys, 16):
+            k, f, v, t = table + 8 * j, w.scales + 4 * j, ahead + 8 * j, w.s + 4 * j
             r = 0
             while r < groups:
-                q, s, left = w.q + r * q_row, t + r * s_row, groups - r
-                if left >= 4 and r > 0:
-                    score4_more(k, f, v, ahead_bytes, q, q_row, s, s_row, steps)
+                q, s, left = w.q + r * QUERY_BYTES, t + r * s_row, groups - r
+                if left >= 8 and r > 0:
+                    score8_more(k, f, v, ahead_bytes, q, q_step, s, s_row, steps)
+                elif left >= 8:
+                    score8(k, f, v, ahead_bytes, q, q_step, s, s_row, steps)
+                elif left >= 4 and r > 0:
+                    score4_more(k, f, v, ahead_bytes, q, q_step, s, s_row, steps)
                 elif left >= 4:
-                    score4(k, f, v, ahead_bytes, q, q_row, s, s_row, steps)
+                    score4(k, f, v, ahead_bytes, q, q_step, s, s_row, steps)
                 elif left >= 2:
-                    score2(k, f, v, ahead_bytes, q, q_row, s, s_row, steps)
+                    score2(k, f, v, ahead_bytes, q, q_step, s, s_row, steps)
                 else:
-                    score1(k, f, v, ahead_bytes, q, q_row, s, s_row, steps)
-                r += 4 if left >= 4 else 2 if left >= 2 else 1
+                    score1(k, f, v, ahead_bytes, q, q_step, s, s_row, steps)
+                r += 8 if left >= 8 else 4 if left >= 4 else 2 if left >= 2 else 1
 
     @jit
     def spread_weights(p, w, table, keys, rows):
         spans, zero = p.value_dim // 32, splat(dtype(0))
         gather(table, w.scales, keys, spans)
-        fours = (spans + 3) // 4
-        for t in range(w.scales + spans * KEYS * 4, w.scales + fours * 4 * KEYS * 4, 64):
-            store(t, zero)
-        if keys < KEYS:
-            for t in range(w.scales, w.scales + spans * KEYS * 4, KEYS * 4):
-                for j in range(keys * 4, KEYS * 4, 64):
-                    store(t + j, zero)
-            for t in range(w.s, w.s + rows * KEYS * 4, KEYS * 4):
-                for j in range(keys * 4, KEYS * 4, 64):
-                    store(t + j, zero)
-        t, broken = w.spread, w.spread + fours * rows * WEIGHT_BYTES
-        for c in range(0, 4 * fours):
-            x = zero
-            for j in range(w.scales + c * KEYS * 4, w.scales + (c + 1) * KEYS * 4, 64):
-                x = fma(load(j), zero, x)
-            put(broken + c * 4, dots.lowest_lane(simd.across_sum(x)))
+        fours, filled = (spans + 3) // 4, (keys + 63) // 64 * 64
+        for t in range(w.scales + spans * TILE * 4, w.scales + fours * 4 * TILE * 4, TILE * 4):
+            for j in range(0, filled * 4, 64):
+                store(t + j, zero)
+        for t in range(w.scales, w.scales + spans * TILE * 4, TILE * 4):
+            for j in range(keys * 4, filled * 4, 64):
+                store(t + j, zero)
+        for t in range(w.s, w.s + rows * TILE * 4, TILE * 4):
+            for j in range(keys * 4, filled * 4, 64):
+                store(t + j, zero)
+        broken = zero
+        for j in range(0, filled * 4, 64):
+            most = zero
+            for t in range(w.scales + j, w.scales + j + spans * TILE * 4, TILE * 4):
+                x = load(t)
+                most = greater(simd.absolute(x), most)
+                broken = fma(x, zero, broken)
+            store(w.most + j, most)
+        lost = dots.lowest_lane(simd.across_sum(broken))
+        r = 0
+        while r < rows:
+            s, t = w.s + r * TILE * 4, w.units + r * UNIT_BYTES
+            if rows - r >= 4:
+                rounded.units4(s, TILE * 4, w.most, lost, t, keys // 16)
+                r += 4
+            else:
+                rounded.units1(s, TILE * 4, w.most, lost, t, keys // 16)
+                r += 1
+        t = w.spread
         for c in range(fours):
             for r in range(rows):
-                rounded.round_row(w.s + r * KEYS * 4, w.scales + c * 4 * KEYS * 4, broken + c * 16, t)
+                rounded.round_row(
+                    w.s + r * TILE * 4, w.scales + c * 4 * TILE * 4, w.units + r * UNIT_BYTES, t, filled // 64
+                )
                 t += WEIGHT_BYTES
 
     @jit
@@ -388,8 +372,8 @@ def build(jit: Any) -> Nibbles:
             left, u = groups - r, 0
             o, f = state + 2 * groups * 64 + r * o_row, w.factor + 2 * r * 64
             while u < spans:
-                behind = w.spread + (u // 4 * groups + r) * row + u % 4 * 4 + KEYS * 4
-                a, t, c = behind + u % 4 * (KEYS - 4) - KEYS * 4, o + u * 128, u * 16
+                behind = w.spread + (u // 4 * groups + r) * row + u % 4 * 4 + TILE * 4
+                a, t, c = behind + u % 4 * (TILE - 4) - TILE * 4, o + u * 128, u * 16
                 begin, n = c * keys if r == 0 else keys * width, 1
                 if left >= 8:
                     weigh8(table, wanted, width, last, begin, c, a, row, behind, t, o_row, f, fours)

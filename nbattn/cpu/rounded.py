@@ -1,8 +1,11 @@
-"""A row's weights for 64 values of 4 bits, with the values' scales, as bytes that a processor multiplies.
+"""A row's weights for values of 4 bits, with the values' scales, as bytes that a processor multiplies.
 
-A whole weight is worth the largest of the row's 64 weights times scales of 32 columns, / 127. Each is rounded
-up or down by turns: rounded to the nearest, weights under a 254th of the largest would all be lost, and 63 of
-them may add up to a quarter of it. A weight of 0 stays 0.
+A whole weight is worth the largest of the row's weights in a tile, times the largest scale of its value,
+/ 127. Each is rounded up or down by turns: rounded to the nearest, weights under a 254th of the largest would
+all be lost, and a tile of them may add up to half of it. A weight of 0 stays 0.
+
+One instruction multiplies a weight by its scale and rounds it: added to 3 * 2**14, a float32 is a multiple of
+1/256, and has the whole number, rounded down, in its second byte.
 """
 
 from __future__ import annotations
@@ -16,24 +19,30 @@ from numba.extending import intrinsic
 
 from . import emitters, kinds
 from .dots import KEYS
-from .emitters import I16, I32, I64, const, fma_value, load_at, pointer, store_value
+from .emitters import I8, I32, I64, const, fma_value, load_at, pointer, splat_value, store_value
 from .kinds import LEAST
 
 LANES = 16
+TILE = 2 * KEYS
+"""Keys that are softened and weighed together: what is done once for a row and a tile counts half as much."""
 LARGEST_BYTE = 127
-WEIGHT_BYTES = 4 * KEYS + 64
+WEIGHT_BYTES = 4 * TILE + 64
 """Of a row's weights for four times 32 columns; behind them, what 8 more in each number adds, and what one is
 worth."""
-DITHER = [(int(f"{j:06b}"[::-1], 2) + 0.5) / KEYS - 0.5 for j in range(KEYS)]
-"""What is added to a tile's weights before they are rounded, so that errors cancel: of 64 equal ones that are
+UNIT_BYTES = 8
+"""Of what a row's weights are multiplied with, and what a whole one is worth."""
+DITHER = [(int(f"{j:06b}"[::-1], 2) + 0.5) / 64 for j in range(64)]
+"""What is added to 64 weights before they are rounded down, so that errors cancel: of 64 equal ones that are
 0.3 of a whole number, 19 become 1."""
+POINT = 3.0 * 2**14
 
 _whole = ir.VectorType(I32, LANES)
 _number = ir.VectorType(ir.FloatType(), LANES)
+_bytes = ir.VectorType(I8, 4 * LANES)
 
 
 def _across_lanes(b: Any, vectors: list[Any], emit: Any) -> Any:
-    """What joins the lanes of each of four vectors, in the lanes of every 128 bits."""
+    """What joins the lanes of each of four vectors, or of one, in the lanes of every 128 bits."""
     low, high = (
         [n + c for n in range(0, LANES, 4) for c in (i, i + LANES, i + 1, i + 1 + LANES)] for i in (0, 2)
     )
@@ -41,75 +50,107 @@ def _across_lanes(b: Any, vectors: list[Any], emit: Any) -> Any:
     def halved(x: Any, y: Any) -> Any:
         return emit(b, kinds.shuffle(b, x, y, low), kinds.shuffle(b, x, y, high))
 
-    x = halved(halved(vectors[0], vectors[2]), halved(vectors[1], vectors[3]))
-    for distance in (8, 4):
+    distances = (8, 4) if len(vectors) == 4 else (8, 4, 2, 1)
+    x = vectors[0]
+    if len(vectors) == 4:
+        x = halved(halved(vectors[0], vectors[2]), halved(vectors[1], vectors[3]))
+    for distance in distances:
         x = emit(b, x, kinds.shuffle(b, x, x, [c ^ distance for c in range(LANES)]))
     return x
 
 
-@intrinsic
-def round_row(typingctx: Any, weights: Any, scales: Any, broken: Any, target: Any) -> Any:
-    """A row's weights for a tile's values, times the scales of four times 32 columns -> bytes.
+def _units(rows: int) -> Any:
+    """``units(weights, row_bytes, scales, broken, target, blocks)``: of one row or four, what weights are
+    multiplied with to be at most 127 with these scales, and what one is worth then, `UNIT_BYTES` a row.
 
-    At `target` come 64 bytes for each 32 columns: in each 16 bytes lie 4 keys of the first 16, of the next 16
-    and so on. Behind all of them is what 8 more in each value adds to the sums of each 32 columns, then what
-    one of their whole weights is worth, to which the number at `broken` is added.
+    There are 16 times `blocks` weights. `broken`, 0 or NaN, is added to what one is worth.
+    """
+
+    @intrinsic
+    def units(
+        typingctx: Any, weights: Any, row_bytes: Any, scales: Any, broken: Any, target: Any, blocks: Any
+    ) -> Any:
+        def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+            weights, row_bytes, scales, broken, target, blocks = args
+            four = ir.VectorType(ir.FloatType(), 4)
+            addresses = [b.add(weights, b.mul(row_bytes, const(I64, r))) for r in range(rows)]
+
+            def block(tops: list[Any], k: Any) -> list[Any]:
+                shift = b.mul(k, const(I64, 64))
+                scale = load_at(b, b.add(scales, shift), 0, _number)
+                products = (b.fmul(load_at(b, b.add(a, shift), 0, _number), scale) for a in addresses)
+                return [emitters.greater_value(b, x, top) for x, top in zip(products, tops, strict=True)]
+
+            tops = emitters.loop_values(b, blocks, [const(_number, LEAST)] * rows, block)
+            top = _across_lanes(b, tops, emitters.greater_value)
+            top = kinds.shuffle(b, top, top, [0, 1, 2, 3])
+            inverse = b.fdiv(const(four, float(LARGEST_BYTE)), top)
+            worth = b.fmul(top, const(four, 1 / LARGEST_BYTE))
+            worth = b.fadd(worth, splat_value(b, four, broken))
+            both = kinds.shuffle(b, inverse, worth, [c + 4 * i for c in range(rows) for i in (0, 1)])
+            store_value(b, both, pointer(b, target, both.type))
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, types.int64, types.float32, *[types.int64] * 2), codegen
+
+    return units
+
+
+units1, units4 = _units(1), _units(4)
+
+
+@intrinsic
+def round_row(typingctx: Any, weights: Any, scales: Any, unit: Any, target: Any, blocks: Any) -> Any:
+    """A row's weights for 64 times `blocks` values, times the scales of four times 32 columns -> bytes.
+
+    `unit` is the row's of `units1` or `units4`. At `target` come `TILE` bytes for each 32 columns, behind all
+    of them what 8 more in each value adds to the sums of each 32 columns, and what one of their whole weights
+    is worth.
     """
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        weights, scales, broken, target = args
-        four = ir.VectorType(ir.FloatType(), 4)
-        w = [load_at(b, weights, 64 * v, _number) for v in range(KEYS // LANES)]
-        products = [
-            [b.fmul(x, load_at(b, scales, KEYS * 4 * i + 64 * v, _number)) for v, x in enumerate(w)]
-            for i in range(4)
+        weights, scales, unit, target, blocks = args
+        factor, worth = (splat_value(b, _number, load_at(b, unit, 4 * i, ir.FloatType())) for i in (0, 1))
+        dither = [
+            ir.Constant(_number, [POINT + x for x in DITHER[v : v + LANES]]) for v in range(0, 64, LANES)
         ]
+        # The second bytes of two vectors' numbers.
+        order = ir.Constant(_bytes, [4 * i + 1 for i in range(2 * LANES)] * 2)
+        eights = const(_whole, 0x08080808)
 
-        def size(x: Any) -> Any:
-            return b.bitcast(b.and_(b.bitcast(x, _whole), const(_whole, 0x7FFFFFFF)), _number)
+        def block(sums: list[Any], k: Any) -> list[Any]:
+            here = b.mul(k, const(I64, 4 * 64))
+            at = b.add(weights, here)
+            w = [b.fmul(load_at(b, at, 4 * v, _number), factor) for v in range(0, 64, LANES)]
+            result = []
+            for i, total in enumerate(sums):
+                at = b.add(scales, here)
+                words = [
+                    fma_value(b, x, load_at(b, at, TILE * 4 * i + 4 * LANES * v, _number), dither[v])
+                    for v, x in enumerate(w)
+                ]
+                halves = [_look_up(b, x, y, order) for x, y in (words[:2], words[2:])]
+                low, high = (kinds.shuffle(b, x, x, list(range(2 * LANES))) for x in halves)
+                numbers = kinds.shuffle(b, low, high, list(range(4 * LANES)))
+                place = b.add(target, b.mul(k, const(I64, 64)))
+                store_value(b, numbers, pointer(b, b.add(place, const(I64, TILE * i)), numbers.type))
+                result.append(kinds._dot(b, "vpdpbusd", total, eights, b.bitcast(numbers, _whole)))
+            return result
 
-        tops = []
-        for row in products:
-            x, y, z, u = (size(x) for x in row)
-            tops.append(
-                emitters.greater_value(b, emitters.greater_value(b, x, y), emitters.greater_value(b, z, u))
-            )
-        top = _across_lanes(b, tops, emitters.greater_value)
-        top = emitters.greater_value(b, kinds.shuffle(b, top, top, [0, 1, 2, 3]), const(four, LEAST))
-        inverse = b.fdiv(const(four, float(LARGEST_BYTE)), top)
-        worth = b.fadd(b.fmul(top, const(four, 1 / LARGEST_BYTE)), load_at(b, broken, 0, four))
-        store_value(b, worth, pointer(b, b.add(target, const(I64, 4 * KEYS + 16)), four))
-        sums = []
-        for i, row in enumerate(products):
-            factor = kinds.shuffle(b, inverse, inverse, [i] * LANES)
-            words = [
-                _nearest(
-                    b, fma_value(b, x, factor, ir.Constant(_number, DITHER[LANES * v : LANES * (v + 1)]))
-                )
-                for v, x in enumerate(row)
-            ]
-            halves = [_pack(b, "packssdw", x, y) for x, y in (words[:2], words[2:])]
-            numbers = _pack(b, "packsswb", *halves)
-            store_value(b, numbers, pointer(b, b.add(target, const(I64, KEYS * i)), numbers.type))
-            eights = const(_whole, 0x08080808)
-            sums.append(kinds._dot(b, "vpdpbusd", const(_whole, 0), eights, b.bitcast(numbers, _whole)))
+        sums = emitters.loop_values(b, blocks, [const(_whole, 0)] * 4, block)
         total = _across_lanes(b, sums, lambda b, x, y: b.add(x, y))
         total = kinds.shuffle(b, total, total, [0, 1, 2, 3])
-        store_value(b, b.neg(total), pointer(b, b.add(target, const(I64, 4 * KEYS)), total.type))
+        store_value(b, b.neg(total), pointer(b, b.add(target, const(I64, 4 * TILE)), total.type))
+        worth = kinds.shuffle(b, worth, worth, [0, 1, 2, 3])
+        store_value(b, worth, pointer(b, b.add(target, const(I64, 4 * TILE + 16)), worth.type))
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 4), codegen
+    return types.void(*[types.int64] * 5), codegen
 
 
-def _nearest(b: Any, x: Any) -> Any:
-    """Numbers -> the nearest whole ones."""
-    t = ir.FunctionType(_whole, [_number, _whole, I16, I32])
-    fn = cgutils.get_or_insert_function(b.module, t, "llvm.x86.avx512.mask.cvtps2dq.512")
-    return b.call(fn, [x, const(_whole, 0), const(I16, -1), const(I32, 4)])
-
-
-def _pack(b: Any, name: str, x: Any, y: Any) -> Any:
-    """Two vectors of whole numbers as one of half their bits, in each 128 bits first those of x."""
-    narrow = ir.IntType(x.type.element.width // 2)
-    t = ir.FunctionType(ir.VectorType(narrow, 2 * x.type.count), [x.type] * 2)
-    return b.call(cgutils.get_or_insert_function(b.module, t, f"llvm.x86.avx512.{name}.512"), [x, y])
+def _look_up(b: Any, x: Any, y: Any, order: Any) -> Any:
+    """Those bytes of two vectors that the order says."""
+    x, y = b.bitcast(x, _bytes), b.bitcast(y, _bytes)
+    t = ir.FunctionType(_bytes, [_bytes] * 3)
+    fn = cgutils.get_or_insert_function(b.module, t, "llvm.x86.avx512.vpermi2var.qi.512")
+    return b.call(fn, [x, order, y])

@@ -9,6 +9,7 @@ from numba import types
 
 from . import dots, emitters, kinds, simd
 from .kinds import LARGEST_QUERY, LEAST
+from .nibbles import QUERY_BYTES
 
 
 def build(
@@ -128,7 +129,7 @@ def build(
                 continue
             widen_query(a, p.head_dim, w.wide)
             if nibbles:
-                round_queries(p.head_dim, w.wide, w.q + r * p.head_dim * 2)
+                round_queries(p.head_dim, w.wide, w.q + r * QUERY_BYTES, rows * QUERY_BYTES)
             elif whole:
                 bias, worth = halve(p.head_dim, w.wide)
                 upper = w.wide + p.head_dim * size

@@ -12,15 +12,14 @@ from numba import types
 
 from ..problem import STORAGE_DTYPES
 from . import emitters, simd
-from .dots import KEYS
 from .masks import get_byte
 
 
-def build(jit: Any, storage: str, filled: Any) -> tuple[Any, Any, Any]:
+def build(jit: Any, storage: str, filled: Any, row_keys: int) -> tuple[Any, Any, Any]:
     """The compiled functions ``adjust``, which turns raw products into scores, ``visible(p, w, r, j)``,
     whether row r sees key j, and ``place(s, r, j, together)``, where its score lies.
 
-    `p` is the call's parameters, `w` a thread's `chunks.Scratch`.
+    `p` is the call's parameters, `w` a thread's `chunks.Scratch`. A row has room for `row_keys` scores.
     """
     dtype: Any = np.float64 if storage == "float64" else np.float32
     size = np.dtype(dtype).itemsize
@@ -59,7 +58,7 @@ def build(jit: Any, storage: str, filled: Any) -> tuple[Any, Any, Any]:
         """Where row r's score of a tile's key j lies."""
         run = lanes // together
         lane = j // run * lanes + r % together * run + j % run
-        return s + (r // together * together * KEYS + lane) * size
+        return s + (r // together * together * row_keys + lane) * size
 
     @jit
     def adjust(p, w, start, k0, keys, groups, together, all_first, all_last):
@@ -73,7 +72,7 @@ def build(jit: Any, storage: str, filled: Any) -> tuple[Any, Any, Any]:
             for g in range(groups):
                 slope, back = load(w.slope + g * register), load(w.back + g * register)
                 for j in range(0, padding, run):
-                    t = w.s + (g * together * KEYS + j * together) * size
+                    t = w.s + (g * together * row_keys + j * together) * size
                     x = mul(load(t), factor)
                     if p.softcap != 0:
                         x = mul(cap, simd.tanh(x))

@@ -59,9 +59,11 @@ def scorer(jit: Any, number: Any, kind: str, stored_bits: int, padded: Any, in_p
     return score
 
 
-def weigher(jit: Any, number: Any, kind: str, stored_bits: int, padded: Any, in_place: bool) -> Any:
+def weigher(
+    jit: Any, number: Any, kind: str, stored_bits: int, padded: Any, in_place: bool, row_keys: int = KEYS
+) -> Any:
     """The function that adds up values of this kind, which lie where they are stored or in scratch, widened
-    from numbers of `stored_bits`.
+    from numbers of `stored_bits`. A row has room for `row_keys` weights.
     """
     size = number.bitwidth // 8
     register = emitters.REGISTER_BYTES
@@ -92,7 +94,7 @@ def weigher(jit: Any, number: Any, kind: str, stored_bits: int, padded: Any, in_
         blocks = keys * together // lanes
         o_row, width = padded(p.value_dim) * size, p.key_bytes
         o = state + 2 * groups * register
-        s_group = together * KEYS * weight_bytes
+        s_group = together * row_keys * weight_bytes
         ahead = NEAR // 2 if together == 1 else NEAR  # one row comes in the order of memory
         near = 8 * min(max(ahead // p.value_bytes, 1), MOST_NEAR) if in_place else 0
         g = 0

@@ -8,14 +8,13 @@ import numpy as np
 from numba import types
 
 from . import dots, emitters, kinds, simd
-from .dots import KEYS
 from .kinds import LARGEST_WEIGHT, LEAST
 
 
-def build(jit: Any, storage: str) -> tuple[Any, Any, Any]:
+def build(jit: Any, storage: str, row_keys: int) -> tuple[Any, Any, Any]:
     """The compiled functions ``scale_by``, ``soften`` and ``round_weights``.
 
-    `p` is the call's parameters, `w` a thread's `chunks.Scratch`.
+    `p` is the call's parameters, `w` a thread's `chunks.Scratch`. A row has room for `row_keys` scores.
     """
     dtype: Any = np.float64 if storage == "float64" else np.float32
     number = types.float64 if storage == "float64" else types.float32
@@ -47,7 +46,7 @@ def build(jit: Any, storage: str) -> tuple[Any, Any, Any]:
         run = lanes // together
         for g in range(groups):
             for j in range(0, keys, run):
-                t = s + (g * KEYS + j) * together * size
+                t = s + (g * row_keys + j) * together * size
                 if together == 1:
                     y = repeat1(factors + j * size)
                 elif together == pair_rows:
@@ -65,7 +64,7 @@ def build(jit: Any, storage: str) -> tuple[Any, Any, Any]:
         scale = splat(dtype(p.log2_scale))
         floor = splat(dtype(lowest / p.log2_scale))
         for g in range(groups):
-            s = w.s + g * together * KEYS * size
+            s = w.s + g * together * row_keys * size
             end = s + keys * together * size
             maximum, total = state + 2 * g * register, state + (2 * g + 1) * register
             before = load(maximum)
@@ -107,7 +106,7 @@ def build(jit: Any, storage: str) -> tuple[Any, Any, Any]:
             store(scales + j * size, mul(load(scales + j * size), inverse))
         scale_by(scales, w.s, keys, groups, together)
         for g in range(groups):
-            s, t = w.s + g * together * KEYS * size, w.narrow + g * together * KEYS * 2
+            s, t = w.s + g * together * row_keys * size, w.narrow + g * together * row_keys * 2
             end = s + keys * together * size
             top = splat(dtype(LEAST))
             for a in range(s, end, register):
