@@ -20,7 +20,7 @@ import numpy as np
 from numba import types
 
 from . import aside, dots, emitters, kinds, lookup, nibbles, rows, runtime, seen, simd, sweeps, weights
-from .dots import KEYS, LONG
+from .dots import AHEAD, AHEAD_OF_ONE, KEYS, LONG
 
 CHUNK = 512
 """Keys of a task. Fewer leave many sums to merge, more leave cores idle."""
@@ -196,16 +196,9 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
         return LONG if is_alone and in_place(p, 1) and p.value_dim % value_unit == 0 else row_keys
 
     @jit
-    def is_foreseen(p):
-        """Whether one row's values are read in their order."""
-        return dots.UNDER_WAY == 16 and padded(p.value_dim) * size >= 8 * register
-
-    @jit
-    def attend_chunk(
-        p, w, state, b, head, first, last, tile, groups, together, all_first, all_last, next_keys, careful
-    ):
-        """The sums over the keys from `first` to `last`; asks for the first of the next chunk, too, of which
-        there are `next_keys` in the tables.
+    def attend_chunk(p, w, state, b, head, first, last, tile, groups, together, all_first, all_last, careful):
+        """The sums over the keys from `first` to `last`, which the tables begin with; asks for the first of
+        those that follow in them, too.
         """
         for g in range(groups):
             store(state + 2 * g * register, splat(-infinity))
@@ -213,7 +206,10 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
         o = state + 2 * groups * register
         for t in range(o, o + groups * together * padded(p.value_dim) * size, register):
             store(t, splat(dtype(0)))
-        find(p, w, 0, b, head, first, last - first)
+        # A tile asks for the next one's values among its keys and for its keys among its values, and beside
+        # each for one of the kind that is read.
+        beside = 8 * ((AHEAD_OF_ONE if tile == LONG else AHEAD) - tile)
+        beside_values, beside_keys = beside - (w.values - w.keys), beside + (w.values - w.keys)
         wide_keys, fours = not in_place(p, together), in_fours and p.value_dim % value_unit == 0
         wide_values = p.value_dim % value_unit != 0 or (careful and not fours)
         for k0 in range(first, last, tile):
@@ -221,23 +217,15 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
             padding = filled(keys)
             keys_at, values_at = w.keys + 8 * t, w.values + 8 * t
             key_scales, value_scales = w.key_scales + 8 * t, w.value_scales + 8 * t
-            wanted, count = keys_at + 8 * tile, min(tile, last - k0 - tile)
-            if count <= 0:  # the chunk's last
-                count = next_keys
-            if count <= 0:  # with no other to follow, it asks for what is there
-                wanted, count = keys_at, 1
             if int8:
                 fetch_scales(key_scales, padding, tile)
                 fetch_scales(value_scales, padding, tile)
-            # Values that one row takes come as they lie; else a tile asks for the next one's keys and values.
-            ahead, ahead_bytes = values_at + (wanted - keys_at), p.value_bytes
-            if together == 1 and groups == 1 and not as_nibbles and not wide_values and is_foreseen(p):
-                ahead, ahead_bytes = wanted, p.key_bytes
+            wanted = values_at + 8 * tile, beside_values, p.value_bytes
             if wide_keys:
                 widen(keys_at, key_scales, padding, p.head_dim, w.wide)
-                score_wide(p, w, w.wide_keys, 0, ahead, ahead_bytes, padding, groups, together)
+                score_wide(p, w, w.wide_keys, 0, *wanted, padding, groups, together)
             else:
-                score_stored(p, w, keys_at, key_scales, ahead, ahead_bytes, padding, groups, together)
+                score_stored(p, w, keys_at, key_scales, *wanted, padding, groups, together)
             if int8:
                 scale_by(key_scales, w.s, padding, groups, together)
             adjust(p, w, get_int(p.key_starts + 8 * b), k0, keys, groups, together, all_first, all_last)
@@ -252,16 +240,15 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
                 spread_weights(p, w, value_scales, padding, groups)
             elif int8:
                 scale_by(value_scales, w.s, padding, groups, together)
-            end = wanted + 8 * (count - 1)
+            next_keys = keys_at + 8 * tile
+            asked = next_keys, beside_keys, next_keys + 8 * (keys - 1)
             if wide_values:
-                weigh_wide(p, w, state, w.s, w.wide_values, 0, wanted, end, padding, groups, together)
+                weigh_wide(p, w, state, w.s, w.wide_values, 0, *asked, padding, groups, together)
             else:
                 weights, table = w.narrow if fours else w.s, values_at
                 if careful and pairs:
                     table = w.wide_values
-                weigh_stored(
-                    p, w, state, weights, table, value_scales, wanted, end, padding, groups, together
-                )
+                weigh_stored(p, w, state, weights, table, value_scales, *asked, padding, groups, together)
             if careful:
                 add_visible(p, w, state, values_at, k0, keys, groups, together)
             if careful and parities and p.value_dim % value_unit == 0 and k0 + tile >= last:
@@ -364,6 +351,22 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
         begin = start + (skipped + number) * CHUNK
         return b, head, row0, rows, chunks, max(begin, first), min(begin + CHUNK, last)
 
+    @jit
+    def foresee(p, w, task, place, rows):
+        """Fill the tables from an entry on with the first `rows` of the task that follows, or with the last
+        one before.
+        """
+        count = 0
+        if 0 <= task < p.tasks:
+            next_b, next_head, _, _, next_chunks, next_begin, next_end = locate(p, task)
+            if task % p.chunks < next_chunks:
+                count = min(rows, next_end - next_begin)
+                find(p, w, place, next_b, next_head, next_begin, count)
+        place += filled(count)
+        if count < rows and place > 0:
+            put_steps(w.keys + 8 * place, get_int(w.keys + 8 * place - 8), 0, rows - count)
+            put_steps(w.values + 8 * place, get_int(w.values + 8 * place - 8), 0, rows - count)
+
     def attend(address):
         p = parameters_at(address)
         w = scratch_at(p, p.workspace + simd.fetch_add(address + WORKERS) * p.workspace_bytes)
@@ -388,16 +391,12 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
                 if ready != unit:
                     all_first, all_last = set_up(p, w, b, head, row0, rows, together)
                     ready = unit
-                next_keys = 0
-                if 0 <= following < p.tasks:
-                    next_b, next_head, _, _, next_chunks, next_begin, next_end = locate(p, following)
-                    if following % p.chunks < next_chunks:
-                        next_keys = min(tile, next_end - next_begin)
-                        tiles = (end - begin + tile - 1) // tile
-                        find(p, w, tiles * tile, next_b, next_head, next_begin, next_keys)
                 state = p.partials + task * p.partial_bytes
                 careful = False
                 while True:
+                    find(p, w, 0, b, head, begin, end - begin)
+                    if not careful:
+                        foresee(p, w, following, filled(end - begin), max(tile, AHEAD))
                     attend_chunk(
                         p,
                         w,
@@ -411,7 +410,6 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
                         together,
                         all_first,
                         all_last,
-                        next_keys,
                         careful,
                     )
                     # A value that is not finite meets a weight of 0 where it is masked, and 0 * inf is NaN.

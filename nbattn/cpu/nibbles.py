@@ -300,7 +300,7 @@ def build(jit: Any) -> Nibbles:
                 c += 1
 
     @jit
-    def score(p, w, table, scales, ahead, ahead_bytes, keys, groups, together):
+    def score(p, w, table, scales, ahead, beside, ahead_bytes, keys, groups, together):
         steps = p.head_dim // 32
         gather(scales, w.scales, keys, steps)
         q_step, s_row = QUERY_BYTES * groups, TILE * 4
@@ -364,7 +364,7 @@ def build(jit: Any) -> Nibbles:
                 t += WEIGHT_BYTES
 
     @jit
-    def weigh(p, w, state, weights, table, scales, wanted, last, keys, groups, together):
+    def weigh(p, w, state, weights, table, scales, wanted, beside, last, keys, groups, together):
         """o = o * factor + weights @ values; asks for the next tile's keys meanwhile."""
         o_row, spans, fours, width = p.value_dim * 4, p.value_dim // 32, keys // 4, p.key_bytes
         row, r = WEIGHT_BYTES, 0

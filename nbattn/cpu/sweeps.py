@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import dots, emitters, kinds
-from .dots import KEYS, MOST_NEAR, NEAR
+from .dots import KEYS
 
 
 def scorer(jit: Any, number: Any, kind: str, stored_bits: int, padded: Any, in_place: bool) -> Any:
@@ -29,32 +29,35 @@ def scorer(jit: Any, number: Any, kind: str, stored_bits: int, padded: Any, in_p
     score8, keys8 = dots.scores_tile(number, wide_rows, 2, kind, stored_bits)
 
     @jit
-    def score(p, w, table, scales, ahead, ahead_bytes, keys, groups, together):
-        """The raw products of a tile's keys, whole vectors of them; asks for the rows `ahead` meanwhile."""
+    def score(p, w, table, scales, ahead, beside, ahead_bytes, keys, groups, together):
+        """The raw products of a tile's keys, whole vectors of them; asks meanwhile for the rows `ahead`, and
+        for those whose entries lie `beside` bytes from theirs.
+        """
         depth = padded(p.head_dim)
         steps = depth * together // (lanes * vectors)
         q_group, s_group = together * depth * query_bytes + behind, together * KEYS * size
         if together == 1:
             for j in range(0, keys, keys1):
                 v, t = ahead + 8 * j, w.s + j * size
-                score1(table + 8 * j, scales + 8 * j, v, ahead_bytes, w.q, 0, t, 0, steps)
+                score1(table + 8 * j, scales + 8 * j, v, beside, ahead_bytes, w.q, 0, t, 0, steps)
             return
         if few:
             return
         if together == pair_rows:
             for j in range(0, keys, keys2):
-                score2(table + 8 * j, 0, ahead + 8 * j, ahead_bytes, w.q, 0, w.s + 2 * j * size, 0, steps)
+                v, t = ahead + 8 * j, w.s + 2 * j * size
+                score2(table + 8 * j, 0, v, beside, ahead_bytes, w.q, 0, t, 0, steps)
             return
         for g in range(0, groups - 1, 2):
             q, s = w.q + g * q_group, w.s + g * s_group
             for j in range(0, keys, keys8):
-                t = s + j * wide_rows * size
-                score8(table + 8 * j, 0, ahead + 8 * j, ahead_bytes, q, q_group, t, s_group, steps)
+                v, t = ahead + 8 * j, s + j * wide_rows * size
+                score8(table + 8 * j, 0, v, beside, ahead_bytes, q, q_group, t, s_group, steps)
         if groups % 2 == 1:
             q, s = w.q + (groups - 1) * q_group, w.s + (groups - 1) * s_group
             for j in range(0, keys, keys4):
-                t = s + j * wide_rows * size
-                score4(table + 8 * j, 0, ahead + 8 * j, ahead_bytes, q, 0, t, 0, steps)
+                v, t = ahead + 8 * j, s + j * wide_rows * size
+                score4(table + 8 * j, 0, v, beside, ahead_bytes, q, 0, t, 0, steps)
 
     return score
 
@@ -79,9 +82,9 @@ def weigher(
         return *tiles, columns * register
 
     # One row of queries takes whole rows of 8 vectors, in the order in which the processor foresees them.
-    # More rows need the registers for fewer columns, and ask for what is next.
+    # More rows need the registers for fewer columns.
     is_wide, wide_bytes = in_place and most == 16, 8 * register
-    weigh1_wide = dots.values_tile(number, 1, 1, 8, kind, stored_bits, asks=False)
+    weigh1_wide = dots.values_tile(number, 1, 1, 8, kind, stored_bits)
     weigh1, weigh1_few, bytes1 = pair_of(1, 1)
     weigh2, weigh2_few, bytes2 = pair_of(2, 1)
     weigh4, weigh4_few, bytes4 = pair_of(wide_rows, 1)
@@ -89,14 +92,14 @@ def weigher(
     few = vectors * register
 
     @jit
-    def weigh(p, w, state, weights, table, scales, wanted, last, keys, groups, together):
-        """o = o * factor + weights @ values; asks for the next tile's keys meanwhile."""
+    def weigh(p, w, state, weights, table, scales, wanted, beside, last, keys, groups, together):
+        """o = o * factor + weights @ values; asks meanwhile for the rows `wanted`, keys of the next tile, and
+        for those whose entries lie `beside` bytes from theirs.
+        """
         blocks = keys * together // lanes
         o_row, width = padded(p.value_dim) * size, p.key_bytes
         o = state + 2 * groups * register
         s_group = together * row_keys * weight_bytes
-        ahead = NEAR // 2 if together == 1 else NEAR  # one row comes in the order of memory
-        near = 8 * min(max(ahead // p.value_bytes, 1), MOST_NEAR) if in_place else 0
         g = 0
         while g < groups:
             pair = together == wide_rows and g + 1 < groups
@@ -106,7 +109,7 @@ def weigher(
             while c < o_row:
                 left, count = o_row - c, few
                 begin = (c * keys * stored_bits) // (8 * size) if g == 0 else keys * width
-                rows = table, scales, wanted, width, last, begin, near
+                rows = table, scales, wanted, width, last, begin, beside
                 if together == 1:
                     if is_wide and left >= wide_bytes:
                         weigh1_wide(*rows, c, a, 0, *sums)
