@@ -209,6 +209,12 @@ class KVCache:
             `lengths` and for arrays on the host.
         """
         places = self._places
+        if lengths is None and places.rewrite is not None:
+            rows, run, counts = places.rewrite
+            fits = places.ring or places.longest + rows <= self._capacity
+            if fits and self._append_again(run, key, value, counts):
+                places.grow(counts, rows)
+                return
         k, v, counts = self._store.check_new(key, value, lengths, len(places.lengths))
         if self._store.in_a_graph(places, k) is not None:
             check_no_lengths(lengths)
@@ -226,12 +232,17 @@ class KVCache:
             if before is not None:  # a launch that fails writes nothing
                 places.starts[:] = before
             raise
-        places.lengths += counts
-        if lengths is None:
-            places.longest += k.shape[2]
-            places.shortest += k.shape[2]
-        else:
-            places.measure()
+        places.grow(counts, k.shape[2] if lengths is None else None)
+
+    def _append_again(self, run: Any, key: Any, value: Any, counts: NDArray[np.int64]) -> bool:
+        """Write as the latest append did, if the arrays lie as that one's."""
+        places, done = self._places, True
+        try:
+            done = run(key, value, places.lengths, out=counts) is not None
+        finally:
+            if done:  # or interrupted
+                places.make_room(counts)
+        return done
 
     def advance(self, count: int = 1) -> None:
         """Have every sequence be longer, before a CUDA graph fills the new positions and attends.

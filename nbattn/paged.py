@@ -209,8 +209,13 @@ class PagedKVCache(Pool):
             How many of the S each sequence gets, the first ones; all unless given.
         """
         handles = self._different(sequences, "an append")
-        k, v, counts = self._store.check_new(key, value, lengths, len(handles))
         places = self._places(handles)
+        if lengths is None and places.rewrite is not None and not self._has_shared:
+            rows, run, counts = places.rewrite
+            if rows <= places.spare and run(key, value, places.lengths, out=counts) is not None:
+                self._grow(places, counts, rows)
+                return
+        k, v, counts = self._store.check_new(key, value, lengths, len(handles))
         if (recorded := self._store.in_a_graph(places, k)) is not None:
             check_no_lengths(lengths)
             self._record(self._recorded[len(handles)], k.shape[2])
@@ -223,10 +228,11 @@ class PagedKVCache(Pool):
         if lacking is not None:
             with self._all_or_nothing(places.rows):
                 self._take_pages(places.rows, *lacking, k)
-                self._store.write(self._places(handles), k, v, counts)
+                places = self._places(handles)
+                self._store.write(places, k, v, counts)
         else:
             self._store.write(places, k, v, counts)
-        self._lengths[places.rows] += counts
+        self._grow(places, counts, k.shape[2] if lengths is None else None)
 
     def reserve(self, sequences: int | Sequence[int], count: int) -> None:
         """Have sequences hold the pages that they need for further positions.
@@ -324,6 +330,7 @@ class PagedKVCache(Pool):
         self._take_back(handles, but=recorded)
         recorded.tell(handles, self._changes, self._table[rows], new, here.stream)
         self._lengths[rows] = new
+        self._growth += 1
 
     def _check_count(self, count: Any) -> int:
         """How many positions more; so few that no sum of them overflows."""
@@ -444,14 +451,27 @@ class PagedKVCache(Pool):
                 self._groups.pop(oldest, None)
             rows = np.array([self._row(handle) for handle in handles], np.int64)
             group = self._groups[handles] = _Group(self._table[rows], rows)
-            group.changes = self._changes
-        elif group.changes != self._changes:
-            np.take(self._table, group.rows, axis=0, out=group.table, mode="clip")  # "raise" takes a buffer
-            group.changes = self._changes
-        group.lengths[:] = self._lengths[group.rows]
-        group.measure()
+        self._bring_up_to_date(group)
         group.recorded = self._recorded.get(len(handles))
         return group
+
+    def _bring_up_to_date(self, group: _Group) -> None:
+        """Have a group say where its sequences lie now; several threads may have it do so at once."""
+        if group.changes != self._changes:
+            np.take(self._table, group.rows, axis=0, out=group.table, mode="clip")  # "raise" takes a buffer
+            group.room = self._held[group.rows] * self._page_size
+            group.growth, group.changes = -1, self._changes
+        if group.growth != self._growth:
+            np.take(self._lengths, group.rows, out=group.lengths, mode="clip")
+            group.measure()
+            group.growth = self._growth
+
+    def _grow(self, group: _Group, counts: NDArray[np.int64], each: int | None) -> None:
+        """Count the positions that were appended to a group that is up to date."""
+        self._growth += 1  # first, so that Ctrl-C in between leaves no group that knows other lengths
+        group.grow(counts, each)
+        self._lengths[group.rows] = group.lengths
+        group.growth = self._growth
 
 
 class _Group(Places):
@@ -460,3 +480,15 @@ class _Group(Places):
     def __init__(self, table: NDArray[np.int64], rows: NDArray[np.int64]) -> None:
         super().__init__(table)
         self.rows = rows  # of the cache's own tables
+        self.changes = self.growth = -1  # as of which the table and the lengths are
+        self.room = rows  # positions that each one's pages hold
+        self.spare = 0  # the fewest of them that are empty
+
+    def grow(self, counts: NDArray[np.int64], each: int | None) -> None:
+        super().grow(counts, each)
+        if each is not None:
+            self.spare -= each
+
+    def measure(self) -> None:
+        super().measure()
+        self.spare = int((self.room - self.lengths).min()) if len(self.rows) else 0

@@ -22,7 +22,7 @@ class Pool:
         self._uses = np.zeros(pages, np.int64)  # how many sequences hold each page
         self._free = list(range(pages))[::-1]
         self._holds = 0  # the sum of the uses
-        self._changes = 0  # of any row of the table
+        self._changes = self._growth = 0  # of any row of the table, of any length
         self._table = np.zeros((0, 0), np.int64)
         self._lengths = np.zeros(0, np.int64)
         self._held = np.zeros(0, np.int64)  # pages

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from .store import Places
 
 
+STEP = 64
+"""Keys after which a growing cache's native calls are made anew, with the work that there is by then."""
+
+
 class Reader:
     """Calls of one layout over the sequences of some `Places`.
 
@@ -34,8 +38,8 @@ class Reader:
         turn: Callable[[NDArray[Any], NDArray[Any], NDArray[np.int64]], None] | None,
     ) -> None:
         p = problem
-        self.forward = module.Plan(p).forward
-        self.offset = p.offset
+        self.plan = module.Plan(p)
+        self.forward, self.offset = self.plan.forward, p.offset
         self.memory = p.key_pages, p.value_pages, p.key_scales, p.value_scales
         self.shape, self.dtype = result.shape, result.dtype
         self.stored, self.compute = p.query.dtype, p.compute
@@ -44,6 +48,19 @@ class Reader:
         # A ring holds all that its window's queries see unless they are many, or it went back.
         self.is_long = p.ring > 0 and self.queries + p.left > p.ring
         self.return_lse, self.turn = return_lse, turn
+        self.converts = self.dtype != self.stored
+        self.is_plain = turn is None and not self.converts and not self.is_long
+        self.native: tuple[int, int, Any] = (0, -1, None)
+        """What makes the call in one native call (`cpu.repeats`) of more keys than so many, up to so many."""
+
+    def again(self, places: Places, query: Any) -> NDArray[Any] | None:
+        """The latest call again, of another query; None where it lies otherwise, or much has changed."""
+        (below, most, native), ring = self.native, places.ring
+        keys = ring if 0 < ring < places.longest else places.longest
+        if native is None or not below < keys <= most or places.went_back:
+            return None
+        np.subtract(places.lengths, self.every, self.offset)
+        return native.run(query, *self.memory[:2])
 
     def attend(
         self, places: Places, query: NDArray[Any], out: Any, given: tuple[Any, ...], lengths: ArrayLike | None
@@ -60,25 +77,45 @@ class Reader:
         np.subtract(places.lengths, counts, offset)
         if self.is_long or places.went_back:
             check_held(places.starts, offset, self.left)
-        stored, shape, converts = self.stored, self.shape, self.dtype != self.stored
-        if converts:
+        stored, shape, sums = self.stored, self.shape, None
+        if self.converts:
             query = query.astype(stored)
         if self.turn is not None:
             turned = np.empty(query.shape, stored)
             self.turn(query, turned, offset)
             query = turned
-        output = np.empty(shape, stored)
-        sums = np.empty(shape[:3], self.compute) if self.return_lse else None
         keys = min(places.longest, places.ring or places.longest)
-        self.forward(query, output, sums, keys, offset=None if lengths is None else offset)
+        native = None
+        if lengths is None and not self.return_lse:
+            native = self._native(query, keys)
+        if native is not None:
+            output = native.run(query, *self.memory[:2], native.KNOWN)
+        else:
+            output = np.empty(shape, stored)
+            sums = np.empty(shape[:3], self.compute) if self.return_lse else None
+            self.forward(query, output, sums, keys, offset=None if lengths is None else offset)
         if lengths is not None:
             end_at(counts, output, sums)
         if out is not None:
             out[...] = output
             output = out
-        elif converts:
+        elif self.converts:
             output = output.astype(self.dtype)
+        elif native is not None and self.is_plain:
+            _, _, is_causal, window, scale, softcap, slopes, sinks = given
+            if slopes is sinks is None and type(window) is not list:  # which may change in place
+                places.latest = is_causal, window, scale, softcap, self.again
         return output if sums is None else AttentionOutput(output, None, sums)
+
+    def _native(self, query: NDArray[Any], keys: int) -> Any:
+        """What makes the call of so many keys natively; None where nothing does."""
+        below, most, native = self.native
+        if not below < keys <= most:
+            most = -(-keys // STEP) * STEP
+            example = np.empty(self.shape, self.stored)
+            native = self.plan.again((query, *self.memory[:2]), example, most)
+            self.native = most - STEP, most, native
+        return native
 
 
 def end_at(counts: NDArray[np.int64], output: NDArray[Any], lse: NDArray[Any] | None) -> None:

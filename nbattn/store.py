@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -63,16 +63,33 @@ class Places:
         self.reach = 0  # positions before a ring's end that recorded queries see
         self.recorded: Any = None  # `Places` of a graph's calls, where they are others
         self.writer: Any = None  # the plan of an append, which serves all layouts
+        self.counts: Any = None  # of the latest append
+        self.rewrite: tuple[int, Callable[..., Any], Any] | None = None
+        """Appends as the latest one: how many rows, what makes them where the arrays lie so, the counts."""
         self.readers: dict[Any, Callable[..., Any] | None] = {}  # by layout
+        self.latest: tuple[Any, ...] | None = None
+        """Options of the latest call that one native call makes again, and what makes it (`Reader.again`)."""
+
+    _PLANS = ("writer", "counts", "rewrite", "latest")
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the plans, which know the addresses of these arrays, for copies and pickles."""
-        return self.__dict__ | {"writer": None, "readers": {}}
+        return self.__dict__ | dict.fromkeys(self._PLANS) | {"readers": {}}
 
     def make_room(self, counts: NDArray[np.int64]) -> None:
         """Give up the positions that a ring is about to overwrite: they are gone even if the write fails."""
         if self.ring:
             np.maximum(self.starts, self.lengths + counts - self.ring, out=self.starts)
+
+    def grow(self, counts: NDArray[np.int64], each: int | None) -> None:
+        """Have sequences be longer, all by as much where `each` says so."""
+        if each is None or len(self.lengths) == 0:
+            self.lengths += counts
+            self.measure()
+        else:
+            self.longest += each  # first: Ctrl-C in between may leave it too large, but not too small
+            self.lengths += counts
+            self.shortest += each
 
     def measure(self) -> None:
         """Know the longest and the shortest of the lengths."""
@@ -195,9 +212,16 @@ class Store:
                 frequencies=self.frequencies,
                 interleaved=self.interleaved,
             )
-            places.writer = module.Plan(problem).append
+            places.writer = module.Plan(problem)
         is_recorded = self.in_a_graph(places, key) is not None
-        places.writer(key, value, places.there if is_recorded else places.lengths, counts)
+        places.writer.append(key, value, places.there if is_recorded else places.lengths, counts)
+        if self.is_on_gpu:
+            return
+        # Layouts that were seen before have their own counts.
+        if counts is places.counts and (places.rewrite is None or places.rewrite[2] is not counts):
+            again = places.writer.again(key, value, places.lengths, counts)
+            places.rewrite = None if again is None else (key.shape[2], again.run, counts)
+        places.counts = counts
 
     def in_a_graph(self, places: Places, array: Any) -> Places | None:
         """Where calls lie of a graph that is captured on the array's stream; None where none is."""
@@ -267,7 +291,17 @@ class Store:
         backend: str | None,
     ) -> NDArray[Any] | AttentionOutput:
         """Attention of the last positions' queries, as `KVCache.attend` says."""
-        layout: Any = None
+        latest, layout = places.latest, cast(Any, None)
+        if latest is not None and backend is out is lengths is None and return_lse is False:
+            mask, bias, is_causal, window, scale, softcap, slopes, sinks = given
+            causal, sides, factor, cap, again = latest
+            if (
+                is_causal is causal and window is sides and scale is factor and softcap is cap
+                and mask is bias is slopes is sinks is None
+            ):  # fmt: skip
+                result = again(places, query)
+                if result is not None:
+                    return result
         if backend is None or backend == (self.backend or "cpu"):
             if not self.is_on_gpu or (out is None and lengths is None):
                 layout = call_layout(query, given, return_lse, self.is_on_gpu)

@@ -6,6 +6,7 @@ import pickle
 import threading
 import tracemalloc
 import weakref
+from functools import partial, partialmethod
 
 import numpy as np
 import pytest
@@ -13,9 +14,11 @@ from cached import DTYPES, STORAGES, Line, input_dtype, poison, snapshot, stored
 from ml_dtypes import bfloat16
 from oracle import assert_same_bits, hold, normal
 
-from nbattn import KVCache, scaled_dot_product_attention
+from nbattn import KVCache, reader, scaled_dot_product_attention
+from nbattn.cpu import arrays
 
 storages = pytest.mark.parametrize("storage", STORAGES)
+native = pytest.mark.skipif(not arrays.KNOWN, reason="keeps its arrays in another way")
 LLAMA = {"base": 100.0}
 GPTJ = {"base": 1e4, "interleaved": True, "width": 6}
 
@@ -23,8 +26,9 @@ GPTJ = {"base": 1e4, "interleaved": True, "width": 6}
 class Walk:
     """A cache and its model under random calls; memory that holds no position is NaN all the time."""
 
-    def __init__(self, seed, storage, backend, *, window=None, rotary=None):
+    def __init__(self, seed, storage, backend, *, window=None, rotary=None, alike=0.0):
         self.rng = rng = np.random.default_rng(seed)
+        self.alike = alike  # how many of the calls are as a decoder's steps: those that are made natively
         self.storage, self.window, self.backend = storage, window, backend
         self.batch, self.capacity = int(rng.integers(1, 4)), 23 if window else 40
         self.kv_heads, self.group = int(rng.integers(1, 3)), int(rng.choice([1, 2, 5]))
@@ -54,6 +58,8 @@ class Walk:
         most = 50 if self.rng.random() < 0.05 else 5
         tokens = int(self.rng.integers(0, most))
         counts = self.rng.integers(0, tokens + 1, self.batch) if self.rng.random() < 0.4 else None
+        if self.rng.random() < self.alike:
+            tokens, counts = 1, None
         key, value = (self.new(self.kv_heads, tokens, dim) for dim in self.dims)
         each = np.full(self.batch, tokens) if counts is None else counts
         lengths = np.array([len(line) for line in self.lines])
@@ -98,6 +104,13 @@ class Walk:
 
     def attend(self):
         rng, heads = self.rng, self.kv_heads * self.group
+        if rng.random() < self.alike:
+            query = self.new(heads, 1, self.dims[0])
+            output = self.cache.attend(query)
+            options = {"window_size": (self.window - 1, None)} if self.window else {}
+            for b, line in enumerate(self.lines):
+                line.hold(output[b], None, query[b], ulp=self.ulp, backend=self.backend, **options)
+            return
         queries = int(rng.choice([1, 1, 1, 2, 3, 6]))
         counts = rng.integers(0, queries + 1, self.batch) if rng.random() < 0.3 else None
         each = np.full(self.batch, queries) if counts is None else counts
@@ -157,6 +170,9 @@ WALKS = [
     {"storage": "float32", "window": 23},
     *({"storage": storage, "rotary": LLAMA} for storage in ("float32", "float64")),
     {"storage": "float32", "rotary": GPTJ, "window": 12},
+    *({"storage": storage, "alike": 0.8} for storage in ("bfloat16", "int8")),
+    {"storage": "float32", "rotary": LLAMA, "alike": 0.8},
+    {"storage": "float32", "window": 12, "alike": 0.8},
 ]
 
 
@@ -310,6 +326,77 @@ class TestAttend:
             with pytest.raises(ValueError, match=r"lengths\[1\] is 4; expected 0 to 3"):
                 cache.attend(query, lengths=[1, 4])
             assert all(cache._places.readers.values()) == (step > 0)
+
+    @native
+    @storages
+    def test_native_calls(self, storage, rng, monkeypatch):
+        """One native call makes the latest again: while the cache grows and shrinks, over chunks of keys, and
+        never where the query lies otherwise or the options are others."""
+        made, again = [], reader.Reader.again
+        monkeypatch.setattr(reader.Reader, "again", lambda *a: made.append(again(*a)) or made[-1])
+        cache = KVCache(2, 2, 1200, 32, storage)
+        dtype, sizes = input_dtype(storage), [1, 62, 1, 1, 300, 200, 1, -150, 400, 1, 1, -80, 300, -600, 90]
+        window, everything = [40, None], None
+        for step, size in enumerate(sizes):
+            new = normal(rng, (2, 2, abs(size), 32), dtype)
+            if size < 0:
+                cache.truncate(cache.lengths + size)
+            else:
+                cache.append(new, new)
+            query = normal(rng, (2, 8, 1, 32), dtype)
+            wide = np.repeat(query, 2, axis=2)[:, :, ::2]
+            everything = np.ones((1, cache.lengths[0]), bool)  # which no shorter way is made for
+            made.clear()
+            for q, options in (
+                (query, {}), (query, {"scale": 0.5}), (query, {"is_causal": False}), (query, {"softcap": 2}),
+                (wide, {}), (wide, {"window_size": window}), (query, {"window_size": (9, 0)}), (query, {}),
+            ):  # fmt: skip
+                expected = cache.attend(q, everything, **options)
+                for _ in range(2):
+                    assert_same_bits(cache.attend(q, **options), expected)
+            assert sum(x is not None for x in made) >= (6 if step > 0 else 0)
+            for bad in (query[:1], query.astype(np.float64 if dtype != np.float64 else np.float32), query[0]):
+                with pytest.raises((TypeError, ValueError), match="query has"):
+                    cache.attend(bad)
+            with pytest.raises(TypeError, match="is_causal must be"):
+                cache.attend(query, is_causal=1)
+        for window[0] in (40, 41, 7):  # the same object
+            for _ in range(3):
+                expected = cache.attend(query, everything, window_size=window)
+                assert_same_bits(cache.attend(query, window_size=window), expected)
+
+    @native
+    @pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
+    def test_native_appends(self, storage, rng):
+        """They stop at the capacity, and are not made of arrays that lie otherwise."""
+        cache, line = KVCache(1, 2, 12, 32, storage, rotary_base=100.0), Line(2, 32, 32, storage, LLAMA)
+        dtype = input_dtype(storage)
+        for step in range(12):
+            key, value = normal(rng, (2, 1, 2, 1, 32), dtype)
+            before = snapshot(cache._store.pages)
+            for bad in (
+                (key[:, :1], value),
+                (key, value.astype(np.float64)),
+                (key[0], value[0]),
+                (key, None),
+            ):
+                with pytest.raises((TypeError, ValueError)):
+                    cache.append(*bad)
+            assert snapshot(cache._store.pages) == before
+            if step == 7:
+                key, value = (np.repeat(x, 2, axis=3)[..., ::2] for x in (key, value))
+            cache.append(key, value)
+            assert (cache._places.rewrite is not None) == (step > 0)
+            line.append(key[0], value[0])
+            query = normal(rng, (1, 4, 1, 32), dtype)
+            line.hold(cache.attend(query)[0], None, query[0], ulp=40, backend="cpu")
+        before = snapshot(cache._store.pages)
+        with pytest.raises(ValueError, match="sequence 0 holds 12 of 12 positions; 1 more do not fit"):
+            cache.append(key, value)
+        assert snapshot(cache._store.pages) == before
+        assert cache.lengths == 12
+        cache.truncate(11)
+        cache.append(key, value)
 
     def test_numbers_that_look_alike_stay_apart(self, rng):
         cache, *_ = filled("float32", [20, 9], None)
@@ -501,8 +588,8 @@ class TestStorage:
         try:
             before = tracemalloc.get_traced_memory()[0]
             cache = KVCache(1, 2, 32768, 64, "float32")
-            arrays = sum(x.nbytes for x in cache._store.pages[:2])
-            assert arrays == 2 * 2 * 32768 * 64 * 4
+            memory = sum(x.nbytes for x in cache._store.pages[:2])
+            assert memory == 2 * 2 * 32768 * 64 * 4
             new = normal(rng, (1, 2, 1, 64))
             chunk = np.broadcast_to(new, (1, 2, 8191, 64))
             query = normal(rng, (1, 8, 1, 64))
@@ -518,7 +605,7 @@ class TestStorage:
             assert (cache.lengths == 32768).all()
         finally:
             tracemalloc.stop()
-        assert held - arrays < 1 << 20
+        assert held - memory < 1 << 20
         assert peak - held < 1 << 19
 
     def test_what_it_says_of_itself(self):
@@ -590,20 +677,23 @@ class TestRing:
         assert (cache.lengths == 100).all()
 
     def test_a_long_stream_is_no_more_work(self, rng, monkeypatch):
-        """What a repeated call tells the kernel of its keys is what the ring holds."""
+        """What a repeated call tells the kernel of its keys is what the ring holds, not the stream."""
         from nbattn.cpu import decode
 
-        seen, forward = [], decode.Plan.forward
-        monkeypatch.setattr(
-            decode.Plan, "forward", lambda self, *a, **o: seen.extend(a[3:]) or forward(self, *a, **o)
-        )
-        cache = KVCache(1, 1, 10, 8, window=10)
+        seen = []
+        for name in ("forward", "again"):
+            method = getattr(decode.Plan, name)
+            spy = partial(lambda method, *a, **o: seen.append(a[-1]) or method(*a, **o), method)
+            monkeypatch.setattr(decode.Plan, name, partialmethod(spy))
+        cache = KVCache(1, 1, 60, 8, window=10)
         for _ in range(40):
-            token = normal(rng, (1, 1, 1, 8))
-            cache.append(token, token)
-            cache.attend(token, is_causal=False)
-        assert len(seen) == 38
-        assert max(seen) == 10
+            new = normal(rng, (1, 1, 50, 8))
+            cache.append(new, new)
+            cache.attend(new[:, :, :1], is_causal=False, return_lse=True)
+            cache.attend(new[:, :, :1], is_causal=False)
+        keys = [x for x in seen if isinstance(x, int)]
+        assert len(keys) == 38 + 1
+        assert set(keys) == {60, 64}
 
     def test_alibi_of_a_long_stream(self, backend, rng):
         """Distances are exact where positions are no float32 numbers any more."""
@@ -818,5 +908,6 @@ def test_no_sequences(backend):
     cache = KVCache(0, 2, 10, 8, backend=backend)
     cache.append(rows(0), rows(0))
     assert cache.attend(rows(0)).shape == (0, 2, 1, 8)
+    assert cache.attend(rows(0), bias=np.zeros((0, 2, 1, 0), np.float32)).shape == (0, 2, 1, 8)
     cache.truncate(0), cache.reset()
     assert cache.lengths.shape == (0,)

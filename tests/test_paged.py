@@ -8,6 +8,7 @@ from cached import STORAGES, Line, input_dtype, poison, snapshot
 from oracle import assert_same_bits, normal
 
 from nbattn import KVCache, PagedKVCache
+from nbattn.cpu import arrays
 
 storages = pytest.mark.parametrize("storage", STORAGES)
 
@@ -24,8 +25,9 @@ def used_rows(cache):
 class Walk:
     """A cache and its model under random calls; memory that holds no position is NaN all the time."""
 
-    def __init__(self, seed, storage, backend, *, rotary=None):
+    def __init__(self, seed, storage, backend, *, rotary=None, alike=0.0):
         self.rng = rng = np.random.default_rng(seed)
+        self.alike = alike  # how many of the calls are as a decoder's steps: those that are made natively
         self.storage, self.rotary, self.backend = storage, rotary, backend
         self.pages, self.page_size = int(rng.integers(15, 30)), int(rng.choice([1, 2, 4, 5]))
         self.kv_heads, self.group = int(rng.integers(1, 3)), int(rng.choice([1, 4]))
@@ -83,6 +85,8 @@ class Walk:
         handles = self.some()
         tokens = int(self.rng.choice([1, 1, 1, 0, 3, 9]))
         counts = self.rng.integers(0, tokens + 1, len(handles)) if self.rng.random() < 0.4 else None
+        if self.rng.random() < self.alike:
+            handles, tokens, counts = sorted(self.lines)[:2], 1, None
         key, value = (self.new(len(handles), self.kv_heads, tokens, dim) for dim in self.dims)
         before = snapshot(self.cache._store.pages), self.cache.free_pages
         each = [tokens] * len(handles) if counts is None else counts.tolist()
@@ -108,6 +112,13 @@ class Walk:
 
     def attend(self):
         rng, handles = self.rng, self.some()
+        if rng.random() < self.alike:
+            handles = sorted(self.lines)[:2]
+            query = self.new(len(handles), self.kv_heads * self.group, 1, self.dims[0])
+            output = self.cache.attend(handles, query)
+            for i, handle in enumerate(handles):
+                self.lines[handle].hold(output[i], None, query[i], ulp=40, backend=self.backend)
+            return
         if handles and rng.random() < 0.2:
             handles.append(handles[0])
         queries, heads = int(rng.choice([1, 1, 2, 4])), self.kv_heads * self.group
@@ -147,7 +158,11 @@ class Walk:
             assert self.cache._holds == self.cache._uses.sum()
 
 
-WALKS = [*({"storage": storage} for storage in STORAGES), {"storage": "float32", "rotary": {"base": 100.0}}]
+WALKS = [
+    *({"storage": storage} for storage in STORAGES),
+    {"storage": "float32", "rotary": {"base": 100.0}},
+    *({"storage": storage, "alike": 0.8} for storage in ("float32", "int8")),
+]
 
 
 @pytest.mark.parametrize("options", WALKS, ids=repr)
@@ -255,6 +270,38 @@ class TestPages:
                     got.output.astype(float), expected.output.astype(float), rtol=1e-5, atol=1e-6
                 )
                 np.testing.assert_allclose(got.lse, expected.lse, rtol=1e-6)
+
+    @pytest.mark.skipif(not arrays.KNOWN, reason="keeps its arrays in another way")
+    def test_native_appends(self, rng):
+        """They take no pages, write into none that others hold, and see what others changed."""
+        cache, line = PagedKVCache(6, 4, 2, 32), Line(2, 32, 32, "float32")
+        sequence = cache.add()
+
+        def step():
+            token, query = normal(rng, (1, 2, 1, 32)), normal(rng, (1, 4, 1, 32))
+            cache.append(sequence, token, token)
+            line.append(token[0], token[0])
+            line.hold(cache.attend(sequence, query)[0], None, query[0])
+
+        for _ in range(6):
+            step()
+        assert cache._places((sequence,)).rewrite is not None
+        fork, other = cache.fork(sequence), line.copy()
+        for _ in range(3):
+            step()
+        query = normal(rng, (1, 4, 1, 32))
+        other.hold(cache.attend(fork, query)[0], None, query[0])
+        for length in (5, 2):  # into pages that the fork has
+            cache.truncate(sequence, length), line.truncate(length)
+            for _ in range(2):
+                step()
+            other.hold(cache.attend(fork, query)[0], None, query[0])
+        cache.free(fork), cache.reserve(sequence, 1)
+        for _ in range(20):
+            step()
+        with pytest.raises(ValueError, match="1 more positions need 1 pages and 0 are free"):
+            step()
+        assert (cache.lengths, cache.free_pages) == ({sequence: 24}, 0)
 
     def test_groups_of_sequences_stay_apart(self, backend, rng):
         """Groups that were attended before see what was appended since, whoever appended."""

@@ -19,13 +19,14 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from ..problem import AppendProblem, storage_name
-from . import elementary, emitters, quantise, records, runtime, simd, team
+from . import arrays, elementary, emitters, quantise, records, repeats, runtime, simd, team
 from .quantise import AS_IT_IS, INT4, INT8, copy
 
 BLOCK = 64
 """Tokens of a sequence worth taking from the counter."""
 SERIAL = 1 << 19
 """Numbers below which a call is not worth a second thread: 230 us."""
+ALONE = repeats.Helpers(most=0, wakes=False, after=0)
 
 # What changes from call to call comes first, then what else a rotation needs.
 _CALL = ("key", "key_b", "key_h", "key_s", "value", "value_b", "value_h", "value_s",
@@ -158,6 +159,25 @@ class Plan:
         team.run(self.kernel, words, helpers, (key, value, starts, counts, self, memory))
         if memory is not None:
             runtime.keep(memory)
+
+    def again(
+        self, key: NDArray[Any], value: NDArray[Any], starts: NDArray[np.int64], counts: NDArray[np.int64]
+    ) -> repeats.Again | None:
+        """What makes the call in one native call, ``run(key, value, starts, out=counts)``; or None."""
+        batch, _, rows, _ = key.shape
+        blocks = -(-rows // BLOCK)
+        tasks = batch * blocks
+        if tasks == 0 or batch * rows * self.numbers >= SERIAL or not arrays.KNOWN:
+            return None
+        words = self.words.copy()
+        words[TASKS] = tasks
+        start, steps = runtime.address(starts), (*key.strides[:3], 0, *value.strides[:3])
+        _put_call(words.data, 8 * _WORDS["key"], 0, *steps, start, start, 0, rows, blocks, 0)
+        at = _WORDS
+        places = repeats.Places(at["key"], at["value"], at["starts"], at["counts"], at["workspace"],
+                                at["workspace"], 0)  # fmt: skip
+        return repeats.Again(self.kernel, words, places, ALONE, self.workspace_bytes, (key, value, starts),
+                             counts, (self, counts))  # fmt: skip
 
 
 def _helpers(tasks: int, numbers: int) -> int:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..problem import INT4_GROUP, STORAGE_DTYPES, CacheProblem, Problem, storage_name
 from ..reference.attention import merge_states
-from . import chunks, layout, records, repeats, runtime, simd, team
+from . import arrays, chunks, layout, records, repeats, runtime, simd, team
 from .chunks import CALL, CHUNK, PARAMETERS, PLACES, ROWS
 
 _WORDS = records.words_of(PARAMETERS)
@@ -178,12 +178,15 @@ class Plan:
         """How many a row has at most."""
         return max(1, min(-(-keys // CHUNK), (self.span - 1) // CHUNK + 2))
 
-    def again(self, inputs: tuple[Any, ...], out: NDArray[Any]) -> repeats.Again | None:
-        """What makes the call with all of its keys in one native call; see `attention.Repeat`."""
-        if self.many is not None:
+    def again(
+        self, inputs: tuple[Any, ...], out: NDArray[Any], max_keys: int | None = None
+    ) -> repeats.Again | None:
+        """What makes the call in one native call, for so many keys at most; see `attention.Repeat`."""
+        if self.many is not None or not arrays.KNOWN:
             return None
-        chunks = self._chunks(self.max_keys)
-        tasks, work = self.units * chunks, self.work_per_key * min(self.max_keys, self.span)
+        keys = self.max_keys if max_keys is None else max_keys
+        chunks = self._chunks(keys)
+        tasks, work = self.units * chunks, self.work_per_key * min(keys, self.span)
         helpers = repeats.helpers(tasks, work, SHORT_WORK, SERIAL_WORK)
         if helpers is None:
             return None

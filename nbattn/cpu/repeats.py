@@ -60,7 +60,7 @@ def helpers(tasks: int, work: int, short: int, serial: int) -> Helpers | None:
 
 
 class Again:
-    """Calls of one kernel with three inputs of one layout, and a new output."""
+    """Calls of one kernel with three inputs of one layout, and an output."""
 
     KNOWN = handover.KNOWN
 
@@ -73,7 +73,7 @@ class Again:
         self.helpers, self.wakes, self.after = helpers
         self.entry, self.out = entry(kernel), (out.shape, out.dtype)
         self.layout = np.array([word for x in inputs for word in arrays.layout(x)], np.int64)
-        self.alignment = out.dtype.alignment
+        self.alignment = inputs[0].dtype.alignment
         self.keep_alive = kernel, [x.dtype for x in inputs], keep_alive
         self.hand_over = handover.kernel()
         self.desks: list[tuple[Any, int]] = []
@@ -92,12 +92,13 @@ class Again:
         record[TARGETS:TICKETS] = [8 * place for place in addresses]
         return record, address(record)
 
-    def run(self, query: Any, key: Any, value: Any, what: int = AGAIN) -> NDArray[Any] | None:
-        """The output; None where an input is not an array of the layout.
+    def run(self, query: Any, key: Any, value: Any, what: int = AGAIN, out: Any = None) -> Any:
+        """The output, a new one unless given; None where an input is not an array of the layout.
 
         With ``what=KNOWN`` the caller knows that they are.
         """
-        out = np.empty(*self.out)
+        if out is None:
+            out = np.empty(*self.out)
         helpers = self.helpers
         if helpers > 0:
             helpers = min(runtime.threads() - 1, helpers)

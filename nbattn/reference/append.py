@@ -43,6 +43,9 @@ class Plan:
         """Write keys and values (B, Hkv, S, D) to the positions from `starts` on."""
         append(dataclasses.replace(self.problem, key=key, value=value, starts=starts, counts=counts))
 
+    def again(self, *arrays: NDArray[Any]) -> None:
+        """There is no shorter way."""
+
 
 def rotate(
     query: NDArray[Any],

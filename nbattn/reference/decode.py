@@ -61,6 +61,9 @@ class Plan:
         problem = dataclasses.replace(self.problem, query=query, max_keys=max_keys, offset=offset)
         forward(problem, out, lse)
 
+    def again(self, inputs: tuple[Any, ...], out: NDArray[Any], max_keys: int) -> None:
+        """There is no shorter way."""
+
 
 def _gathered(
     problem: CacheProblem,
