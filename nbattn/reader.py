@@ -35,8 +35,9 @@ class Reader:
         problem: CacheProblem,
         result: NDArray[Any],
         return_lse: bool,
-        turn: Callable[[NDArray[Any], NDArray[Any], NDArray[np.int64]], None] | None,
+        rotary: tuple[Callable[..., None], Any] | None,
     ) -> None:
+        """`rotary` turns queries: a function of them, an output and the offset; a native call, or None."""
         p = problem
         self.plan = module.Plan(p)
         self.forward, self.offset = self.plan.forward, p.offset
@@ -47,9 +48,9 @@ class Reader:
         self.every = np.array([self.queries])
         # A ring holds all that its window's queries see unless they are many, or it went back.
         self.is_long = p.ring > 0 and self.queries + p.left > p.ring
-        self.return_lse, self.turn = return_lse, turn
+        self.return_lse, self.rotary = return_lse, rotary
         self.converts = self.dtype != self.stored
-        self.is_plain = turn is None and not self.converts and not self.is_long
+        self.is_plain = not (self.converts or self.is_long or (rotary is not None and rotary[1] is None))
         self.native: tuple[int, int, Any] = (0, -1, None)
         """What makes the call in one native call (`cpu.repeats`) of more keys than so many, up to so many."""
 
@@ -59,8 +60,11 @@ class Reader:
         keys = ring if 0 < ring < places.longest else places.longest
         if native is None or not below < keys <= most or places.went_back:
             return None
-        np.subtract(places.lengths, self.every, self.offset)
-        return native.run(query, *self.memory[:2])
+        offset = np.subtract(places.lengths, self.every, self.offset)
+        if self.rotary is None:
+            return native.run(query, *self.memory[:2])
+        turned = self.rotary[1].run(query, offset, offset)
+        return None if turned is None else native.run(turned, *self.memory[:2], native.KNOWN)
 
     def attend(
         self, places: Places, query: NDArray[Any], out: Any, given: tuple[Any, ...], lengths: ArrayLike | None
@@ -80,10 +84,14 @@ class Reader:
         stored, shape, sums = self.stored, self.shape, None
         if self.converts:
             query = query.astype(stored)
-        if self.turn is not None:
-            turned = np.empty(query.shape, stored)
-            self.turn(query, turned, offset)
-            query = turned
+        if self.rotary is not None:
+            turn, natively = self.rotary
+            if natively is not None:
+                query = natively.run(query, offset, offset, natively.KNOWN)
+            else:
+                turned = np.empty(query.shape, stored)
+                turn(query, turned, offset)
+                query = turned
         keys = min(places.longest, places.ring or places.longest)
         native = None
         if lengths is None and not self.return_lse:

@@ -367,7 +367,13 @@ class Store:
             end_at(counts, result, lse)
         is_small = q.size <= PLAN_NUMBERS and check.kernel_view(q) is q
         if layout is not None and is_small and not self._is_first(places, layout):
-            reader = Reader(module, problem, result, return_lse, self._turn())
+            rotary = None
+            if self.frequencies is not None:
+                kept = {"frequencies": self.frequencies, "interleaved": self.interleaved}
+                turns = check.backend_module("append", self.backend)
+                again = turns.rotate_again(wide(q, self.pages), offset, **kept)
+                rotary = partial(turns.rotate, **kept), again
+            reader = Reader(module, problem, result, return_lse, rotary)
             places.readers[layout] = reader.attend
         return result if lse is None else AttentionOutput(result, None, lse)
 
@@ -422,13 +428,6 @@ class Store:
         large = {"query": query, "mask": mask, "bias": bias, "out": out}
         query, mask, bias, out, slopes, sinks = self._placed(large, {"alibi_slopes": slopes, "sinks": sinks})
         return query, out, (mask, bias, *numbers, slopes, sinks)
-
-    def _turn(self) -> Callable[..., None] | None:
-        """What turns the queries of a rotary cache, on the host."""
-        if self.frequencies is None:
-            return None
-        module = check.backend_module("append", self.backend)
-        return partial(module.rotate, frequencies=self.frequencies, interleaved=self.interleaved)
 
     def _is_first(self, places: Places, layout: Any) -> bool:
         """Whether no call of this layout was seen; then it is from now on."""

@@ -67,29 +67,57 @@ def rotate(
     interleaved: bool,
 ) -> None:
     """Write `query` (B, Hq, Sq, D) to `out`, turned as keys are: query i of sequence b by offset[b] + i."""
-    batch, heads, rows, head_dim = query.shape
-    blocks = -(-rows // BLOCK)
-    tasks = batch * blocks
+    words, workspace_bytes, frequencies = _rotation(query, out, offset, frequencies, interleaved)
+    tasks = int(words[TASKS])
     if tasks == 0:
         return
     helpers = _helpers(tasks, query.size)
-    pairs = len(frequencies)
+    memory, words[_WORDS["workspace"]] = runtime.scratch((helpers + 1) * workspace_bytes)
+    keep_alive = (query, out, offset, frequencies, memory)
+    team.run(kernel(f"append-{storage_name(query.dtype)}"), words, helpers, keep_alive)
+    runtime.keep(memory)
+
+
+def rotate_again(
+    query: NDArray[Any], offset: NDArray[np.int64], frequencies: NDArray[np.float64], interleaved: bool
+) -> repeats.Again | None:
+    """What turns other queries of this layout in one native call, ``run(query, offset, offset)``; or None."""
+    out = np.empty(query.shape, query.dtype)
+    words, workspace_bytes, frequencies = _rotation(query, out, offset, frequencies, interleaved)
+    tasks = int(words[TASKS])
+    if tasks == 0 or query.size >= SERIAL or not arrays.KNOWN:
+        return None
+    at = _WORDS
+    places = repeats.Places(at["key"], at["positions"], at["positions"], at["key_pages"], at["workspace"],
+                            at["workspace"], 0)  # fmt: skip
+    turn = kernel(f"append-{storage_name(query.dtype)}")
+    return repeats.Again(turn, words, places, ALONE, workspace_bytes, (query, offset, offset), out,
+                         frequencies)  # fmt: skip
+
+
+def _rotation(
+    query: NDArray[Any],
+    out: NDArray[Any],
+    offset: NDArray[np.int64],
+    frequencies: NDArray[np.float64],
+    interleaved: bool,
+) -> tuple[NDArray[np.int64], int, NDArray[np.float64]]:
+    """The kernel's parameters but for its workspace, that one's bytes for each thread, and frequencies."""
+    batch, heads, rows, head_dim = query.shape
+    blocks, pairs = -(-rows // BLOCK), len(frequencies)
     double = query.dtype == np.float64
     frequencies, table_bytes, row_bytes, workspace_bytes = _tables(frequencies, head_dim, double)
-    memory, workspace = runtime.scratch((helpers + 1) * workspace_bytes)
     words = np.zeros(PARAMETERS.itemsize // 8, np.int64)
-    words[TASKS] = tasks
+    words[TASKS] = batch * blocks
     # Each sequence's rows are a page.
     _put_rotation(
         words.data, 8 * _WORDS["key"],
         runtime.address(query), *query.strides[:3], 0, 0, 0, 0,
-        0, runtime.address(offset), 0, rows, blocks, workspace,
+        0, runtime.address(offset), 0, rows, blocks, 0,
         runtime.address(frequencies), pairs, interleaved, table_bytes, row_bytes, workspace_bytes,
         heads, head_dim, runtime.address(out), *out.strides[:3],
     )  # fmt: skip
-    keep_alive = (query, out, offset, frequencies, memory)
-    team.run(kernel(f"append-{storage_name(query.dtype)}"), words, helpers, keep_alive)
-    runtime.keep(memory)
+    return words, workspace_bytes, frequencies
 
 
 class Plan:

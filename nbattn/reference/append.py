@@ -61,6 +61,10 @@ def rotate(
         out[b] = turned(query[b].astype(compute), positions, frequencies, interleaved)
 
 
+def rotate_again(*arrays: NDArray[Any], frequencies: NDArray[np.float64], interleaved: bool) -> None:
+    """There is no shorter way."""
+
+
 def turned(
     x: NDArray[Any], positions: NDArray[np.int64], frequencies: NDArray[np.float64], interleaved: bool
 ) -> NDArray[Any]:
