@@ -264,6 +264,16 @@ class TestPagedAttention:
                 assert_same_bits(other.output, results[0].output)
                 assert_same_bits(other.lse, results[0].lse)
 
+    @storages
+    def test_next_task_is_shorter(self, storage, rng, monkeypatch):
+        """Its rows are in the tables with a task's own: nothing is written over these."""
+        from nbattn.cpu import runtime
+
+        monkeypatch.setattr(runtime, "threads", lambda: 1)
+        for length in (753, 766, 1024):
+            paged = Paged(rng, storage, (length,), page_size=7, kv_heads=12)
+            paged.check("cpu", query_for(rng, storage, 1, heads=12))
+
     def test_out(self, backend, rng):
         paged = Paged(rng, "float32", LENGTHS)
         query = query_for(rng, "float32", queries=2)

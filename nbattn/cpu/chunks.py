@@ -362,10 +362,10 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
             if task % p.chunks < next_chunks:
                 count = min(rows, next_end - next_begin)
                 find(p, w, place, next_b, next_head, next_begin, count)
-        place += filled(count)
-        if count < rows and place > 0:
-            put_steps(w.keys + 8 * place, get_int(w.keys + 8 * place - 8), 0, rows - count)
-            put_steps(w.values + 8 * place, get_int(w.values + 8 * place - 8), 0, rows - count)
+        left, place = rows - filled(count), place + filled(count)
+        if left > 0 and place > 0:
+            put_steps(w.keys + 8 * place, get_int(w.keys + 8 * place - 8), 0, left)
+            put_steps(w.values + 8 * place, get_int(w.values + 8 * place - 8), 0, left)
 
     def attend(address):
         p = parameters_at(address)
