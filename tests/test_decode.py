@@ -264,6 +264,25 @@ class TestPagedAttention:
                 assert_same_bits(other.output, results[0].output)
                 assert_same_bits(other.lse, results[0].lse)
 
+    @pytest.mark.parametrize("storage", ["int8", "int4"])
+    def test_long_sequences(self, storage, rng, monkeypatch):
+        """Where a row sees 16384 quantised keys or 32768, tasks are longer: its own count alone says so."""
+        from nbattn.cpu import runtime
+
+        paged = Paged(rng, storage, (33000, 16390, 700), kv_heads=1)
+        query = query_for(rng, storage, 3, heads=2)
+        for window in (None, (16390, None)):
+            together = paged.check("cpu", query, window_size=window)
+            monkeypatch.setattr(runtime, "threads", lambda: 3)
+            for b in range(3):
+                (key, key_scales), (value, value_scales) = paged.arrays
+                alone = paged_attention(
+                    query[b : b + 1], key, value, paged.table[b : b + 1], paged.lengths[b : b + 1],
+                    key_scales=key_scales, value_scales=value_scales, window_size=window, return_lse=True,
+                )  # fmt: skip
+                assert_same_bits(alone.output[0], together.output[b])
+                assert_same_bits(alone.lse[0], together.lse[b])
+
     @storages
     def test_next_task_is_shorter(self, storage, rng, monkeypatch):
         """Its rows are in the tables with a task's own: nothing is written over these."""

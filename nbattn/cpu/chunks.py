@@ -1,6 +1,6 @@
 """Attention of few queries over long keys and values that lie in pages: one chunk of keys at a time.
 
-A task is one chunk of `CHUNK` keys for one block of query rows: those of all the query heads that share a
+A task is one chunk of 512 to 2048 keys for one block of query rows: those of all the query heads that share a
 key head, so each key and value is read from memory once. Within a chunk 64 or 128 keys at a time are scored,
 softened and added up; the chunk leaves its sums, and who finishes a block's last chunk merges them, in their
 order. Chunks count from a sequence's first key, whatever the batch or the number of threads.
@@ -22,8 +22,10 @@ from numba import types
 from . import aside, dots, emitters, kinds, lookup, nibbles, rows, runtime, seen, simd, sweeps, weights
 from .dots import AHEAD, AHEAD_OF_ONE, KEYS, LONG
 
-CHUNK = 512
-"""Keys of a task. Fewer leave many sums to merge, more leave cores idle."""
+CHUNK, LONGEST = 512, 2048
+"""Keys of a task. Fewer leave many sums to merge, more leave cores idle. What is quantised, and read sooner
+than the processor has foreseen where each task begins, gets up to `LONGEST` where a row has `MANY` such."""
+MANY = 16
 ROWS = 32
 """Query rows of a block."""
 
@@ -95,7 +97,7 @@ def scratch_bytes(storage: str, dtype: Any, head_dim: int, value_dim: int) -> in
     vectors = VECTORS * ROWS * emitters.REGISTER_BYTES
     tile = tile_keys(storage)
     rows = ROWS * (head_dim * size + tile * (size + 2)) + LONG * (max(head_dim, value_dim) + value_dim) * size
-    tables = TABLES * (CHUNK + LONG) * 8 + ROW_TABLES * ROWS * 8 + 2 * LONG * 8
+    tables = TABLES * table_bytes(storage) + ROW_TABLES * ROWS * 8 + 2 * LONG * 8
     of_nibbles = nibbles.scratch_bytes(ROWS, head_dim, value_dim) if storage == "int4" else 0
     return tables + vectors + rows + of_nibbles
 
@@ -103,6 +105,24 @@ def scratch_bytes(storage: str, dtype: Any, head_dim: int, value_dim: int) -> in
 def tile_keys(storage: str) -> int:
     """Keys that several rows soften together."""
     return nibbles.TILE if kinds.read_as(storage) == "nibbles" else KEYS
+
+
+def longest_chunk(storage: str) -> int:
+    """The most keys of a task."""
+    return LONGEST if storage in ("int8", "int4") else CHUNK
+
+
+def table_bytes(storage: str) -> int:
+    """Of a table of a task's rows and the next one's first; `lookup.put_steps` may write a few more."""
+    return (longest_chunk(storage) + LONG + 8) * 8
+
+
+def chunk_of(keys: Any, longest: Any) -> Any:
+    """Keys of a task of rows that see so many, which the batch and the number of threads do not change."""
+    size = CHUNK
+    while size < longest and keys >= 2 * MANY * size:
+        size *= 2
+    return size
 
 
 def partial_bytes(dtype: Any, rows: int, value_dim: int) -> int:
@@ -119,7 +139,8 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
     outer = "float32" if int8 or int4 else storage  # of queries and outputs
     outer_bytes = 2 if outer in ("float16", "bfloat16") else size
     as_stored = storage in ("float32", "float64")
-    kind, row_keys = kinds.read_as(storage), tile_keys(storage)
+    kind, row_keys, longest = kinds.read_as(storage), tile_keys(storage), longest_chunk(storage)
+    size_of, whole_table = jit(chunk_of), table_bytes(storage)
     parities, pairs = kind == "bfloat16", kind == "pairs"
     whole, in_fours = kinds.is_whole(kind), kinds.in_fours(kind)
     lanes = simd.lanes(dtype)
@@ -157,7 +178,7 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
 
     @jit
     def scratch_at(p, w):
-        table = (CHUNK + LONG) * 8
+        table = whole_table
         rows = w + TABLES * table
         vectors = rows + ROW_TABLES * ROWS * 8
         vector = ROWS * register
@@ -346,10 +367,11 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
         rows = min(p.block_rows, p.group * p.queries - row0)
         first, last = reach(p, b, row0, rows)
         start = get_int(p.key_starts + 8 * b)
-        skipped = (first - start) // CHUNK
-        chunks = max(1, (last - start + CHUNK - 1) // CHUNK - skipped)
-        begin = start + (skipped + number) * CHUNK
-        return b, head, row0, rows, chunks, max(begin, first), min(begin + CHUNK, last)
+        chunk = size_of(last - first, longest)
+        skipped = (first - start) // chunk
+        chunks = max(1, (last - start + chunk - 1) // chunk - skipped)
+        begin = start + (skipped + number) * chunk
+        return b, head, row0, rows, chunks, max(begin, first), min(begin + chunk, last)
 
     @jit
     def foresee(p, w, task, place, rows):

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ..problem import INT4_GROUP, STORAGE_DTYPES, CacheProblem, Problem, storage_name
 from ..reference.attention import merge_states
 from . import arrays, chunks, layout, records, repeats, runtime, simd, team
-from .chunks import CALL, CHUNK, PARAMETERS, PLACES, ROWS
+from .chunks import CALL, CHUNK, MANY, PARAMETERS, PLACES, ROWS
 
 _WORDS = records.words_of(PARAMETERS)
 _CALL = struct.Struct(f"{len(CALL)}q")
@@ -56,7 +56,7 @@ class Plan:
             out = np.empty((batch, heads, queries, value_dim), p.query.dtype)
         if lse is None:
             lse = np.empty((batch, heads, queries), p.compute)
-        self.max_keys = p.max_keys
+        self.max_keys, self.left, self.longest = p.max_keys, p.left, chunks.longest_chunk(p.storage)
         self.keep_alive = (
             p.page_table, p.key_starts, p.key_lengths, p.offset, p.mask, p.bias, p.alibi_slopes, p.sinks
         )  # fmt: skip
@@ -144,8 +144,8 @@ class Plan:
             attend_many(replace(self.many, query=query, max_keys=keys, offset=offset), out, lse)
             return
         keys = self.max_keys if max_keys is None else max_keys
-        chunks = self._chunks(keys)
-        tasks = self.units * chunks
+        count = self._chunks(keys)
+        tasks = self.units * count
         if tasks == 0:
             return
         helpers, work = 0, self.work_per_key * min(keys, self.span)
@@ -167,7 +167,7 @@ class Plan:
             self.key if pages is None else address(pages[0]),
             self.value if pages is None else address(pages[1]),
             # Towards the end nobody takes a second task that others could begin at once.
-            chunks, tasks - 8 * (helpers + 1), start, start + partials,
+            count, tasks - 8 * (helpers + 1), start, start + partials,
             *where,
         )  # fmt: skip
         run = team.run_among_awake if helpers > 0 and work < SERIAL_WORK else team.run
@@ -176,7 +176,16 @@ class Plan:
 
     def _chunks(self, keys: int) -> int:
         """How many a row has at most."""
-        return max(1, min(-(-keys // CHUNK), (self.span - 1) // CHUNK + 2))
+        seen, most, size = min(keys, self.span), 1, CHUNK
+        longest = chunks.chunk_of(seen, self.longest)
+        while size <= longest:
+            # Rows that see fewer have shorter ones, of which they may have more.
+            few = seen if size == longest else min(seen, 2 * MANY * size - 1)
+            most = max(
+                most, -(-few // size) if self.left >= keys else min(-(-keys // size), (few - 1) // size + 2)
+            )
+            size *= 2
+        return most
 
     def again(
         self, inputs: tuple[Any, ...], out: NDArray[Any], max_keys: int | None = None

@@ -5,30 +5,34 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
+from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
 from . import dots, emitters, kinds, simd
-from .emitters import I64, pointer, store_value
+from .emitters import I64, pointer, splat_value, store_value
 from .masks import get_byte
 
 
 @intrinsic
 def put_steps(typingctx: Any, table: Any, first: Any, step: Any, count: Any) -> Any:
-    """Fill a table with so many addresses, a step apart; as stores to a pointer's neighbours, eight a vector.
+    """Fill a table with so many addresses, a step apart, and up to seven more; eight at a time.
 
-    Compiled from integers for addresses, the loop scatters its lanes: 2 ns for each key instead of 0.3.
+    Compiled from a loop over integers, it scatters its lanes: 2 ns for each key instead of 0.1.
     """
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         table, first, step, count = args
-        places = pointer(b, table, I64)
+        t = ir.VectorType(I64, 8)
+        ranks = ir.Constant(t, list(range(8)))
+        addresses = b.add(splat_value(b, t, first), b.mul(splat_value(b, t, step), ranks))
+        ahead = splat_value(b, t, b.shl(step, I64(3)))
 
         def put(state: list[Any], i: Any) -> list[Any]:
-            store_value(b, state[0], b.gep(places, [i]))
-            return [b.add(state[0], step)]
+            store_value(b, state[0], pointer(b, b.add(table, b.shl(i, I64(6))), t))
+            return [b.add(state[0], ahead)]
 
-        emitters.loop_values(b, count, [first], put)
+        emitters.loop_values(b, b.lshr(b.add(count, I64(7)), I64(3)), [addresses], put)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 4), codegen

@@ -209,14 +209,14 @@ def _values_tile(rows: int, spans: int) -> Any:
 
 
 def _gather(count: int) -> Any:
-    """``gather(table, next_, shift, target)``: of the 16 addresses in a table so many float32 each, `shift`
-    bytes behind, a vector of each, `TILE` apart. Asks for what lies at the 16 `next_` addresses.
+    """``gather(table, shift, target)``: of the 16 addresses in a table so many float32 each, `shift` bytes
+    behind, a vector of each, `TILE` apart.
     """
 
     @intrinsic
-    def gather(typingctx: Any, table: Any, next_: Any, shift: Any, target: Any) -> Any:
+    def gather(typingctx: Any, table: Any, shift: Any, target: Any) -> Any:
         def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-            table, next_, shift, target = args
+            table, shift, target = args
             t = ir.VectorType(ir.FloatType(), count)
             rows = [
                 load_value(
@@ -224,8 +224,6 @@ def _gather(count: int) -> Any:
                 )
                 for i in range(LANES)
             ]
-            for i in range(0, LANES, 4):
-                emitters.prefetch_value(b, b.add(load_at(b, next_, 8 * i, I64), shift))
             if count == 1:
                 columns = [ir.Constant(_number, ir.Undefined)]
                 for i, x in enumerate(rows):
@@ -236,7 +234,7 @@ def _gather(count: int) -> Any:
                 store_value(b, x, pointer(b, b.add(target, const(I64, c * TILE * 4)), _number))
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 4), codegen
+        return types.void(*[types.int64] * 3), codegen
 
     return gather
 
@@ -258,7 +256,7 @@ def build(jit: Any) -> Nibbles:
     """The functions."""
     dtype = np.float32
     load, store, _, put = simd.loads("float32")
-    put_int32 = simd.scalars(types.int32)[1]
+    get_int, put_int32 = simd.scalars(types.int64)[0], simd.scalars(types.int32)[1]
     put_byte = kinds.put_whole(8)
     add, mul, fma, greater, splat = simd.add, simd.mul, simd.fma, simd.greater, simd.splat
     score1, score2, score4, score8 = (_scores_tile(n, asks=True) for n in (1, 2, 4, 8))
@@ -289,15 +287,23 @@ def build(jit: Any) -> Nibbles:
 
     @jit
     def gather(table, target, keys, count):
-        """Scales of a tile's rows, whose addresses the table holds; asks for the next tile's."""
+        """Scales of a tile's rows, whose addresses the table holds."""
         for j in range(0, keys, 16):
             t, here, c = target + j * 4, table + 8 * j, 0
             while c + 4 <= count:
-                gather4(here, here + 8 * TILE, c * 4, t + c * TILE * 4)
+                gather4(here, c * 4, t + c * TILE * 4)
                 c += 4
             while c < count:
-                gather1(here, here + 8 * TILE, c * 4, t + c * TILE * 4)
+                gather1(here, c * 4, t + c * TILE * 4)
                 c += 1
+
+    @jit
+    def ask(table, count):
+        """Ask for scales, so many of each of 16 keys or values. In the midst of products: all of a tile's at
+        once are more than the processor asks for at a time, and keep it from reading meanwhile.
+        """
+        for i in range(0, 8 * 16, 8 * max(16 // count, 1)):
+            simd.prefetch_aside(get_int(table + i))
 
     @jit
     def score(p, w, table, scales, ahead, beside, ahead_bytes, keys, groups, together):
@@ -306,6 +312,9 @@ def build(jit: Any) -> Nibbles:
         q_step, s_row = QUERY_BYTES * groups, TILE * 4
         for j in range(0, keys, 16):
             k, f, v, t = table + 8 * j, w.scales + 4 * j, ahead + 8 * j, w.s + 4 * j
+            following = scales + 8 * (TILE + j)
+            ask(following, steps)
+            ask(following + w.value_scales - w.key_scales, p.value_dim // 32)
             r = 0
             while r < groups:
                 q, s, left = w.q + r * QUERY_BYTES, t + r * s_row, groups - r
@@ -339,12 +348,13 @@ def build(jit: Any) -> Nibbles:
                 store(t + j, zero)
         broken = zero
         for j in range(0, filled * 4, 64):
-            most = zero
+            most, nothing = zero, zero
             for t in range(w.scales + j, w.scales + j + spans * TILE * 4, TILE * 4):
                 x = load(t)
                 most = greater(simd.absolute(x), most)
-                broken = fma(x, zero, broken)
+                nothing = fma(x, zero, nothing)
             store(w.most + j, most)
+            broken = add(broken, nothing)
         lost = dots.lowest_lane(simd.across_sum(broken))
         r = 0
         while r < rows:

@@ -375,6 +375,17 @@ def prefetch(typingctx: Any, address: Any) -> Any:
 
 
 @intrinsic
+def prefetch_aside(typingctx: Any, address: Any) -> Any:
+    """The same, but not into the first cache: what is needed later than it would stay there."""
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        prefetch_value(b, args[0], locality=2)
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@intrinsic
 def fetch_add(typingctx: Any, address: Any) -> Any:
     """Add 1 to the int64 at an address, atomically; its value before."""
 
