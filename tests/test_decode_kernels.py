@@ -29,6 +29,14 @@ def test_both_sides_of_the_crossover(dtype, group, queries, rng):
     check("cpu", *x, key_lengths=[577], sinks=np.ones(2 * group), ulp=6)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, bfloat16])
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("last", [1, 17, 129, 250])
+def test_chunks_of_every_length_follow_each_other(dtype, group, last, rng):
+    """A thread finds the next chunk's keys before it reads a chunk: neither may come into the other's way."""
+    check("cpu", *inputs(rng, 6, 4 * group, 4, 1, decode.CHUNK + last, 32, dtype=dtype), ulp=6)
+
+
 def test_few_queries_are_read_off_and_many_tiled(taken, rng):
     for queries, kernel in ((1, "decode-float32"), (5, "decode-float32"), (64, "attention-float32")):
         x = inputs(rng, 1, 4, 1, queries, 300, 32)

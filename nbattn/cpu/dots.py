@@ -31,12 +31,12 @@ values, comes 3 to 8 % nearer to memory's rate.
 """
 LINE = 64
 """Bytes that memory is read in."""
-AHEAD, AHEAD_OF_ONE = 128, 16
-"""How many rows ahead keys are asked for among keys, and values among values; and for one row of queries.
+AHEAD_OF_ONE, AGAIN = 16, 64
+"""Rows before which one row of queries asks for keys and values; more rows ask a tile before. `AGAIN` is how
+many rows before that they are asked for a first time.
 
-Each is also asked for a tile ahead, among those of the other kind: a processor drops requests when too many
-are under way, and arithmetic asks faster than memory answers. Asked for twice, float32 for four rows reaches
-0.79 of memory's rate, once 0.64.
+A processor drops requests when too many are under way, and arithmetic asks faster than memory answers. Asked
+for twice, float32 for four rows reaches 0.80 of memory's rate, once 0.64.
 """
 SCORED_AT_ONCE = 8
 """Keys whose addresses fit the general registers."""
@@ -76,14 +76,15 @@ class _Wanted:
     In this order and spread evenly, requests reach memory's rate while each line meets 8 cycles of
     arithmetic; asked for in columns of 128 bytes they reach 0.78 of it. The first cache is too small to
     hold them until they are read: with it, 3 to 10 % slower. `row` is the
-    entry of the row whose byte `shift` is next; `bits` are those of a number. `beside` is how many bytes from
-    it another entry lies, whose row is asked for, too.
+    entry of the row whose byte `shift` is next; `bits` are those of a number. If it `asks_again`,
+    then also for the row `AGAIN` entries later.
     """
 
     def __init__(
-        self, row: Any, shift: Any, row_bytes: Any, last: Any, bits: int, beside: Any = None
+        self, row: Any, shift: Any, row_bytes: Any, last: Any, bits: int, asks_again: bool = True
     ) -> None:
-        self.row, self.shift, self.beside = row, shift, beside
+        self.row, self.shift = row, shift
+        self.later = (0, AGAIN) if asks_again else (0,)
         self.row_bytes, self.last = row_bytes, last
         self.portion = max(LINE, 8 * bits)  # 64 numbers: rows are seldom shorter
 
@@ -104,8 +105,9 @@ class _Wanted:
         """Ask for the next `size` bytes."""
         for portion in range(0, size, self.portion):
             step = min(self.portion, size - portion)
-            for entry in [self.row] if self.beside is None else [self.row, b.add(self.row, self.beside)]:
-                at = b.add(load_value(b, pointer(b, entry, I64)), self.shift)
+            for rows in self.later:
+                entry = pointer(b, b.add(self.row, const(I64, 8 * rows)), I64)
+                at = b.add(load_value(b, entry), self.shift)
                 for c in range(0, step, LINE):
                     emitters.prefetch_value(b, b.add(at, const(I64, c)), locality=2)
             after = b.add(self.shift, const(I64, step))
@@ -128,11 +130,10 @@ def scores_tile(
 ) -> tuple[Any, int]:
     """(tile, the keys it takes): the products of `groups` vectors of query rows with some keys.
 
-    ``tile(table, scales, wanted, beside, wanted_bytes, q, q_group, s, s_group, steps)``: the tables hold the
+    ``tile(table, scales, wanted, wanted_bytes, q, q_group, s, s_group, steps)``: the tables hold the
     addresses of keys and their scales, `steps` units of each; s gets one vector a group for each `run` keys;
     groups are so many bytes apart. `wanted` are as many other rows of numbers of so many bits, which are
-    asked for meanwhile, and so are those whose entries lie `beside` bytes from theirs. No more than `most`
-    keys are read at once.
+    asked for meanwhile. No more than `most` keys are read at once.
     """
     size = number.bitwidth // 8
     lanes = emitters.REGISTER_BYTES // size
@@ -146,13 +147,13 @@ def scores_tile(
 
     @intrinsic
     def tile(
-        typingctx: Any, table: Any, scales: Any, wanted: Any, beside: Any, wanted_bytes: Any, q: Any,
-        q_group: Any, s: Any, s_group: Any, steps: Any
+        typingctx: Any, table: Any, scales: Any, wanted: Any, wanted_bytes: Any, q: Any, q_group: Any, s: Any,
+        s_group: Any, steps: Any
     ) -> Any:  # fmt: skip
         def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-            table, scales, wanted, beside, wanted_bytes, q, q_group, s, s_group, steps = args
+            table, scales, wanted, wanted_bytes, q, q_group, s, s_group, steps = args
             last = b.add(wanted, const(I64, 8 * (keys - 1)))
-            other = _Wanted(wanted, const(I64, 0), wanted_bytes, last, bits, beside)
+            other = _Wanted(wanted, const(I64, 0), wanted_bytes, last, bits)
             t = ir.VectorType(context.get_value_type(number), lanes)
             total = emitters.int_type(t) if kinds.is_whole(kind) else t
             zero = const(total, 0 if kinds.is_whole(kind) else 0.0)
@@ -214,21 +215,20 @@ def scores_tile(
                     store_value(b, x, pointer(b, b.add(target, shift), t))
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 10), codegen
+        return types.void(*[types.int64] * 9), codegen
 
     return tile, keys
 
 
 def values_tile(number: Any, rows: int, groups: int, columns: int, kind: str, bits: int) -> Any:
-    """``tile(table, scales, wanted, wanted_bytes, last, begin, beside, column, p, p_group, o, o_row,
+    """``tile(table, scales, wanted, wanted_bytes, last, begin, column, p, p_group, o, o_row,
     factor, blocks)``: add up values.
 
     ``o = o * factor + p @ values``. The tables hold the addresses of the values' rows and their scales, `run`
     for each of the `blocks` of weights; the tile takes `columns` vectors of each, from the one that is
     `column` bytes behind in o. `factor` is a vector a group that repeats each row's, and behind it one of
     what whole weights are multiples of. `wanted` are other rows, the last one's entry at `last`, of numbers
-    of so many bits: as many as are added up are asked for meanwhile, from byte `begin` of all of them on, and
-    so are those whose entries lie `beside` bytes from theirs.
+    of so many bits: as many as are added up are asked for meanwhile, from byte `begin` of all of them on.
     """
     size = number.bitwidth // 8
     lanes = emitters.REGISTER_BYTES // size
@@ -246,14 +246,14 @@ def values_tile(number: Any, rows: int, groups: int, columns: int, kind: str, bi
     @intrinsic
     def tile(
         typingctx: Any, table: Any, scales: Any, wanted: Any, wanted_bytes: Any, last: Any, begin: Any,
-        beside: Any, column: Any, p: Any, p_group: Any, o: Any, o_row: Any, factor: Any, blocks: Any
+        column: Any, p: Any, p_group: Any, o: Any, o_row: Any, factor: Any, blocks: Any
     ) -> Any:  # fmt: skip
         def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-            table, scales, wanted, wanted_bytes, last, begin, beside, column, p, *args = args
+            table, scales, wanted, wanted_bytes, last, begin, column, p, *args = args
             p_group, o, o_row, factor, blocks = args
             row = b.add(wanted, b.mul(b.udiv(begin, wanted_bytes), const(I64, 8)))
             row = b.select(b.icmp_unsigned("<", row, last), row, last)
-            other = _Wanted(row, b.urem(begin, wanted_bytes), wanted_bytes, last, bits, beside)
+            other = _Wanted(row, b.urem(begin, wanted_bytes), wanted_bytes, last, bits)
             scalar = context.get_value_type(number)
             t = ir.VectorType(scalar, lanes)
             sum_type = emitters.int_type(t) if whole else t
@@ -330,7 +330,7 @@ def values_tile(number: Any, rows: int, groups: int, columns: int, kind: str, bi
                         i += 1
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 14), codegen
+        return types.void(*[types.int64] * 13), codegen
 
     return tile
 

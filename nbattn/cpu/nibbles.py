@@ -103,7 +103,7 @@ def _scores_tile(rows: int, asks: bool) -> Any:
             four = ir.VectorType(I32, 4)
 
             def step(sums: list[Any], k: Any) -> list[Any]:
-                other = dots._Wanted(sums[0], sums[1], wanted_bytes, last, 4)
+                other = dots._Wanted(sums[0], sums[1], wanted_bytes, last, 4, asks_again=False)
                 sums = sums[2:]
                 at = b.add(q, b.mul(k, q_step))
                 totals = [_splat_at(b, at, QUERY_BYTES * r + 32, _whole) for r in range(rows)]
@@ -162,7 +162,7 @@ def _values_tile(rows: int, spans: int) -> Any:
             order = [16 * key + c for c in range(16) for key in range(4)]
 
             def step(sums: list[Any], k: Any) -> list[Any]:
-                other = dots._Wanted(sums[0], sums[1], wanted_bytes, last, 4)
+                other = dots._Wanted(sums[0], sums[1], wanted_bytes, last, 4, asks_again=False)
                 grown = sums[2:]
                 here = b.add(table, b.mul(k, const(I64, 32)))
                 shift = b.mul(k, const(I64, 4))
@@ -306,12 +306,12 @@ def build(jit: Any) -> Nibbles:
             simd.prefetch_aside(get_int(table + i))
 
     @jit
-    def score(p, w, table, scales, ahead, beside, ahead_bytes, keys, groups, together):
-        steps = p.head_dim // 32
+    def score(p, w, table, scales, wanted, keys, groups, together):
+        steps, width = p.head_dim // 32, p.key_bytes
         gather(scales, w.scales, keys, steps)
         q_step, s_row = QUERY_BYTES * groups, TILE * 4
         for j in range(0, keys, 16):
-            k, f, v, t = table + 8 * j, w.scales + 4 * j, ahead + 8 * j, w.s + 4 * j
+            k, f, v, t = table + 8 * j, w.scales + 4 * j, wanted + 8 * j, w.s + 4 * j
             following = scales + 8 * (TILE + j)
             ask(following, steps)
             ask(following + w.value_scales - w.key_scales, p.value_dim // 32)
@@ -319,17 +319,17 @@ def build(jit: Any) -> Nibbles:
             while r < groups:
                 q, s, left = w.q + r * QUERY_BYTES, t + r * s_row, groups - r
                 if left >= 8 and r > 0:
-                    score8_more(k, f, v, ahead_bytes, q, q_step, s, s_row, steps)
+                    score8_more(k, f, v, width, q, q_step, s, s_row, steps)
                 elif left >= 8:
-                    score8(k, f, v, ahead_bytes, q, q_step, s, s_row, steps)
+                    score8(k, f, v, width, q, q_step, s, s_row, steps)
                 elif left >= 4 and r > 0:
-                    score4_more(k, f, v, ahead_bytes, q, q_step, s, s_row, steps)
+                    score4_more(k, f, v, width, q, q_step, s, s_row, steps)
                 elif left >= 4:
-                    score4(k, f, v, ahead_bytes, q, q_step, s, s_row, steps)
+                    score4(k, f, v, width, q, q_step, s, s_row, steps)
                 elif left >= 2:
-                    score2(k, f, v, ahead_bytes, q, q_step, s, s_row, steps)
+                    score2(k, f, v, width, q, q_step, s, s_row, steps)
                 else:
-                    score1(k, f, v, ahead_bytes, q, q_step, s, s_row, steps)
+                    score1(k, f, v, width, q, q_step, s, s_row, steps)
                 r += 8 if left >= 8 else 4 if left >= 4 else 2 if left >= 2 else 1
 
     @jit
@@ -374,10 +374,10 @@ def build(jit: Any) -> Nibbles:
                 t += WEIGHT_BYTES
 
     @jit
-    def weigh(p, w, state, weights, table, scales, wanted, beside, last, keys, groups, together):
-        """o = o * factor + weights @ values; asks for the next tile's keys meanwhile."""
-        o_row, spans, fours, width = p.value_dim * 4, p.value_dim // 32, keys // 4, p.key_bytes
-        row, r = WEIGHT_BYTES, 0
+    def weigh(p, w, state, weights, table, scales, wanted, keys, groups, together):
+        """o = o * factor + weights @ values; asks meanwhile for as many rows `wanted`."""
+        o_row, spans, fours, width = p.value_dim * 4, p.value_dim // 32, keys // 4, p.value_bytes
+        row, r, last = WEIGHT_BYTES, 0, wanted + 8 * (keys - 1)
         while r < groups:
             left, u = groups - r, 0
             o, f = state + 2 * groups * 64 + r * o_row, w.factor + 2 * r * 64

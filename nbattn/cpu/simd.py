@@ -363,26 +363,22 @@ def scalars(number: Any) -> tuple[Any, Any]:
     return get, put
 
 
-@intrinsic
-def prefetch(typingctx: Any, address: Any) -> Any:
-    """Ask for the cache line of an address, which may lie anywhere."""
+def _prefetch(locality: int) -> Any:
+    """``prefetch(address)``: ask for the cache line of an address, which may lie anywhere."""
 
-    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        prefetch_value(b, args[0])
-        return context.get_dummy_value()
+    @intrinsic
+    def prefetch(typingctx: Any, address: Any) -> Any:
+        def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+            prefetch_value(b, args[0], locality)
+            return context.get_dummy_value()
 
-    return types.void(types.int64), codegen
+        return types.void(types.int64), codegen
+
+    return prefetch
 
 
-@intrinsic
-def prefetch_aside(typingctx: Any, address: Any) -> Any:
-    """The same, but not into the first cache: what is needed later than it would stay there."""
-
-    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        prefetch_value(b, args[0], locality=2)
-        return context.get_dummy_value()
-
-    return types.void(types.int64), codegen
+prefetch, prefetch_aside = _prefetch(3), _prefetch(2)
+"""Into all caches, and into all but the first, where what is needed late would not stay."""
 
 
 @intrinsic

@@ -29,35 +29,33 @@ def scorer(jit: Any, number: Any, kind: str, stored_bits: int, padded: Any, in_p
     score8, keys8 = dots.scores_tile(number, wide_rows, 2, kind, stored_bits)
 
     @jit
-    def score(p, w, table, scales, ahead, beside, ahead_bytes, keys, groups, together):
-        """The raw products of a tile's keys, whole vectors of them; asks meanwhile for the rows `ahead`, and
-        for those whose entries lie `beside` bytes from theirs.
-        """
-        depth = padded(p.head_dim)
+    def score(p, w, table, scales, wanted, keys, groups, together):
+        """The raw products of a tile's keys, whole vectors of them; asks meanwhile for as many `wanted`."""
+        depth, width = padded(p.head_dim), p.key_bytes
         steps = depth * together // (lanes * vectors)
         q_group, s_group = together * depth * query_bytes + behind, together * KEYS * size
         if together == 1:
             for j in range(0, keys, keys1):
-                v, t = ahead + 8 * j, w.s + j * size
-                score1(table + 8 * j, scales + 8 * j, v, beside, ahead_bytes, w.q, 0, t, 0, steps)
+                v, t = wanted + 8 * j, w.s + j * size
+                score1(table + 8 * j, scales + 8 * j, v, width, w.q, 0, t, 0, steps)
             return
         if few:
             return
         if together == pair_rows:
             for j in range(0, keys, keys2):
-                v, t = ahead + 8 * j, w.s + 2 * j * size
-                score2(table + 8 * j, 0, v, beside, ahead_bytes, w.q, 0, t, 0, steps)
+                v, t = wanted + 8 * j, w.s + 2 * j * size
+                score2(table + 8 * j, 0, v, width, w.q, 0, t, 0, steps)
             return
         for g in range(0, groups - 1, 2):
             q, s = w.q + g * q_group, w.s + g * s_group
             for j in range(0, keys, keys8):
-                v, t = ahead + 8 * j, s + j * wide_rows * size
-                score8(table + 8 * j, 0, v, beside, ahead_bytes, q, q_group, t, s_group, steps)
+                v, t = wanted + 8 * j, s + j * wide_rows * size
+                score8(table + 8 * j, 0, v, width, q, q_group, t, s_group, steps)
         if groups % 2 == 1:
             q, s = w.q + (groups - 1) * q_group, w.s + (groups - 1) * s_group
             for j in range(0, keys, keys4):
-                v, t = ahead + 8 * j, s + j * wide_rows * size
-                score4(table + 8 * j, 0, v, beside, ahead_bytes, q, 0, t, 0, steps)
+                v, t = wanted + 8 * j, s + j * wide_rows * size
+                score4(table + 8 * j, 0, v, width, q, 0, t, 0, steps)
 
     return score
 
@@ -92,13 +90,11 @@ def weigher(
     few = vectors * register
 
     @jit
-    def weigh(p, w, state, weights, table, scales, wanted, beside, last, keys, groups, together):
-        """o = o * factor + weights @ values; asks meanwhile for the rows `wanted`, keys of the next tile, and
-        for those whose entries lie `beside` bytes from theirs.
-        """
+    def weigh(p, w, state, weights, table, scales, wanted, keys, groups, together):
+        """o = o * factor + weights @ values; asks meanwhile for as many rows `wanted`."""
         blocks = keys * together // lanes
-        o_row, width = padded(p.value_dim) * size, p.key_bytes
-        o = state + 2 * groups * register
+        o_row, width = padded(p.value_dim) * size, p.value_bytes
+        o, last = state + 2 * groups * register, wanted + 8 * (keys - 1)
         s_group = together * row_keys * weight_bytes
         g = 0
         while g < groups:
@@ -109,7 +105,7 @@ def weigher(
             while c < o_row:
                 left, count = o_row - c, few
                 begin = (c * keys * stored_bits) // (8 * size) if g == 0 else keys * width
-                rows = table, scales, wanted, width, last, begin, beside
+                rows = table, scales, wanted, width, last, begin
                 if together == 1:
                     if is_wide and left >= wide_bytes:
                         weigh1_wide(*rows, c, a, 0, *sums)
