@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -211,8 +211,12 @@ class KVCache:
         places = self._places
         if lengths is None and places.rewrite is not None:
             rows, run, counts = places.rewrite
-            fits = places.ring or places.longest + rows <= self._capacity
-            if fits and self._append_again(run, key, value, counts):
+            if places.ring:
+                done = self._append_to_ring(key, value)
+            else:
+                fits = places.longest + rows <= self._capacity
+                done = fits and run(key, value, places.lengths, out=counts) is not None
+            if done:
                 places.grow(counts, rows)
                 return
         k, v, counts = self._store.check_new(key, value, lengths, len(places.lengths))
@@ -234,14 +238,15 @@ class KVCache:
             raise
         places.grow(counts, k.shape[2] if lengths is None else None)
 
-    def _append_again(self, run: Any, key: Any, value: Any, counts: NDArray[np.int64]) -> bool:
+    def _append_to_ring(self, key: Any, value: Any) -> bool:
         """Write as the latest append did, if the arrays lie as that one's."""
         places, done = self._places, True
+        rows, run, counts = cast(Any, places.rewrite)
         try:
             done = run(key, value, places.lengths, out=counts) is not None
         finally:
             if done:  # or interrupted
-                places.make_room(counts)
+                places.make_room(counts, rows)
         return done
 
     def advance(self, count: int = 1) -> None:

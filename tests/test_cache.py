@@ -738,6 +738,33 @@ class TestRing:
         with pytest.raises(ValueError, match="but the ring holds them from"):
             cache.attend(query)
 
+    @native
+    def test_what_native_appends_overwrite(self, rng):
+        """Several tokens at once, and after it went back."""
+        cache, line = KVCache(2, 1, 10, 4, window=6), Line(1, 4, 4, "float32")
+
+        def append():
+            new = normal(rng, (1, 1, 2, 4)).repeat(2, axis=0)
+            cache.append(new, new)
+            line.append(new[0], new[0])
+
+        def check(held):
+            """Of how many queries it holds all that they see."""
+            query = normal(rng, (2, 2, held, 4))
+            line.hold(cache.attend(query)[1], None, query[1], window_size=(5, None))
+            with pytest.raises(ValueError, match="but the ring holds them from"):
+                cache.attend(normal(rng, (2, 2, held + 1, 4)))
+
+        for _ in range(15):
+            append()
+        assert cache._places.rewrite is not None
+        check(5)
+        cache.truncate(25), line.truncate(25)
+        append()  # 27, of which 20 to 24 are older
+        check(2)
+        append(), append(), append()
+        check(5)
+
     def test_truncate_back_to_what_it_holds(self, backend, rng):
         cache = KVCache(1, 1, 10, 4, window=6, backend=backend)
         x = normal(rng, (1, 1, 30, 4))
