@@ -458,11 +458,11 @@ class PagedKVCache(Pool):
     def _bring_up_to_date(self, group: _Group) -> None:
         """Have a group say where its sequences lie now; several threads may have it do so at once."""
         if group.changes != self._changes:
-            np.take(self._table, group.rows, axis=0, out=group.table, mode="clip")  # "raise" takes a buffer
+            self._table.take(group.rows, axis=0, out=group.table, mode="clip")  # "raise" takes a buffer
             group.room = self._held[group.rows] * self._page_size
             group.growth, group.changes = -1, self._changes
         if group.growth != self._growth:
-            np.take(self._lengths, group.rows, out=group.lengths, mode="clip")
+            self._lengths.take(group.rows, out=group.lengths, mode="clip")
             group.measure()
             group.growth = self._growth
 
