@@ -7,7 +7,7 @@ order. Chunks count from a sequence's first key, whatever the batch or the numbe
 
 Numbers are read where they lie and widened in registers. Only keys whose bits cannot be repeated cheaply for
 several rows of a vector (float16; int8 and int4 where bytes are not multiplied), and rows that are no whole
-vectors, go through scratch. int4 has its own tiles in `nibbles`.
+vectors, go through scratch. int4 has its own tiles in `nibbles`, int8 for several rows in `octets`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,21 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import types
 
-from . import aside, dots, emitters, kinds, lookup, nibbles, rows, runtime, seen, simd, sweeps, weights
+from . import (
+    aside,
+    dots,
+    emitters,
+    kinds,
+    lookup,
+    nibbles,
+    octets,
+    rows,
+    runtime,
+    seen,
+    simd,
+    sweeps,
+    weights,
+)
 from .dots import AHEAD_OF_ONE, KEYS, LONG
 
 CHUNK, LONGEST = 512, 2048
@@ -106,7 +120,7 @@ def scratch_bytes(storage: str, dtype: Any, head_dim: int, value_dim: int) -> in
 
 def tile_keys(storage: str) -> int:
     """Keys that several rows soften together."""
-    return nibbles.TILE if kinds.read_as(storage) == "nibbles" else KEYS
+    return nibbles.TILE if kinds.read_as(storage) in ("nibbles", "bytes") else KEYS
 
 
 def longest_chunk(storage: str) -> int:
@@ -166,16 +180,21 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
     as_nibbles = kind == "nibbles"
     of_nibbles = nibbles.build(jit) if as_nibbles else nibbles.Nibbles(None, None, None, None)
     spread_weights = of_nibbles.spread_weights
-    rows_together, in_place, set_up = rows.build(jit, storage, padded, widen_query, of_nibbles.round_queries)
+    rows_together, in_place, by_keys, set_up = rows.build(
+        jit, storage, padded, widen_query, of_nibbles.round_queries
+    )
     scale_by, soften, round_weights = weights.build(jit, storage, row_keys)
     all_finite, set_aside, add_visible, by_parity = aside.build(jit, storage, padded, widen, visible, place)
     if as_nibbles:
         score_stored, weigh_stored = of_nibbles.score, of_nibbles.weigh
     else:
-        score_stored = score_wide = sweeps.scorer(jit, number, kind, stored_bits, padded, in_place=True)
-        weigh_stored = weigh_wide = sweeps.weigher(jit, number, kind, stored_bits, padded, in_place=True)
+        score_stored = score_wide = sweeps.scorer(jit, number, kind, stored_bits, padded, True, row_keys)
+        weigh_stored = weigh_wide = sweeps.weigher(jit, number, kind, stored_bits, padded, True, row_keys)
+    score_by_keys, weigh_by_keys = score_stored, weigh_stored
+    if whole:
+        score_by_keys, weigh_by_keys = octets.scorer(jit, row_keys), octets.weigher(jit, row_keys)
     if not as_stored:
-        score_wide = sweeps.scorer(jit, number, "float32", stored_bits, padded, in_place=False)
+        score_wide = sweeps.scorer(jit, number, "float32", stored_bits, padded, False, row_keys)
         weigh_wide = sweeps.weigher(jit, number, "float32", stored_bits, padded, False, row_keys)
 
     @jit
@@ -216,7 +235,9 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
     def tile_of(p, together, rows):
         """How many keys are softened together."""
         is_alone = rows == 1 and together == 1 and not as_nibbles
-        return LONG if is_alone and in_place(p, 1) and p.value_dim % value_unit == 0 else row_keys
+        if is_alone and in_place(p, 1) and p.value_dim % value_unit == 0:
+            return LONG
+        return row_keys if as_nibbles or by_keys(p) else KEYS
 
     @jit
     def attend_chunk(p, w, state, b, head, first, last, tile, groups, together, all_first, all_last, careful):
@@ -248,9 +269,11 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
             if wide_keys:
                 widen(keys_at, key_scales, padding, p.head_dim, w.wide)
                 score_wide(p, w, w.wide_keys, 0, keys_at + ahead, padding, groups, together)
+            elif by_keys(p):
+                score_by_keys(p, w, keys_at, key_scales, keys_at + ahead, padding, groups, together)
             else:
                 score_stored(p, w, keys_at, key_scales, keys_at + ahead, padding, groups, together)
-            if int8:
+            if int8 and not by_keys(p):
                 scale_by(key_scales, w.s, padding, groups, together)
             adjust(p, w, get_int(p.key_starts + 8 * b), k0, keys, groups, together, all_first, all_last)
             soften(p, w, state, padding, groups, together)
@@ -266,6 +289,10 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
                 scale_by(value_scales, w.s, padding, groups, together)
             if wide_values:
                 weigh_wide(p, w, state, w.s, w.wide_values, 0, values_at + ahead, padding, groups, together)
+            elif by_keys(p):
+                weigh_by_keys(
+                    p, w, state, w.narrow, values_at, 0, values_at + ahead, padding, groups, together
+                )
             else:
                 weights, table = w.narrow if fours else w.s, values_at
                 if careful and pairs:

@@ -7,15 +7,15 @@ from typing import Any
 import numpy as np
 from numba import types
 
-from . import dots, emitters, kinds, simd
+from . import dots, emitters, kinds, octets, simd
 from .kinds import LARGEST_QUERY, LEAST
 from .nibbles import QUERY_BYTES
 
 
 def build(
     jit: Any, storage: str, padded: Any, widen_query: Any, round_queries: Any = None
-) -> tuple[Any, Any, Any]:
-    """The compiled functions ``rows_together(p)``, ``in_place(p, together)`` and ``set_up``.
+) -> tuple[Any, Any, Any, Any]:
+    """The compiled functions ``rows_together(p)``, ``in_place(p, together)``, ``by_keys(p)`` and ``set_up``.
 
     `p` is the call's parameters, `w` a thread's `chunks.Scratch`; `round_queries` is of `nibbles`.
     """
@@ -37,13 +37,19 @@ def build(
     put_int32 = simd.scalars(types.int32)[1]
     put_byte = kinds.put_whole(8)
     add, mul, fma, greater, splat = simd.add, simd.mul, simd.fma, simd.greater, simd.splat
+    put_query = octets.put_queries(jit)
     copy1, copy2, copy4 = (kinds.copy_runs(number, lanes // n, "float32") for n in (1, 2, wide_rows))
     parity1, parity2, parity4 = (kinds.copy_runs(number, lanes // n, storage) for n in (1, 2, wide_rows))
 
     @jit
+    def by_keys(p):
+        """Whether lanes are keys, as `octets` has them."""
+        return whole and p.block_rows > 2 and p.head_dim % unit == 0
+
+    @jit
     def rows_together(p):
         """Query rows that share a vector."""
-        if nibbles or p.block_rows == 1:
+        if nibbles or p.block_rows == 1 or by_keys(p):
             return 1
         return pair_rows if p.block_rows == pair_rows else wide_rows
 
@@ -133,6 +139,9 @@ def build(
             elif whole:
                 bias, worth = halve(p.head_dim, w.wide)
                 upper = w.wide + p.head_dim * size
+                if by_keys(p):
+                    put_query(p, w, upper, r, rows, np.int32(bias), worth)
+                    continue
                 copy_row(upper, t, p.head_dim, lane, together, 2)
                 copy_row(upper + p.head_dim, t + register, p.head_dim, lane, together, 2)
                 t += together * depth * query_bytes + lane * size
@@ -151,4 +160,4 @@ def build(
                 copy_row(w.wide, t, depth * size, lane, together, 1)
         return all_first, all_last
 
-    return rows_together, in_place, set_up
+    return rows_together, in_place, by_keys, set_up

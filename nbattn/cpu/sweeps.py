@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from . import dots, emitters, kinds
-from .dots import KEYS
 
 
-def scorer(jit: Any, number: Any, kind: str, stored_bits: int, padded: Any, in_place: bool) -> Any:
+def scorer(
+    jit: Any, number: Any, kind: str, stored_bits: int, padded: Any, in_place: bool, row_keys: int
+) -> Any:
     """The function that makes the raw products with keys of this kind, which lie where they are stored or in
     scratch.
 
@@ -33,7 +34,7 @@ def scorer(jit: Any, number: Any, kind: str, stored_bits: int, padded: Any, in_p
         """The raw products of a tile's keys, whole vectors of them; asks meanwhile for as many `wanted`."""
         depth, width = padded(p.head_dim), p.key_bytes
         steps = depth * together // (lanes * vectors)
-        q_group, s_group = together * depth * query_bytes + behind, together * KEYS * size
+        q_group, s_group = together * depth * query_bytes + behind, together * row_keys * size
         if together == 1:
             for j in range(0, keys, keys1):
                 v, t = wanted + 8 * j, w.s + j * size
@@ -61,7 +62,7 @@ def scorer(jit: Any, number: Any, kind: str, stored_bits: int, padded: Any, in_p
 
 
 def weigher(
-    jit: Any, number: Any, kind: str, stored_bits: int, padded: Any, in_place: bool, row_keys: int = KEYS
+    jit: Any, number: Any, kind: str, stored_bits: int, padded: Any, in_place: bool, row_keys: int
 ) -> Any:
     """The function that adds up values of this kind, which lie where they are stored or in scratch, widened
     from numbers of `stored_bits`. A row has room for `row_keys` weights.
