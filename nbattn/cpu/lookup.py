@@ -10,7 +10,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from . import dots, emitters, kinds, simd
-from .emitters import I64, pointer, splat_value, store_value
+from .emitters import I16, I64, load_at, pointer, splat_value, store_value
 from .masks import get_byte
 
 
@@ -36,6 +36,33 @@ def put_steps(typingctx: Any, table: Any, first: Any, step: Any, count: Any) -> 
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 4), codegen
+
+
+@intrinsic
+def in_order(typingctx: Any, table: Any) -> Any:
+    """Whether the 16 addresses in a table are those of float32 one after the other."""
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        t = ir.VectorType(I64, 16)
+        first = splat_value(b, t, load_at(b, args[0], 0, I64))
+        same = b.icmp_signed(
+            "==", b.add(first, ir.Constant(t, list(range(0, 64, 4)))), load_at(b, args[0], 0, t)
+        )
+        return b.icmp_signed("==", b.bitcast(same, I16), I16(-1))
+
+    return types.boolean(types.int64), codegen
+
+
+@intrinsic
+def copy16(typingctx: Any, target: Any, source: Any) -> Any:
+    """Copy 16 float32."""
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        t = ir.VectorType(ir.FloatType(), 16)
+        store_value(b, load_at(b, args[1], 0, t), pointer(b, args[0], t))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
 
 
 class Lookup(NamedTuple):
@@ -89,9 +116,13 @@ def build(jit: Any, storage: str) -> Lookup:
     def fetch_scales(scales, keys, tile):
         """A tile's scales in place of their addresses; asks for the next tile's."""
         for j in range(0, keys, portion):
-            simd.prefetch(get_int(scales + 8 * (tile + j)))
-        for j in range(keys):
-            put(scales + size * j, dtype(get_float32(get_int(scales + 8 * j))))
+            simd.prefetch_aside(get_int(scales + 8 * (tile + j)))
+        for j in range(0, keys, 16):
+            if j + 16 <= keys and in_order(scales + 8 * j):
+                copy16(scales + 4 * j, get_int(scales + 8 * j))
+                continue
+            for i in range(j, min(j + 16, keys)):
+                put(scales + 4 * i, get_float32(get_int(scales + 8 * i)))
 
     @jit
     def walk(p, table, base, page_bytes, row_bytes, b, k0, keys):
