@@ -210,7 +210,7 @@ class PagedKVCache(Pool):
         """
         handles = self._different(sequences, "an append")
         places = self._places(handles)
-        if lengths is None and places.rewrite is not None and not self._has_shared:
+        if lengths is None and places.rewrite is not None and places.is_alone:
             rows, run, counts = places.rewrite
             if rows <= places.spare and run(key, value, places.lengths, out=counts) is not None:
                 self._grow(places, counts, rows)
@@ -464,6 +464,7 @@ class PagedKVCache(Pool):
         if group.growth != self._growth:
             self._lengths.take(group.rows, out=group.lengths, mode="clip")
             group.measure()
+            group.is_alone = not self._has_shared or not self._shared(group.rows, group.lengths)
             group.growth = self._growth
 
     def _grow(self, group: _Group, counts: NDArray[np.int64], each: int | None) -> None:
@@ -483,6 +484,7 @@ class _Group(Places):
         self.changes = self.growth = -1  # as of which the table and the lengths are
         self.room = rows  # positions that each one's pages hold
         self.spare = 0  # the fewest of them that are empty
+        self.is_alone = False  # where no other sequence holds a page that is begun
 
     def grow(self, counts: NDArray[np.int64], each: int | None) -> None:
         super().grow(counts, each)

@@ -58,7 +58,7 @@ class Pool:
         """How many pages sequences lack for that many more positions, and which they have to copy."""
         size, lengths = self._page_size, self._lengths[rows]
         wanted = np.maximum(-(-(lengths + counts) // size) - self._held[rows], 0)
-        copies = self._shared(rows, lengths, counts) if self._has_shared else []
+        copies = self._shared(rows[counts > 0], lengths[counts > 0]) if self._has_shared else []
         needed = int(wanted.sum()) + len(copies)
         if needed > len(self._free):
             msg = (
@@ -108,11 +108,9 @@ class Pool:
             self._changes += 1
             raise
 
-    def _shared(
-        self, rows: NDArray[np.int64], lengths: NDArray[np.int64], counts: NDArray[np.int64]
-    ) -> list[tuple[int, int, int]]:
-        """Begun pages that are written and that others hold too: row, place in the table, page."""
-        begun = (counts > 0) & (lengths % self._page_size > 0)
+    def _shared(self, rows: NDArray[np.int64], lengths: NDArray[np.int64]) -> list[tuple[int, int, int]]:
+        """Begun pages that others hold too, and who is to have a copy: row, place in the table, page."""
+        begun = lengths % self._page_size > 0
         rows, index = rows[begun], lengths[begun] // self._page_size
         pages = self._table[rows, index]
         if (self._uses[pages] < 2).all():

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
 from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -294,7 +294,7 @@ class Store:
         backend: str | None,
     ) -> NDArray[Any] | AttentionOutput:
         """Attention of the last positions' queries, as `KVCache.attend` says."""
-        latest, layout = places.latest, cast(Any, None)
+        latest = places.latest
         if latest is not None and backend is out is lengths is None and return_lse is False:
             mask, bias, is_causal, window, scale, softcap, slopes, sinks = given
             causal, sides, factor, cap, again = latest
@@ -305,6 +305,7 @@ class Store:
                 result = again(places, query)
                 if result is not None:
                     return result
+        layout: Any = None
         if backend is None or backend == (self.backend or "cpu"):
             if not self.is_on_gpu or (out is None and lengths is None):
                 layout = call_layout(query, given, return_lse, self.is_on_gpu)

@@ -212,6 +212,12 @@ class TestPages:
         cache.append([second], token, token)
         assert cache.free_pages == 20 - 3
 
+    def test_who_gets_no_token_copies_no_page(self, backend, rng):
+        cache, first, _ = filled(backend, 10)
+        sequences, token = [first, cache.fork(first), cache.fork(first)], normal(rng, (3, 2, 1, 32))
+        cache.append(sequences, token, token, [0, 0, 1])
+        assert cache.free_pages == 17 - 1
+
     def test_pages_return(self, backend):
         cache, first, _ = filled(backend, 10)
         second = cache.fork(first)
@@ -302,6 +308,21 @@ class TestPages:
         with pytest.raises(ValueError, match="1 more positions need 1 pages and 0 are free"):
             step()
         assert (cache.lengths, cache.free_pages) == ({sequence: 24}, 0)
+
+    def test_a_shared_prompt_costs_later_appends_nothing(self, rng, monkeypatch):
+        """Once each has its own last page, no append looks for pages to copy."""
+        cache, first, _ = filled(None, 10, page_size=8)
+        sequences, token = [first, cache.fork(first)], normal(rng, (2, 2, 1, 32))
+        looked, lacking = [], cache._lacking
+        monkeypatch.setattr(cache, "_lacking", lambda *a: looked.append(a) or lacking(*a))
+        seen = []
+        for _ in range(14):
+            cache.append(sequences, token, token)
+            seen.append(len(looked))
+        assert cache._has_shared
+        assert seen[3:6] == [seen[2]] * 3
+        assert seen[7:] == [seen[7]] * 7
+        assert cache.free_pages == 20 - 1 - 2 * 2
 
     def test_groups_of_sequences_stay_apart(self, backend, rng):
         """Groups that were attended before see what was appended since, whoever appended."""
