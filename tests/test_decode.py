@@ -167,6 +167,10 @@ class TestPagedAttention:
         for head_dim, value_dim in ((64, 32), (128, 128), (64, 160)):
             paged = Paged(rng, storage, (70, 3, 600), head_dim=head_dim, value_dim=value_dim)
             paged.check("cpu", query_for(rng, storage, 3, heads, head_dim=head_dim))
+        paged = Paged(rng, storage, (70, 3, 600), head_dim=64, value_dim=96)
+        options = {"softcap": 3.0, "alibi_slopes": np.linspace(-0.1, 0.1, heads), "window_size": (500, None)}
+        mask = rng.random((3, heads, 2, 600)) < 0.5
+        paged.check("cpu", query_for(rng, storage, 3, heads, 2, head_dim=64), mask, **options)
 
     @pytest.mark.parametrize("head_dim", [1, 2, 7, 8, 15, 17, 31, 33, 64, 80, 100, 128, 130, 256])
     def test_head_dims(self, backend, head_dim, rng):
@@ -322,16 +326,20 @@ class TestPagedAttention:
                     np.testing.assert_array_equal(broken, expected)
 
     def test_nan_scale_is_a_nan_token(self, backend, rng):
-        for storage, head_dim in (("int8", 32), ("int8", 64), ("int4", 32)):
+        for storage, head_dim, heads in (
+            ("int8", 32, 4), ("int8", 64, 4), ("int8", 64, 8), ("int4", 32, 4), ("int4", 32, 16),
+        ):  # fmt: skip
             for which in (0, 1):
                 paged = Paged(rng, storage, (70, 40), head_dim=head_dim)
-                query = query_for(rng, storage, 2, head_dim=head_dim)
+                query = query_for(rng, storage, 2, heads, head_dim=head_dim)
+                expected = np.zeros((2, heads), bool)
+                expected[0, heads // 2 :] = True
                 clean = paged.attend(query, np.arange(70) != 20, backend=backend)
                 for scale in (np.nan, np.inf, 1e30):
                     paged.arrays[which][1][paged.table[0, 1], 4, 1] = scale
                     broken = ~np.isfinite(paged.attend(query, backend=backend)).all(axis=(2, 3))
                     if np.isnan(scale) or (which and scale == np.inf):
-                        np.testing.assert_array_equal(broken, [[False, False, True, True], [False] * 4])
+                        np.testing.assert_array_equal(broken, expected)
                     masked = paged.attend(query, np.arange(70) != 20, backend=backend)
                     assert np.isfinite(masked).all()
                     if backend == "cpu" and storage == "int8":

@@ -63,27 +63,30 @@ def build(jit: Any, storage: str, row_keys: int) -> tuple[Any, Any, Any]:
         """
         scale = splat(dtype(p.log2_scale))
         floor = splat(dtype(lowest / p.log2_scale))
+        # All maxima first: each waits for itself more than it computes, and the next one needs not wait.
         for g in range(groups):
             s = w.s + g * together * row_keys * size
-            end = s + keys * together * size
-            maximum, total = state + 2 * g * register, state + (2 * g + 1) * register
+            maximum = state + 2 * g * register
             before = load(maximum)
             top = before
-            for t in range(s, end, register):
+            for t in range(s, s + keys * together * size, register):
                 top = greater(load(t), top)
             top = top_of_rows(top, together)
-            zero_point = simd.finite_or_zero(top)
-            factor = exp2_product(sub(before, zero_point), scale, floor)
+            factor = exp2_product(sub(before, simd.finite_or_zero(top)), scale, floor)
+            store(maximum, top)
+            store(w.factor + 2 * g * register, factor)
+        for g in range(groups):
+            s = w.s + g * together * row_keys * size
+            maximum, total = state + 2 * g * register, state + (2 * g + 1) * register
+            zero_point = simd.finite_or_zero(load(maximum))
             fresh = splat(dtype(0))
-            for t in range(s, end, register):
+            for t in range(s, s + keys * together * size, register):
                 x = exp2_product(sub(load(t), zero_point), scale, floor)
                 store(t, x)
                 if pairs:
                     put_pairs(w.narrow + (t - w.s) // 2, x)
                 fresh = add(fresh, x)
-            store(maximum, top)
-            store(total, fma(load(total), factor, fresh))
-            store(w.factor + 2 * g * register, factor)
+            store(total, fma(load(total), load(w.factor + 2 * g * register), fresh))
 
     @jit
     def round_weights(w, scales, keys, groups, together):
