@@ -693,7 +693,7 @@ class TestRing:
             cache.attend(new[:, :, :1], is_causal=False, return_lse=True)
             cache.attend(new[:, :, :1], is_causal=False)
         keys = [x for x in seen if isinstance(x, int)]
-        assert len(keys) == 38 + 1
+        assert len(keys) == 38 + (1 if arrays.KNOWN else 38 + 1)
         assert set(keys) == {60, 64}
 
     def test_alibi_of_a_long_stream(self, backend, rng):

@@ -11,6 +11,7 @@ from nbattn import KVCache, PagedKVCache
 from nbattn.cpu import arrays
 
 storages = pytest.mark.parametrize("storage", STORAGES)
+native = pytest.mark.skipif(not arrays.KNOWN, reason="keeps its arrays in another way")
 
 
 def used_rows(cache):
@@ -277,7 +278,7 @@ class TestPages:
                 )
                 np.testing.assert_allclose(got.lse, expected.lse, rtol=1e-6)
 
-    @pytest.mark.skipif(not arrays.KNOWN, reason="keeps its arrays in another way")
+    @native
     def test_native_appends(self, rng):
         """They take no pages, write into none that others hold, and see what others changed."""
         cache, line = PagedKVCache(6, 4, 2, 32), Line(2, 32, 32, "float32")
@@ -309,6 +310,7 @@ class TestPages:
             step()
         assert (cache.lengths, cache.free_pages) == ({sequence: 24}, 0)
 
+    @native
     def test_a_shared_prompt_costs_later_appends_nothing(self, rng, monkeypatch):
         """Once each has its own last page, no append looks for pages to copy."""
         cache, first, _ = filled(None, 10, page_size=8)
