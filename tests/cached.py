@@ -49,23 +49,19 @@ def turn(x, positions, base, interleaved=False, width=None):
     return y
 
 
-def rounds(storage, backend, query, kv_heads):
-    """How queries (..., Hq, n, D) and weights are rounded before they are multiplied, as `oracle.hold` says.
-
-    More rows than a few are multiplied as they are, on tiles.
-    """
-    few = query.shape[-3] // kv_heads * query.shape[-2] <= 64
+def rounds(storage, backend):
+    """How queries and weights are rounded before they are multiplied, as `oracle.hold` says."""
     if storage not in ("int8", "int4") or backend == "reference":
         return ""
-    return "coarse" if few and backend != "cuda" and kinds.read_as(storage) == "nibbles" else "fine"
+    return "coarse" if backend != "cuda" and kinds.read_as(storage) == "nibbles" else "fine"
 
 
-def as_multiplied(query, storage, backend, kv_heads):
-    """The numbers that few queries (..., Hq, n, D) of a cache are multiplied as.
+def as_multiplied(query, storage, backend):
+    """The numbers that queries (..., n, D) of a cache are multiplied as.
 
     Where the processor multiplies bytes, those that meet int4 keys are rounded to 8 bits.
     """
-    if rounds(storage, backend, query, kv_heads) != "coarse":
+    if rounds(storage, backend) != "coarse":
         return query
     numbers = query.astype(np.float32)
     most = np.abs(numbers).max(axis=-1, keepdims=True)
@@ -105,8 +101,8 @@ class Line:
         if self.rotary:
             query = turn(query, offset + np.arange(query.shape[1]), **self.rotary).astype(query.dtype)
         options = {"is_causal": True, "query_offset": offset, "ulp": ulp, **options}
-        options["rounds"] = rounds(self.storage, backend, query, len(self.key))
-        query = as_multiplied(query, self.storage, backend, len(self.key))
+        options["rounds"] = rounds(self.storage, backend)
+        query = as_multiplied(query, self.storage, backend)
         lse = None if lse is None else lse[None]
         hold(output[None], lse, query[None], self.key[None], self.value[None], mask, **options)
 

@@ -6,6 +6,7 @@ from cached import STORAGES, as_multiplied, input_dtype, rounds, stored
 from oracle import assert_same_bits, hold, normal
 
 from nbattn import KVCache, paged_attention
+from nbattn.cpu import decode
 
 storages = pytest.mark.parametrize("storage", STORAGES)
 
@@ -55,8 +56,8 @@ class Paged:
         result = self.attend(query, mask, return_lse=True, backend=backend, **options)
         assert result.weights is None
         options = {"is_causal": True, "query_offset": "end", **options}
-        options["rounds"] = rounds(self.storage, backend, query, self.dense[0].shape[1])
-        query = as_multiplied(query, self.storage, backend, self.dense[0].shape[1])
+        options["rounds"] = rounds(self.storage, backend)
+        query = as_multiplied(query, self.storage, backend)
         hold(result.output, result.lse, query, *self.dense, mask, key_lengths=self.lengths, **options)
         return result
 
@@ -128,9 +129,10 @@ class TestPagedAttention:
             paged.check(backend, query, window_size=(600, None), sinks=np.ones(4))
 
     @storages
-    @pytest.mark.parametrize("queries", [1, 2])
-    def test_a_call_that_repeats_another_checks_what_is_new(self, storage, queries, rng):
-        """The same layout, with other pages, tables, lengths and queries."""
+    @pytest.mark.parametrize("queries", [1, 2, 9])
+    def test_a_call_that_repeats_another_checks_what_is_new(self, storage, queries, rng, monkeypatch):
+        """The same layout, with other pages, tables, lengths and queries, of nine some after the others."""
+        monkeypatch.setattr(decode, "MOST_ROWS", 12)
         paged = Paged(rng, storage, LENGTHS)
         for array in (x for pair in paged.arrays for x in pair if x is not None and x.dtype.kind not in "iu"):
             array[np.isnan(array)] = 1

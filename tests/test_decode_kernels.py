@@ -5,7 +5,7 @@ import pytest
 from ml_dtypes import bfloat16
 from oracle import DTYPES, assert_same_bits, check, inputs, normal
 
-from nbattn import scaled_dot_product_attention, varlen_attention
+from nbattn import PagedKVCache, scaled_dot_product_attention, varlen_attention
 from nbattn.cpu import attention, decode
 
 SHAPES = [(1, 1), (1, 16), (1, 33), (4, 1), (4, 8), (4, 9), (8, 1), (8, 4), (8, 5)]
@@ -94,3 +94,28 @@ def test_a_late_helper_leaves_memory_alone(rng, monkeypatch):
     for _ in range(30):
         scaled_dot_product_attention(*few)
         assert_same_bits(scaled_dot_product_attention(*many), expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [("float32", 2e-6), ("bfloat16", 1e-2), ("int8", 1e-2), ("int4", 4e-2)]
+)
+def test_prompts_over_pages_are_read_off_in_parts(dtype, bound, taken, rng, monkeypatch):
+    """More rows than one call of the kernel takes, over keys that are no array."""
+    monkeypatch.setattr(decode, "MOST_ROWS", 100)
+    cache = PagedKVCache(40, 16, 2, 32, dtype)
+    sequences = [cache.add(), cache.add()]
+    given = np.float32 if dtype in ("int8", "int4") else dtype
+    query = normal(rng, (2, 8, 60, 32), given)
+    for count in (60, 60, 51):
+        cache.append(sequences, *(normal(rng, (2, 2, count, 32), given) for _ in range(2)))
+        options = {"window_size": (130, None), "sinks": np.linspace(-1, 1, 8), "return_lse": True}
+        some = query[:, :, -count:]
+        results = cache.attend(sequences, some, **options)
+        expected = cache.attend(sequences, some, backend="reference", **options)
+        for x, y in ((results.output, expected.output), (results.lse, expected.lse)):
+            np.testing.assert_allclose(x.astype(np.float64), y.astype(np.float64), rtol=bound, atol=bound)
+    assert set(taken) == {f"decode-{dtype}"}
+    alike = cache.attend(sequences, query), cache.attend(sequences, query, out=np.empty_like(query))
+    assert_same_bits(*alike)
+    last = cache.attend(sequences, query[:, :, 30:])
+    np.testing.assert_allclose(last.astype(float), alike[0][:, :, 30:].astype(float), rtol=bound, atol=bound)

@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from ..problem import INT4_GROUP, STORAGE_DTYPES, CacheProblem, Problem, storage_name
+from ..problem import STORAGE_DTYPES, CacheProblem, Problem, storage_name
 from ..reference.attention import merge_states
 from . import arrays, chunks, layout, records, repeats, runtime, simd, team
 from .chunks import CALL, CHUNK, MANY, PARAMETERS, PLACES, ROWS
@@ -21,6 +21,8 @@ _WORDS = records.words_of(PARAMETERS)
 _CALL = struct.Struct(f"{len(CALL)}q")
 _CALL_BYTES = 8 * _WORDS[CALL[0]]
 _OFFSET = PLACES.index("offset")
+MOST_ROWS = 256
+"""Of a key head in one call of the kernel: each chunk's sums of each row are kept until all are there."""
 SERIAL_WORK, SHORT_WORK = 1 << 22, 1 << 19
 """Numbers read and multiplied, 60 us of them, below which a call is not worth waking a second thread; and
 8 us, below which it is not worth one that is awake.
@@ -42,6 +44,9 @@ class Plan:
     """
 
     many: CacheProblem | None = None
+    """The problem, where tiles take it."""
+    parts: Sequence[tuple[int, int, Plan]] = ()
+    """First query, one past the last, and the plan for these, where they are more than `MOST_ROWS`."""
 
     def __init__(
         self, problem: CacheProblem, out: NDArray[Any] | None = None, lse: NDArray[Any] | None = None
@@ -56,12 +61,24 @@ class Plan:
             out = np.empty((batch, heads, queries, value_dim), p.query.dtype)
         if lse is None:
             lse = np.empty((batch, heads, queries), p.compute)
+        self.offset = p.offset
+        kv_heads = p.key_pages.shape[2]
+        each = max(MOST_ROWS // max(heads // max(kv_heads, 1), 1), 1)
+        if queries > each:
+            self.parts = [
+                (
+                    i,
+                    i + each,
+                    Plan(_some_queries(p, i, i + each), out[:, :, i : i + each], lse[:, :, i : i + each]),
+                )
+                for i in range(0, queries, each)
+            ]
+            return
         self.max_keys, self.left, self.longest = p.max_keys, p.left, chunks.longest_chunk(p.storage)
         self.keep_alive = (
             p.page_table, p.key_starts, p.key_lengths, p.offset, p.mask, p.bias, p.alibi_slopes, p.sinks
         )  # fmt: skip
         self.kernel = kernel(f"decode-{p.storage}")
-        kv_heads = p.key_pages.shape[2]
         rows = heads // kv_heads * queries if kv_heads else 0
         blocks = -(-rows // ROWS)
         block_rows = -(-rows // blocks) if blocks else 1
@@ -143,6 +160,17 @@ class Plan:
             offset = self.many.offset if offset is None else offset
             attend_many(replace(self.many, query=query, max_keys=keys, offset=offset), out, lse)
             return
+        if self.parts:
+            if places is not None:
+                offset = places[_OFFSET]
+            all_offsets = self.offset if offset is None else offset
+            for first, last, part in self.parts:
+                some, offset = np.s_[:, :, first:last], all_offsets + first
+                if places is not None:
+                    places = (*places[:_OFFSET], offset, *places[_OFFSET + 1 :])
+                sums = None if lse is None else lse[some]
+                part.forward(query[some], out[some], sums, max_keys, pages, places, offset)
+            return
         keys = self.max_keys if max_keys is None else max_keys
         count = self._chunks(keys)
         tasks = self.units * count
@@ -191,7 +219,7 @@ class Plan:
         self, inputs: tuple[Any, ...], out: NDArray[Any], max_keys: int | None = None
     ) -> repeats.Again | None:
         """What makes the call in one native call, for so many keys at most; see `attention.Repeat`."""
-        if self.many is not None or not arrays.KNOWN:
+        if self.many is not None or self.parts or not arrays.KNOWN:
             return None
         keys = self.max_keys if max_keys is None else max_keys
         chunks = self._chunks(keys)
@@ -216,10 +244,32 @@ RUN = 4096
 
 
 def _is_many(p: CacheProblem) -> bool:
-    """Whether tiles are faster, as for a prompt's next part: from then on arithmetic counts, not bytes."""
+    """Whether tiles are faster, as for a prompt's next part.
+
+    They take floating-point numbers alone: what is quantised is multiplied as it lies, 1.2 to 2.5 times as
+    fast for whole prompts, 1.6 to 20 times for parts of them, unless a bias for each head is read beside it.
+    They take them from arrays, and gathering those from pages takes as long as reading them for many rows.
+    """
     rows = p.query.shape[1] // max(p.key_pages.shape[2], 1) * p.query.shape[2]
-    kind = layout.multiplies(p.storage, False) if p.storage in STORAGE_DTYPES else ""
-    return rows > {"pairs": 32, "amx": 16, "split": 32}.get(kind, 64)
+    if p.storage not in STORAGE_DTYPES:
+        return p.storage == "int8" and p.bias is not None and rows > 192
+    if _is_in_order(p):
+        # For the keys that a cache will have, in time.
+        return not are_few(p, rows, max(p.max_keys, 4096))
+    limit = 256 if p.bias is None and p.mask is None else 48 if p.mask is None else 96
+    return rows > limit * (2 if p.storage == "float32" else 1)
+
+
+def _is_in_order(p: CacheProblem) -> bool:
+    """Whether each page holds a whole sequence, from its first row on."""
+    batch = len(p.page_table)
+    in_order = p.page_table.shape[1] == 1 and (p.page_table[:, 0] == np.arange(batch)).all()
+    return bool(in_order and not p.ring and not p.key_starts.any())
+
+
+def _some_queries(p: CacheProblem, first: int, last: int) -> CacheProblem:
+    mask, bias = (x if x is None else x[:, :, first:last] for x in (p.mask, p.bias))
+    return replace(p, query=p.query[:, :, first:last], offset=p.offset + first, mask=mask, bias=bias)
 
 
 def attend_many(p: CacheProblem, out: NDArray[Any], lse: NDArray[Any] | None) -> None:
@@ -227,8 +277,7 @@ def attend_many(p: CacheProblem, out: NDArray[Any], lse: NDArray[Any] | None) ->
     from .attention import forward as attend
 
     batch = len(p.page_table)
-    in_order = p.page_table.shape[1] == 1 and (p.page_table[:, 0] == np.arange(batch)).all()
-    if in_order and p.storage in STORAGE_DTYPES and not p.ring and not p.key_starts.any():
+    if p.storage in STORAGE_DTYPES and _is_in_order(p):
         whole = (x[:batch].transpose(0, 2, 1, 3)[:, :, : p.max_keys] for x in (p.key_pages, p.value_pages))
         attend(_tiled(p, slice(0, batch), 0, *whole, first=True), out, lse, None)
         return
@@ -285,7 +334,7 @@ def _tiled(
 
 
 def _gather(p: CacheProblem, b: int, start: int, stop: int) -> list[NDArray[Any]]:
-    """The keys and values of positions, (1, Hkv, n, D), quantised ones as float32."""
+    """The keys and values of positions, (1, Hkv, n, D), those of int8 as float32."""
     slots = np.arange(start, stop)
     if p.ring:
         slots %= p.ring
@@ -296,43 +345,46 @@ def _gather(p: CacheProblem, b: int, start: int, stop: int) -> list[NDArray[Any]
         x = pages.swapaxes(1, 2)[at[0], :, at[1]]  # (n, Hkv, D)
         if scales is not None:
             factors = scales.swapaxes(1, 2)[at[0], :, at[1]]
-            x = _unpack(x, factors) if p.storage == "int4" else x * factors[..., None]
+            x = x * factors[..., None]
         result.append(x.swapaxes(0, 1)[None])
     return result
-
-
-def _unpack(packed: NDArray[Any], scales: NDArray[Any]) -> NDArray[Any]:
-    groups = packed.reshape(*scales.shape, INT4_GROUP // 2)
-    numbers = np.concatenate((groups & 15, groups >> 4), axis=-1).astype(np.float32) - np.float32(8)
-    return (numbers * scales[..., None]).reshape(*packed.shape[:-1], 2 * packed.shape[-1])
 
 
 # --- attention of few queries that keeps no cache -----------------------------------------------------------
 
 
 def is_few(p: Problem, queries: Any, keys: Any) -> Any:
-    """Whether so many queries a sequence and key head (numbers or arrays) are better read off than tiled.
-
-    Measured against the tiles with 1, 4 and 8 heads a group on Zen 4, 512 to 32768 keys: from 4096 keys on it
-    is 1.0 to 5 times as fast for up to 48 rows of float32 and 1.1 to 5 for up to 32 of bfloat16 and float16;
-    with fewer keys bfloat16 is 0.9 to 1.9 times as fast and float32 1.1 to 1.9 where tiles leave a quarter of
-    a vector of queries empty, 0.8 to 0.9 where they fill it. Against AMX up to 8 rows of bfloat16 and 32 of
-    float16, a quarter of that under 2048 keys. Masks and biases are read number by number here.
-    """
+    """Whether so many queries a sequence and key head (numbers or arrays) are better read off than tiled."""
     rows = p.query.shape[1] // max(p.key.shape[1], 1) * queries
-    kind = layout.multiplies(p.storage, False)
-    limits: Any = 8 if kind == "amx" else 32
-    fills = False
-    if p.bias is not None or p.mask is not None:
-        limits = {"pairs": 16, "amx": 8}.get(kind, 32) // (2 if p.bias is None else 8)
-    elif p.storage == "float32" and simd.lanes(np.float32) == 16:
-        limits = np.where(keys < 2048, 24, np.where(keys < 4096, 32, 48))
-        fills = (keys < 2048) & (-rows % 16 < 4)
-    if kind in ("amx", "split"):
-        limits = np.where(keys < 2048, limits // 4, limits)
     # Under a causal mask most of a short square is not worth reading.
-    few = (rows <= limits) & (queries <= np.maximum(16, keys // 8)) & (not p.bfloat16_products)
-    return few & np.logical_not(fills)
+    return are_few(p, rows, keys) & (queries <= np.maximum(16, keys // 8)) & (not p.bfloat16_products)
+
+
+def are_few(p: Problem | CacheProblem, rows: Any, keys: Any) -> Any:
+    """Whether so many query rows a key head are better read off from keys in arrays than tiled.
+
+    Measured against the tiles on Zen 4 with 1, 4 and 8 heads a group, which makes no difference, and 256 to
+    16384 keys. Tiles have 16, 32, 48, 64 or 128 rows, and take as long for fewer. From 4096 keys on reading
+    off is 1.0 to 2 times as fast for up to 48 rows and for 65 to 96. With fewer keys bfloat16 is 1.0 to 1.7
+    times as fast, float32 and float16 1.0 to 1.3 where tiles leave a quarter of a vector empty, 0.8 to 1.0
+    where they fill it. Against AMX up to 8 rows of bfloat16 and 32 of float16, a quarter of that under 2048
+    keys. Masks and biases are read number by number here.
+    """
+    kind, storage = layout.multiplies(p.storage, False), p.storage
+    if p.bias is not None or p.mask is not None:
+        return rows <= {"pairs": 16, "amx": 8}.get(kind, 32) // (2 if p.bias is None else 8)
+    if kind in ("amx", "split"):
+        limits = {"amx": 8}.get(kind, 32)
+        return rows <= np.where(keys < 2048, limits // 4, limits)
+    if simd.lanes(np.float32) < 16 or storage == "float64":
+        return rows <= 32
+    if storage == "float32":
+        few = np.where(keys < 2048, (rows <= 40) & (-rows % 16 >= 4), rows <= 48)
+    elif kind == "pairs":
+        few = rows <= np.where(keys < 512, 32, 48)
+    else:
+        few = rows <= np.where(keys < 2048, 24, 48)
+    return few | (keys >= 4096) & (rows > 64) & (rows <= 96)
 
 
 def as_cache(p: Problem) -> CacheProblem:
