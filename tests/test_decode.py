@@ -289,6 +289,14 @@ class TestPagedAttention:
                 assert_same_bits(alone.output[0], together.output[b])
                 assert_same_bits(alone.lse[0], together.lse[b])
 
+    @pytest.mark.parametrize("storage", ["int8", "int4"])
+    def test_queries_far_behind_the_keys(self, storage, rng):
+        """They see fewer keys than there are, from amid a task on: in shorter tasks, and one more of them."""
+        paged = Paged(rng, storage, (16500,), page_size=1000, kv_heads=1)
+        for offset in (16700, 17000):
+            query = query_for(rng, storage, 1, heads=2)
+            paged.check("cpu", query, window_size=(16500, None), query_offset=offset)
+
     @storages
     def test_next_task_is_shorter(self, storage, rng, monkeypatch):
         """Its rows are in the tables with a task's own: nothing is written over these."""

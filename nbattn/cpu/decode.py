@@ -74,7 +74,7 @@ class Plan:
                 for i in range(0, queries, each)
             ]
             return
-        self.max_keys, self.left, self.longest = p.max_keys, p.left, chunks.longest_chunk(p.storage)
+        self.max_keys, self.longest = p.max_keys, chunks.longest_chunk(p.storage)
         self.keep_alive = (
             p.page_table, p.key_starts, p.key_lengths, p.offset, p.mask, p.bias, p.alibi_slopes, p.sinks
         )  # fmt: skip
@@ -209,9 +209,8 @@ class Plan:
         while size <= longest:
             # Rows that see fewer have shorter ones, of which they may have more.
             few = seen if size == longest else min(seen, 2 * MANY * size - 1)
-            most = max(
-                most, -(-few // size) if self.left >= keys else min(-(-keys // size), (few - 1) // size + 2)
-            )
+            # They may begin amid a task, however far a window reaches: queries may be far behind the keys.
+            most = max(most, min(-(-keys // size), (few - 1) // size + 2))
             size *= 2
         return most
 
