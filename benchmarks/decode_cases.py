@@ -29,7 +29,8 @@ READ_MEGABYTES = 512
 """What is read to measure the memory's rate; far larger than a last cache's share of a core."""
 PAGE = 16
 QUANTISED = ("int8", "int4")
-ARRAYS, CACHE, PAGES = "", "cache", f"pages of {PAGE}"
+ARRAYS, CACHE, PAGES, PAGED = "", "cache", f"pages of {PAGE}", f"cache in pages of {PAGE}"
+"""Pages alone lie in no order, those of a cache as it gives them to sequences that grow after each other."""
 
 
 class Inputs(NamedTuple):
@@ -111,6 +112,14 @@ class Decode:
         """The call of this library, with more options if given."""
         if self.kept == CACHE:
             return Call(partial(self.cache(inputs).attend, inputs.query, **extra), np.asarray)
+        if self.kept == PAGED:
+            pool = nbattn.PagedKVCache(
+                self.batch * self.keys // PAGE, PAGE, self.kv_heads, self.head_dim, self.dtype
+            )
+            sequences = [pool.add() for _ in range(self.batch)]
+            for i, start in itertools.product(sequences, range(0, self.keys, APPENDED)):
+                pool.append(i, *(x[i : i + 1, :, start : start + APPENDED] for x in inputs[1:]))
+            return Call(partial(pool.attend, sequences, inputs.query, **extra), np.asarray)
         if self.kept == PAGES:
             return Call(
                 partial(nbattn.paged_attention, inputs.query, *self.pages(inputs), **extra), np.asarray
@@ -120,7 +129,7 @@ class Decode:
 
     def beside(self, inputs: Inputs) -> dict[str, Call]:
         """The call on a plain cache of what is given, which quantised ones and pages are compared with."""
-        if self.kept != PAGES and self.dtype not in QUANTISED:
+        if self.kept not in (PAGES, PAGED) and self.dtype not in QUANTISED:
             return {}
         return {f"nbattn {SHORT[self.given]}": replace(self, dtype=self.given, kept=CACHE).ours(inputs)}
 
@@ -230,9 +239,9 @@ def rows() -> list[Decode | Append]:
     """Every row, in the order of the table."""
     # 256 MB of keys and values, and what quantising leaves of them.
     grid: list[Decode | Append] = [Decode(8 * group, 8, 32768, quick=True) for group in (1, 4, 8)]
-    grid += [Decode(32, 8, 32768, kept=CACHE), Decode(32, 8, 32768, kept=PAGES, quick=True)]
+    grid += [Decode(32, 8, 32768, kept=kept, quick=kept != CACHE) for kept in (CACHE, PAGES, PAGED)]
     grid += [Decode(8 * group, 8, 65536, "bfloat16", quick=True) for group in (1, 4, 8)]
-    grid += [Decode(32, 8, 65536, "bfloat16", kept=PAGES)]
+    grid += [Decode(32, 8, 65536, "bfloat16", kept=kept) for kept in (PAGES, PAGED)]
     grid += [
         Decode(8 * group, 8, 65536, dtype, kept=CACHE, quick=group == 4)
         for dtype, group in itertools.product(QUANTISED, (1, 4, 8))

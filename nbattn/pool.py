@@ -124,8 +124,8 @@ class Pool:
         return copies
 
     def _take(self, count: int) -> list[int]:
-        """Free pages that now one sequence holds."""
-        pages = self._free[-count:]
+        """Free pages that now one sequence holds, in the order of memory as long as they lie so."""
+        pages = self._free[: -count - 1 : -1]
         del self._free[-count:]
         self._uses[pages] = 1
         self._holds += count
@@ -136,6 +136,6 @@ class Pool:
         pages = self._table[row, keep : self._held[row]]
         self._uses[pages] -= 1
         self._holds -= len(pages)
-        self._free += pages[self._uses[pages] == 0].tolist()
+        self._free += pages[self._uses[pages] == 0][::-1].tolist()
         self._held[row] = min(keep, self._held[row])
         self._changes += 1

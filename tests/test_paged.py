@@ -232,6 +232,19 @@ class TestPages:
         assert cache.free_pages == 20
         assert cache.lengths == {}
 
+    def test_a_sequence_gets_pages_in_their_order(self, backend):
+        """In which memory is read fastest; after others have been there, too."""
+        cache = PagedKVCache(9, 2, 2, 32, backend=backend)
+        for _ in range(2):
+            first, second = cache.add(), cache.add()
+            for count in (3, 4, 1):
+                cache.append(first, rows(1, count), rows(1, count))
+            cache.append(second, rows(1, 10), rows(1, 10))
+            for sequence, pages in ((first, range(4)), (second, range(4, 9))):
+                assert cache._table[cache._row(sequence)][: len(pages)].tolist() == list(pages)
+            cache.free(second)
+            cache.free(first)
+
     def test_reserved(self, backend, rng):
         """Appends that were reserved take no page, forks none of what is empty."""
         cache, first, _ = filled(backend, 6)
