@@ -447,6 +447,7 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
                 state = p.partials + task * p.partial_bytes
                 careful = False
                 while True:
+                    # Each time: tiles put scales, and addresses of copies, in the place of what it found.
                     find(p, w, 0, b, head, begin, end - begin)
                     if not careful:
                         foresee(p, w, following, filled(end - begin))
