@@ -294,7 +294,9 @@ class TestThreads:
         monkeypatch.setattr(runtime, "threads", lambda: 1)
         expected, rouse, roused = cache.attend(query), team._Team.rouse, []
         monkeypatch.setattr(runtime, "threads", lambda: 3)
-        monkeypatch.setattr(team._Team, "rouse", lambda own, n: (roused.append(n), rouse(own, n)))
+        monkeypatch.setattr(
+            team._Team, "rouse", lambda own, n, *after: (roused.append(n), rouse(own, n, *after))
+        )
         monkeypatch.setattr(team, "CLOSELY", 60.0)
         for _ in range(300):
             np.testing.assert_array_equal(cache.attend(query), expected)
