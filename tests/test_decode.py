@@ -52,6 +52,13 @@ class Paged:
         options = {"key_scales": key_scales, "value_scales": value_scales, **options}
         return paged_attention(query, key, value, self.table, self.lengths, mask, **options)
 
+    def attend_alone(self, query, b, **options):
+        """Of sequence b alone."""
+        (key, key_scales), (value, value_scales) = self.arrays
+        options = {"key_scales": key_scales, "value_scales": value_scales, "return_lse": True, **options}
+        one = slice(b, b + 1)
+        return paged_attention(query[one], key, value, self.table[one], self.lengths[one], **options)
+
     def check(self, backend, query, mask=None, **options):
         result = self.attend(query, mask, return_lse=True, backend=backend, **options)
         assert result.weights is None
@@ -247,11 +254,7 @@ class TestPagedAttention:
             query = query_for(rng, storage, 5, 8, queries)
             together = paged.attend(query, return_lse=True, backend=backend)
             for b in range(5):
-                (key, key_scales), (value, value_scales) = paged.arrays
-                alone = paged_attention(
-                    query[b : b + 1], key, value, paged.table[b : b + 1], paged.lengths[b : b + 1],
-                    key_scales=key_scales, value_scales=value_scales, return_lse=True, backend=backend,
-                )  # fmt: skip
+                alone = paged.attend_alone(query, b, backend=backend)
                 assert_same_bits(alone.output[0], together.output[b])
                 assert_same_bits(alone.lse[0], together.lse[b])
 
@@ -281,11 +284,7 @@ class TestPagedAttention:
             together = paged.check("cpu", query, window_size=window)
             monkeypatch.setattr(runtime, "threads", lambda: 3)
             for b in range(3):
-                (key, key_scales), (value, value_scales) = paged.arrays
-                alone = paged_attention(
-                    query[b : b + 1], key, value, paged.table[b : b + 1], paged.lengths[b : b + 1],
-                    key_scales=key_scales, value_scales=value_scales, window_size=window, return_lse=True,
-                )  # fmt: skip
+                alone = paged.attend_alone(query, b, window_size=window)
                 assert_same_bits(alone.output[0], together.output[b])
                 assert_same_bits(alone.lse[0], together.lse[b])
 

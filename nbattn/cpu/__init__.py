@@ -17,7 +17,8 @@ what one kernel alone needs:
   attention, with columns of values, and `exponentials` that of softmax;
 - `quantise` is what `append` makes of a token's rows for caches of 8 and 4 bits;
 - few queries over long keys, whose lanes are numbers of a head: `chunks` is the kernel; `dots` are its
-  products, `octets` those of int8 and `nibbles` of int4, of what `kinds` reads; `sweeps` says which of them
-  takes what, `lookup` finds rows in pages, `rows` sets the queries up, `seen` is what `scores` is for the
-  others, `weights` comes after it (and `rounded`, of int4), and `aside` is for values that are not finite.
+  products, `octets` those of int8 and `nibbles` of int4, of what `kinds` reads; for both of these `turned`
+  has keys as lanes. `sweeps` says which product takes what, `lookup` finds rows in pages, `rows` sets the
+  queries up, `seen` is what `scores` is for the others, `weights` comes after it (and `rounded`, of int4),
+  and `aside` is for values that are not finite.
 """

@@ -80,9 +80,7 @@ TABLES, ROW_TABLES, VECTORS = 4, 5, 4
 class Scratch(NamedTuple):
     """Addresses of what one thread works in."""
 
-    keys: (
-        int  # one table each with an entry for each of a chunk's keys, and the next chunk's first: addresses
-    )
+    keys: int  # one table each with an entry for each of a chunk's keys and the next one's first: addresses
     values: int  # of keys, of values,
     key_scales: int  # of scales; for int8 a tile's scales themselves come in the place of their addresses
     value_scales: int
@@ -105,17 +103,42 @@ class Scratch(NamedTuple):
     scales: int  # scales of a tile's keys, then values,
     units: int  # units of whole weights,
     spread: int  # and these
+    end: int
 
 
 def scratch_bytes(storage: str, dtype: Any, head_dim: int, value_dim: int) -> int:
     """What `Scratch` takes; head dimensions are padded to whole vectors."""
-    size = np.dtype(dtype).itemsize
-    vectors = VECTORS * ROWS * emitters.REGISTER_BYTES
-    tile = tile_keys(storage)
-    rows = ROWS * (head_dim * size + tile * (size + 2)) + LONG * (max(head_dim, value_dim) + value_dim) * size
-    tables = TABLES * table_bytes(storage) + ROW_TABLES * ROWS * 8 + 2 * LONG * 8
-    of_nibbles = nibbles.scratch_bytes(ROWS, head_dim, value_dim) if storage == "int4" else 0
-    return tables + vectors + rows + of_nibbles
+    return scratch_layout(storage, np.dtype(dtype).itemsize)(0, head_dim, value_dim).end
+
+
+def scratch_layout(storage: str, size: int) -> Callable[[Any, Any, Any], Scratch]:
+    """``layout(w, head_dim, value_dim)``: a `Scratch` from an address on; numbers have so many bytes."""
+    table, tile, vector = table_bytes(storage), tile_keys(storage), ROWS * emitters.REGISTER_BYTES
+    is_int4 = storage == "int4"
+
+    def layout(w: Any, head_dim: Any, value_dim: Any) -> Scratch:
+        rows = w + TABLES * table
+        vectors = rows + ROW_TABLES * ROWS * 8
+        wide_keys = vectors + VECTORS * vector
+        wide_values = wide_keys + 8 * LONG
+        q = wide_values + 8 * LONG
+        s = q + ROWS * head_dim * size
+        narrow = s + ROWS * tile * size
+        wide = narrow + ROWS * tile * 2
+        aside = wide + LONG * max(head_dim, value_dim) * size
+        most = aside + LONG * value_dim * size
+        # As `nibbles` has them: columns of values are filled up to four times 32.
+        fours = (value_dim + 127) // 128
+        scales = most + tile * 4
+        units = scales + max(head_dim // 32, fours * 4) * tile * 4
+        spread = units + ROWS * nibbles.UNIT_BYTES
+        end = spread + fours * ROWS * nibbles.WEIGHT_BYTES if is_int4 else most
+        return Scratch(w, w + table, w + 2 * table, w + 3 * table, wide_keys, wide_values,
+                       rows, rows + 8 * ROWS, rows + 16 * ROWS, rows + 24 * ROWS, rows + 32 * ROWS,
+                       vectors, vectors + 2 * vector, vectors + 3 * vector,
+                       q, s, narrow, wide, aside, most, scales, units, spread, end)  # fmt: skip
+
+    return layout
 
 
 def tile_keys(storage: str) -> int:
@@ -156,7 +179,7 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
     outer_bytes = 2 if outer in ("float16", "bfloat16") else size
     as_stored = storage in ("float32", "float64")
     kind, row_keys, longest = kinds.read_as(storage), tile_keys(storage), longest_chunk(storage)
-    size_of, whole_table = jit(chunk_of), table_bytes(storage)
+    size_of, scratch_at = jit(chunk_of), jit(scratch_layout(storage, size))
     parities, pairs = kind == "bfloat16", kind == "pairs"
     whole, in_fours = kinds.is_whole(kind), kinds.in_fours(kind)
     lanes = simd.lanes(dtype)
@@ -196,29 +219,6 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
     if not as_stored:
         score_wide = sweeps.scorer(jit, number, "float32", stored_bits, padded, False, row_keys)
         weigh_wide = sweeps.weigher(jit, number, "float32", stored_bits, padded, False, row_keys)
-
-    @jit
-    def scratch_at(p, w):
-        table = whole_table
-        rows = w + TABLES * table
-        vectors = rows + ROW_TABLES * ROWS * 8
-        vector = ROWS * register
-        q = vectors + VECTORS * vector + 16 * LONG
-        s = q + ROWS * padded(p.head_dim) * size
-        narrow_at = s + ROWS * row_keys * size
-        wide = narrow_at + ROWS * row_keys * 2
-        aside = wide + LONG * padded(max(p.head_dim, p.value_dim)) * size
-        most = aside + LONG * padded(p.value_dim) * size
-        scales = most + row_keys * 4
-        # As `nibbles` has it.
-        units = scales + max(p.head_dim // 32, (p.value_dim + 127) // 128 * 4) * row_keys * 4
-        spread = units + ROWS * nibbles.UNIT_BYTES
-        wide_keys = vectors + VECTORS * vector
-        wide_values = wide_keys + 8 * LONG
-        return Scratch(w, w + table, w + 2 * table, w + 3 * table, wide_keys, wide_values,
-                       rows, rows + 8 * ROWS, rows + 16 * ROWS, rows + 24 * ROWS, rows + 32 * ROWS,
-                       vectors, vectors + 2 * vector, vectors + 3 * vector,
-                       q, s, narrow_at, wide, aside, most, scales, units, spread)  # fmt: skip
 
     @jit
     def reach(p, b, row0, rows):
@@ -422,7 +422,8 @@ def build(storage: str, jit: Any, inline: Any) -> Callable[[Any], Any]:
 
     def attend(address):
         p = parameters_at(address)
-        w = scratch_at(p, p.workspace + simd.fetch_add(address + WORKERS) * p.workspace_bytes)
+        mine = p.workspace + simd.fetch_add(address + WORKERS) * p.workspace_bytes
+        w = scratch_at(mine, padded(p.head_dim), padded(p.value_dim))
         finished_last, ready, following = 0, -1, -1
         all_first = all_last = 0
         while True:

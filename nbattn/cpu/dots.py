@@ -47,7 +47,7 @@ def rows_per_vector(lanes: int) -> int:
     return min(4, lanes)
 
 
-def _add_up(b: Any, sums: list[Any], run: int) -> Any:
+def add_up(b: Any, sums: list[Any], run: int) -> Any:
     """One vector per key of `run` partial sums a row -> one vector of `run` keys a row."""
     lanes, element = sums[0].type.count, emitters.suffix(sums[0].type.element)
     add = b.add if element == "i32" else b.fadd
@@ -70,7 +70,7 @@ def _add_up(b: Any, sums: list[Any], run: int) -> Any:
     return sums[0]
 
 
-class _Wanted:
+class Wanted:
     """Asking for rows of a table in the midst of arithmetic, one line after the other.
 
     In this order and spread evenly, requests reach memory's rate while each line meets 8 cycles of
@@ -153,7 +153,7 @@ def scores_tile(
         def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
             table, scales, wanted, wanted_bytes, q, q_group, s, s_group, steps = args
             last = b.add(wanted, const(I64, 8 * (keys - 1)))
-            other = _Wanted(wanted, const(I64, 0), wanted_bytes, last, bits)
+            other = Wanted(wanted, const(I64, 0), wanted_bytes, last, bits)
             t = ir.VectorType(context.get_value_type(number), lanes)
             total = emitters.int_type(t) if kinds.is_whole(kind) else t
             zero = const(total, 0 if kinds.is_whole(kind) else 0.0)
@@ -207,7 +207,7 @@ def scores_tile(
             for g in range(groups):
                 target = b.add(s, b.mul(s_group, const(I64, g)))
                 for block in range(keys // run):
-                    x = _add_up(b, sums[g][block * run : (block + 1) * run], run)
+                    x = add_up(b, sums[g][block * run : (block + 1) * run], run)
                     if kinds.is_whole(kind):
                         behind = b.add(queries[g], b.mul(steps, const(I64, together * register)))
                         x = kinds.as_number(b, x, behind, t)
@@ -253,7 +253,7 @@ def values_tile(number: Any, rows: int, groups: int, columns: int, kind: str, bi
             p_group, o, o_row, factor, blocks = args
             row = b.add(wanted, b.mul(b.udiv(begin, wanted_bytes), const(I64, 8)))
             row = b.select(b.icmp_unsigned("<", row, last), row, last)
-            other = _Wanted(row, b.urem(begin, wanted_bytes), wanted_bytes, last, bits)
+            other = Wanted(row, b.urem(begin, wanted_bytes), wanted_bytes, last, bits)
             scalar = context.get_value_type(number)
             t = ir.VectorType(scalar, lanes)
             sum_type = emitters.int_type(t) if whole else t

@@ -151,7 +151,7 @@ def read_values(b: Any, address: Any, kind: str, t: Any, scales: Any) -> list[An
 def multiply(b: Any, kind: str, read: list[Any], queries: list[Any], totals: list[Any]) -> list[Any]:
     """A key's sums, and what a unit adds to them."""
     if kind == "bytes":
-        return [_dot(b, "vpdpbusd", total, read[0], y) for y, total in zip(queries, totals, strict=True)]
+        return [dot(b, "vpdpbusd", total, read[0], y) for y, total in zip(queries, totals, strict=True)]
     (total,) = totals
     for x, y in zip(read, queries, strict=True):
         total = emitters.dot_pairs_value(b, total, x, y) if kind == "pairs" else fma_value(b, x, y, total)
@@ -161,11 +161,11 @@ def multiply(b: Any, kind: str, read: list[Any], queries: list[Any], totals: lis
 def add_weighted(b: Any, kind: str, x: Any, weight: Any, total: Any) -> Any:
     """total + x * weight, or both products of two interleaved keys."""
     if kind == "bytes":
-        return _dot(b, "vpdpwssd", total, x, weight)
+        return dot(b, "vpdpwssd", total, x, weight)
     return multiply(b, kind, [x], [weight], [total])[0]
 
 
-def _dot(b: Any, name: str, total: Any, x: Any, y: Any) -> Any:
+def dot(b: Any, name: str, total: Any, x: Any, y: Any) -> Any:
     """An instruction of AVX512-VNNI, which adds products of 8 or 16 bits up in each lane's 32."""
     t = total.type
     fn = cgutils.get_or_insert_function(b.module, ir.FunctionType(t, [t] * 3), f"llvm.x86.avx512.{name}.512")

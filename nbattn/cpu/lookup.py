@@ -53,18 +53,6 @@ def in_order(typingctx: Any, table: Any) -> Any:
     return types.boolean(types.int64), codegen
 
 
-@intrinsic
-def copy16(typingctx: Any, target: Any, source: Any) -> Any:
-    """Copy 16 float32."""
-
-    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        t = ir.VectorType(ir.FloatType(), 16)
-        store_value(b, load_at(b, args[1], 0, t), pointer(b, args[0], t))
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), codegen
-
-
 class Lookup(NamedTuple):
     """The compiled functions of this file."""
 
@@ -92,6 +80,7 @@ def build(jit: Any, storage: str) -> Lookup:
     get_int, put_int = simd.scalars(types.int64)
     get_float32 = simd.scalars(types.float32)[0]
     widen_unit = kinds.widen_unit(storage)
+    copy16 = kinds.copy_runs(types.float32, 16, "float32")
 
     @jit
     def padded(n):
@@ -119,7 +108,7 @@ def build(jit: Any, storage: str) -> Lookup:
             simd.prefetch_aside(get_int(scales + 8 * (tile + j)))
         for j in range(0, keys, 16):
             if j + 16 <= keys and in_order(scales + 8 * j):
-                copy16(scales + 4 * j, get_int(scales + 8 * j))
+                copy16(get_int(scales + 8 * j), scales + 4 * j)
                 continue
             for i in range(j, min(j + 16, keys)):
                 put(scales + 4 * i, get_float32(get_int(scales + 8 * i)))

@@ -260,7 +260,7 @@ def _deliver(b: Any, sums: list[Any], bias: Any, y: Any) -> None:
     """Add up the lanes of each sum; store the results, with the bias."""
     width = min(ROWS, LANES)
     for first in range(0, ROWS, width):
-        x = dots._add_up(b, sums[first : first + width], width)
+        x = dots.add_up(b, sums[first : first + width], width)
         distance = LANES // 2
         while distance >= width:
             x = b.fadd(x, kinds.shuffle(b, x, x, [c ^ distance for c in range(LANES)]))

@@ -22,66 +22,22 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from ..problem import INT4_GROUP
-from . import dots, emitters, kinds, rounded, simd
+from . import dots, emitters, kinds, rounded, simd, turned
 from .emitters import I8, I32, I64, const, fma_value, load_at, load_value, pointer, splat_value, store_value
 from .kinds import LEAST
 from .rounded import TILE, UNIT_BYTES, WEIGHT_BYTES
+from .turned import LANES, NUMBER, WHOLE, splat_at
 
-LANES = 16
 LARGEST_QUERY = 127
 QUERY_BYTES = 64
 """Of 32 queries: those that the lower halves of 16 bytes meet, those that the upper halves meet, what 8 more
 in each number adds to their sums, and what one of the row's is worth. All rows' first 32 come first, then
 their next: so they lie at constant distances."""
 
-_whole = ir.VectorType(I32, LANES)
-_number = ir.VectorType(ir.FloatType(), LANES)
-
-
-def scratch_bytes(rows: int, head_dim: int, value_dim: int) -> int:
-    """Scales of a tile's keys or values, the largest of each value, and weights of `rows` with their units,
-    each 32 columns after the other.
-    """
-    fours = -(-value_dim // (4 * INT4_GROUP))
-    scales = scales_bytes(head_dim, value_dim) + TILE * 4
-    return scales + rows * UNIT_BYTES + fours * rows * WEIGHT_BYTES
-
-
-def scales_bytes(head_dim: int, value_dim: int) -> int:
-    """Of a tile's scales, those of values filled up to four times 32 columns."""
-    return max(head_dim // INT4_GROUP, -(-value_dim // (4 * INT4_GROUP)) * 4) * TILE * 4
-
-
-def _splat_at(b: Any, address: Any, shift: int, t: Any) -> Any:
-    return splat_value(b, t, load_at(b, address, shift, t.element))
-
-
-def _join(b: Any, parts: list[Any]) -> Any:
-    """Vectors one after the other in one."""
-    while len(parts) > 1:
-        pairs = zip(parts[::2], parts[1::2], strict=True)
-        parts = [kinds.shuffle(b, x, y, list(range(2 * x.type.count))) for x, y in pairs]
-    return parts[0]
-
-
-def _turn(b: Any, rows: list[Any]) -> list[Any]:
-    """16 vectors of four -> four vectors of 16: most turn four at a time, within 128 bits."""
-    x = [_join(b, rows[i::4]) for i in range(4)]
-    low, high = (
-        [n + c for n in range(0, LANES, 4) for c in (i, i + LANES, i + 1, i + 1 + LANES)] for i in (0, 2)
-    )
-    half = [kinds.shuffle(b, x[0], x[1], low), kinds.shuffle(b, x[2], x[3], low),
-            kinds.shuffle(b, x[0], x[1], high), kinds.shuffle(b, x[2], x[3], high)]  # fmt: skip
-    first, second = (
-        [n + c for n in range(0, LANES, 4) for c in (i, i + 1, i + LANES, i + 1 + LANES)] for i in (0, 2)
-    )
-    return [kinds.shuffle(b, half[i], half[i + 1], order) for i in (0, 2) for order in (first, second)]
-
 
 def _halves(b: Any, x: Any, mask: int) -> list[Any]:
     """The numbers in the lower and in the upper halves of bytes."""
-    return [b.and_(x, const(_whole, mask)), b.and_(b.lshr(x, const(_whole, 4)), const(_whole, mask))]
+    return [b.and_(x, const(WHOLE, mask)), b.and_(b.lshr(x, const(WHOLE, 4)), const(WHOLE, mask))]
 
 
 def _scores_tile(rows: int, asks: bool) -> Any:
@@ -100,37 +56,33 @@ def _scores_tile(rows: int, asks: bool) -> Any:
         def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
             table, scales, wanted, wanted_bytes, q, q_step, s, s_row, steps = args
             last = b.add(wanted, const(I64, 8 * (LANES - 1)))
-            four = ir.VectorType(I32, 4)
 
             def step(sums: list[Any], k: Any) -> list[Any]:
-                other = dots._Wanted(sums[0], sums[1], wanted_bytes, last, 4, asks_again=False)
+                other = dots.Wanted(sums[0], sums[1], wanted_bytes, last, 4, asks_again=False)
                 sums = sums[2:]
                 at = b.add(q, b.mul(k, q_step))
-                totals = [_splat_at(b, at, QUERY_BYTES * r + 32, _whole) for r in range(rows)]
+                totals = [splat_at(b, at, QUERY_BYTES * r + 32, WHOLE) for r in range(rows)]
                 shift = b.mul(k, const(I64, 16))
-                keys = [
-                    load_at(b, b.add(load_at(b, table, 8 * i, I64), shift), 0, four) for i in range(LANES)
-                ]
-                for i, turned in enumerate(_turn(b, keys)):
-                    for half, x in enumerate(_halves(b, turned, 0x0F0F0F0F)):
+                for i, four in enumerate(turned.turned_keys(b, table, shift)):
+                    for half, x in enumerate(_halves(b, four, 0x0F0F0F0F)):
                         if asks:
                             other.ask_by_turns(b, 16 * LANES, 2 * i + half, 8)
                         for r in range(rows):
-                            y = _splat_at(b, at, QUERY_BYTES * r + 16 * half + 4 * i, _whole)
-                            totals[r] = kinds._dot(b, "vpdpbusd", totals[r], x, y)
-                scale = load_at(b, b.add(scales, b.mul(k, const(I64, 4 * TILE))), 0, _number)
+                            y = splat_at(b, at, QUERY_BYTES * r + 16 * half + 4 * i, WHOLE)
+                            totals[r] = kinds.dot(b, "vpdpbusd", totals[r], x, y)
+                scale = load_at(b, b.add(scales, b.mul(k, const(I64, 4 * TILE))), 0, NUMBER)
                 grown = [
-                    fma_value(b, b.sitofp(total, _number), scale, x)
+                    fma_value(b, b.sitofp(total, NUMBER), scale, x)
                     for total, x in zip(totals, sums, strict=True)
                 ]
                 return [other.row, other.shift, *grown]
 
-            first = [wanted, const(I64, 0), *[const(_number, 0.0)] * rows]
+            first = [wanted, const(I64, 0), *[const(NUMBER, 0.0)] * rows]
             sums = emitters.loop_values(b, steps, first, step)[2:]
             for r, x in enumerate(sums):
-                worth = _splat_at(b, q, QUERY_BYTES * r + 36, _number)
+                worth = splat_at(b, q, QUERY_BYTES * r + 36, NUMBER)
                 at = b.add(s, b.mul(s_row, const(I64, r)))
-                store_value(b, b.fmul(x, worth), pointer(b, at, _number))
+                store_value(b, b.fmul(x, worth), pointer(b, at, NUMBER))
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 9), codegen
@@ -162,7 +114,7 @@ def _values_tile(rows: int, spans: int) -> Any:
             order = [16 * key + c for c in range(16) for key in range(4)]
 
             def step(sums: list[Any], k: Any) -> list[Any]:
-                other = dots._Wanted(sums[0], sums[1], wanted_bytes, last, 4, asks_again=False)
+                other = dots.Wanted(sums[0], sums[1], wanted_bytes, last, 4, asks_again=False)
                 grown = sums[2:]
                 here = b.add(table, b.mul(k, const(I64, 32)))
                 shift = b.mul(k, const(I64, 4))
@@ -171,15 +123,15 @@ def _values_tile(rows: int, spans: int) -> Any:
                     keys.append(b.add(load_at(b, here, 8 * i, I64), column))
                     other.ask_by_turns(b, 64 * spans, i, 4)
                 for u in range(spans):
-                    four = _join(b, [load_at(b, a, 16 * u, part) for a in keys])
+                    four = turned.join(b, [load_at(b, a, 16 * u, part) for a in keys])
                     four = b.bitcast(four, bytes_)
-                    both = b.bitcast(kinds.shuffle(b, four, four, order), _whole)
-                    low = b.and_(both, const(_whole, 0x0F0F0F0F))
+                    both = b.bitcast(kinds.shuffle(b, four, four, order), WHOLE)
+                    low = b.and_(both, const(WHOLE, 0x0F0F0F0F))
                     for r in range(rows):
-                        weight = _splat_at(b, b.add(weights[r], shift), TILE * u, _whole)
+                        weight = splat_at(b, b.add(weights[r], shift), TILE * u, WHOLE)
                         for i, x in enumerate((low, both)):
                             n = (r * spans + u) * 2 + i
-                            grown[n] = kinds._dot(b, "vpdpbusd", grown[n], x, weight)
+                            grown[n] = kinds.dot(b, "vpdpbusd", grown[n], x, weight)
                 return [other.row, other.shift, *grown]
 
             first = []
@@ -187,19 +139,19 @@ def _values_tile(rows: int, spans: int) -> Any:
                 for u in range(spans):
                     extra = load_at(b, behind[r], 4 * u, I32)
                     # Both halves of a byte are 16 times the upper one and once the lower one.
-                    first += [splat_value(b, _whole, b.mul(extra, const(I32, n))) for n in (1, 17)]
+                    first += [splat_value(b, WHOLE, b.mul(extra, const(I32, n))) for n in (1, 17)]
             start = [row, b.urem(begin, wanted_bytes), *first]
             totals = emitters.loop_values(b, fours, start, step)[2:]
             for r in range(rows):
-                f = _splat_at(b, factor, 2 * r * emitters.REGISTER_BYTES, _number)
+                f = splat_at(b, factor, 2 * r * emitters.REGISTER_BYTES, NUMBER)
                 target = b.add(o, b.mul(o_row, const(I64, r)))
                 for u in range(spans):
-                    worth = _splat_at(b, behind[r], 16 + 4 * u, _number)
+                    worth = splat_at(b, behind[r], 16 + 4 * u, NUMBER)
                     low, both = totals[(r * spans + u) * 2 :][:2]
-                    for half, total in enumerate((low, b.ashr(b.sub(both, low), const(_whole, 4)))):
-                        x = b.fmul(b.sitofp(total, _number), worth)
+                    for half, total in enumerate((low, b.ashr(b.sub(both, low), const(WHOLE, 4)))):
+                        x = b.fmul(b.sitofp(total, NUMBER), worth)
                         shift = (2 * u + half) * emitters.REGISTER_BYTES
-                        place = pointer(b, b.add(target, const(I64, shift)), _number)
+                        place = pointer(b, b.add(target, const(I64, shift)), NUMBER)
                         store_value(b, fma_value(b, load_value(b, place), f, x), place)
             return context.get_dummy_value()
 
@@ -225,13 +177,13 @@ def _gather(count: int) -> Any:
                 for i in range(LANES)
             ]
             if count == 1:
-                columns = [ir.Constant(_number, ir.Undefined)]
+                columns = [ir.Constant(NUMBER, ir.Undefined)]
                 for i, x in enumerate(rows):
                     columns = [b.insert_element(columns[0], x, const(I32, i))]
             else:
-                columns = _turn(b, rows)
+                columns = turned.turn(b, rows)
             for c, x in enumerate(columns):
-                store_value(b, x, pointer(b, b.add(target, const(I64, c * TILE * 4)), _number))
+                store_value(b, x, pointer(b, b.add(target, const(I64, c * TILE * 4)), NUMBER))
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 3), codegen
@@ -259,8 +211,7 @@ def build(jit: Any) -> Nibbles:
     get_int, put_int32 = simd.scalars(types.int64)[0], simd.scalars(types.int32)[1]
     put_byte = kinds.put_whole(8)
     add, mul, fma, greater, splat = simd.add, simd.mul, simd.fma, simd.greater, simd.splat
-    score1, score2, score4, score8 = (_scores_tile(n, asks=True) for n in (1, 2, 4, 8))
-    score4_more, score8_more = (_scores_tile(n, asks=False) for n in (4, 8))
+    score_rows = turned.scorer(jit, _scores_tile, QUERY_BYTES)
     weigh8, weigh4, weigh2, weigh1 = (_values_tile(*n) for n in ((8, 1), (4, 2), (2, 4), (1, 4)))
     weigh4_few, weigh2_few, weigh1_few = (_values_tile(n, 1) for n in (4, 2, 1))
     gather1, gather4 = _gather(1), _gather(4)
@@ -309,28 +260,12 @@ def build(jit: Any) -> Nibbles:
     def score(p, w, table, scales, wanted, keys, groups, together):
         steps, width = p.head_dim // 32, p.key_bytes
         gather(scales, w.scales, keys, steps)
-        q_step, s_row = QUERY_BYTES * groups, TILE * 4
-        for j in range(0, keys, 16):
+        for j in range(0, keys, LANES):
             k, f, v, t = table + 8 * j, w.scales + 4 * j, wanted + 8 * j, w.s + 4 * j
             following = scales + 8 * (TILE + j)
             ask(following, steps)
             ask(following + w.value_scales - w.key_scales, p.value_dim // 32)
-            r = 0
-            while r < groups:
-                q, s, left = w.q + r * QUERY_BYTES, t + r * s_row, groups - r
-                if left >= 8 and r > 0:
-                    score8_more(k, f, v, width, q, q_step, s, s_row, steps)
-                elif left >= 8:
-                    score8(k, f, v, width, q, q_step, s, s_row, steps)
-                elif left >= 4 and r > 0:
-                    score4_more(k, f, v, width, q, q_step, s, s_row, steps)
-                elif left >= 4:
-                    score4(k, f, v, width, q, q_step, s, s_row, steps)
-                elif left >= 2:
-                    score2(k, f, v, width, q, q_step, s, s_row, steps)
-                else:
-                    score1(k, f, v, width, q, q_step, s, s_row, steps)
-                r += 8 if left >= 8 else 4 if left >= 4 else 2 if left >= 2 else 1
+            score_rows(k, f, v, width, w.q, t, TILE * 4, steps, groups)
 
     @jit
     def spread_weights(p, w, table, keys, rows):

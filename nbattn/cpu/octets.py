@@ -10,23 +10,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from . import dots, emitters, kinds, nibbles, simd
-from .emitters import I32, I64, const, load_at, pointer, store_value
+from . import dots, emitters, kinds, simd, turned
+from .emitters import I64, const, load_at, pointer, store_value
+from .turned import LANES, NUMBER, WHOLE, splat_at
 
-LANES = 16
 STEP = 16
 """Numbers of a key that are turned together."""
 QUERY_BYTES = 2 * STEP
 """Of so many queries: their upper halves, then the lower ones. All rows' first come first, then their next;
 behind all, in as many bytes, what 128 less in each of a key's numbers adds to a row's sums, and what one of
 these is worth."""
-
-_whole = ir.VectorType(I32, LANES)
-_number = ir.VectorType(ir.FloatType(), LANES)
 
 
 def _scores_tile(rows: int, asks: bool) -> Any:
@@ -45,38 +41,34 @@ def _scores_tile(rows: int, asks: bool) -> Any:
         def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
             table, scales, wanted, wanted_bytes, q, q_step, s, s_row, steps = args
             last = b.add(wanted, const(I64, 8 * (LANES - 1)))
-            four = ir.VectorType(I32, 4)
 
             def step(state: list[Any], k: Any) -> list[Any]:
-                other = dots._Wanted(state[0], state[1], wanted_bytes, last, 8)
+                other = dots.Wanted(state[0], state[1], wanted_bytes, last, 8)
                 totals = state[2:]
                 at, shift = b.add(q, b.mul(k, q_step)), b.mul(k, const(I64, STEP))
-                keys = [
-                    load_at(b, b.add(load_at(b, table, 8 * i, I64), shift), 0, four) for i in range(LANES)
-                ]
-                for i, turned in enumerate(nibbles._turn(b, keys)):
+                for i, four in enumerate(turned.turned_keys(b, table, shift)):
                     if asks:
                         other.ask_by_turns(b, STEP * LANES, i, 4)
                     # 128 more: one factor of the instruction has no sign.
-                    x = b.xor(turned, const(_whole, -0x7F7F7F80))
+                    x = b.xor(four, const(WHOLE, -0x7F7F7F80))
                     for n, total in enumerate(totals):
                         place = QUERY_BYTES * (n // 2) + STEP * (n % 2) + 4 * i
-                        y = nibbles._splat_at(b, at, place, _whole)
-                        totals[n] = kinds._dot(b, "vpdpbusd", total, x, y)
+                        y = splat_at(b, at, place, WHOLE)
+                        totals[n] = kinds.dot(b, "vpdpbusd", total, x, y)
                 return [other.row, other.shift, *totals]
 
             behind = b.add(q, b.mul(steps, q_step))
             first = [wanted, const(I64, 0)]
             for r in range(rows):
-                first += [const(_whole, 0), nibbles._splat_at(b, behind, QUERY_BYTES * r, _whole)]
+                first += [const(WHOLE, 0), splat_at(b, behind, QUERY_BYTES * r, WHOLE)]
             totals = emitters.loop_values(b, steps, first, step)[2:]
-            scale = load_at(b, scales, 0, _number)
+            scale = load_at(b, scales, 0, NUMBER)
             for r in range(rows):
                 high, low = totals[2 * r : 2 * r + 2]
-                x = b.sitofp(b.add(b.shl(high, const(_whole, 8)), low), _number)
-                worth = nibbles._splat_at(b, behind, QUERY_BYTES * r + 4, _number)
+                x = b.sitofp(b.add(b.shl(high, const(WHOLE, 8)), low), NUMBER)
+                worth = splat_at(b, behind, QUERY_BYTES * r + 4, NUMBER)
                 at = b.add(s, b.mul(s_row, const(I64, r)))
-                store_value(b, b.fmul(b.fmul(x, worth), scale), pointer(b, at, _number))
+                store_value(b, b.fmul(b.fmul(x, worth), scale), pointer(b, at, NUMBER))
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 9), codegen
@@ -106,31 +98,14 @@ def put_queries(jit: Any) -> Any:
 
 def scorer(jit: Any, row_keys: int) -> Any:
     """The function that makes a tile's scores, as `sweeps.scorer` does; a row has room for so many."""
-    score1, score2, score4, score8 = (_scores_tile(n, asks=True) for n in (1, 2, 4, 8))
-    score4_more, score8_more = (_scores_tile(n, asks=False) for n in (4, 8))
+    score_rows = turned.scorer(jit, _scores_tile, QUERY_BYTES)
 
     @jit
     def score(p, w, table, scales, wanted, keys, groups, together):
-        steps, width = p.head_dim // STEP, p.key_bytes
-        q_step, s_row = QUERY_BYTES * groups, row_keys * 4
-        for j in range(0, keys, 16):
+        steps, width, s_row = p.head_dim // STEP, p.key_bytes, row_keys * 4
+        for j in range(0, keys, LANES):
             k, f, v, t = table + 8 * j, scales + 4 * j, wanted + 8 * j, w.s + 4 * j
-            r = 0
-            while r < groups:
-                q, s, left = w.q + r * QUERY_BYTES, t + r * s_row, groups - r
-                if left >= 8 and r > 0:
-                    score8_more(k, f, v, width, q, q_step, s, s_row, steps)
-                elif left >= 8:
-                    score8(k, f, v, width, q, q_step, s, s_row, steps)
-                elif left >= 4 and r > 0:
-                    score4_more(k, f, v, width, q, q_step, s, s_row, steps)
-                elif left >= 4:
-                    score4(k, f, v, width, q, q_step, s, s_row, steps)
-                elif left >= 2:
-                    score2(k, f, v, width, q, q_step, s, s_row, steps)
-                else:
-                    score1(k, f, v, width, q, q_step, s, s_row, steps)
-                r += 8 if left >= 8 else 4 if left >= 4 else 2 if left >= 2 else 1
+            score_rows(k, f, v, width, w.q, t, s_row, steps, groups)
 
     return score
 

@@ -19,10 +19,10 @@ from numba.extending import intrinsic
 
 from . import emitters, kinds
 from .dots import KEYS
-from .emitters import I8, I32, I64, const, fma_value, load_at, pointer, splat_value, store_value
+from .emitters import I8, I64, const, fma_value, load_at, pointer, splat_value, store_value
 from .kinds import LEAST
+from .turned import LANES, NUMBER, WHOLE
 
-LANES = 16
 TILE = 2 * KEYS
 """Keys that are softened and weighed together: what is done once for a row and a tile counts half as much."""
 LARGEST_BYTE = 127
@@ -36,8 +36,6 @@ DITHER = [(int(f"{j:06b}"[::-1], 2) + 0.5) / 64 for j in range(64)]
 0.3 of a whole number, 19 become 1."""
 POINT = 3.0 * 2**14
 
-_whole = ir.VectorType(I32, LANES)
-_number = ir.VectorType(ir.FloatType(), LANES)
 _bytes = ir.VectorType(I8, 4 * LANES)
 
 
@@ -77,11 +75,11 @@ def _units(rows: int) -> Any:
 
             def block(tops: list[Any], k: Any) -> list[Any]:
                 shift = b.mul(k, const(I64, 64))
-                scale = load_at(b, b.add(scales, shift), 0, _number)
-                products = (b.fmul(load_at(b, b.add(a, shift), 0, _number), scale) for a in addresses)
+                scale = load_at(b, b.add(scales, shift), 0, NUMBER)
+                products = (b.fmul(load_at(b, b.add(a, shift), 0, NUMBER), scale) for a in addresses)
                 return [emitters.greater_value(b, x, top) for x, top in zip(products, tops, strict=True)]
 
-            tops = emitters.loop_values(b, blocks, [const(_number, LEAST)] * rows, block)
+            tops = emitters.loop_values(b, blocks, [const(NUMBER, LEAST)] * rows, block)
             top = _across_lanes(b, tops, emitters.greater_value)
             top = kinds.shuffle(b, top, top, [0, 1, 2, 3])
             inverse = b.fdiv(const(four, float(LARGEST_BYTE)), top)
@@ -110,26 +108,26 @@ def round_row(typingctx: Any, weights: Any, scales: Any, unit: Any, target: Any,
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         weights, scales, unit, target, blocks = args
-        factor, worth = (splat_value(b, _number, load_at(b, unit, 4 * i, ir.FloatType())) for i in (0, 1))
+        factor, worth = (splat_value(b, NUMBER, load_at(b, unit, 4 * i, ir.FloatType())) for i in (0, 1))
         dither = [
-            ir.Constant(_number, [POINT + x for x in DITHER[v : v + LANES]]) for v in range(0, 64, LANES)
+            ir.Constant(NUMBER, [POINT + x for x in DITHER[v : v + LANES]]) for v in range(0, 64, LANES)
         ]
         # The second bytes of two vectors' numbers.
         order = ir.Constant(_bytes, [4 * i + 1 for i in range(2 * LANES)] * 2)
         # Which LLVM must not know: of a constant order it makes seven instructions for two.
         none = b.trunc(b.lshr(target, const(I64, 63)), I8)
         order = b.add(order, splat_value(b, _bytes, none))
-        eights = const(_whole, 0x08080808)
+        eights = const(WHOLE, 0x08080808)
 
         def block(sums: list[Any], k: Any) -> list[Any]:
             here = b.mul(k, const(I64, 4 * 64))
             at = b.add(weights, here)
-            w = [b.fmul(load_at(b, at, 4 * v, _number), factor) for v in range(0, 64, LANES)]
+            w = [b.fmul(load_at(b, at, 4 * v, NUMBER), factor) for v in range(0, 64, LANES)]
             result = []
             for i, total in enumerate(sums):
                 at = b.add(scales, here)
                 words = [
-                    fma_value(b, x, load_at(b, at, TILE * 4 * i + 4 * LANES * v, _number), dither[v])
+                    fma_value(b, x, load_at(b, at, TILE * 4 * i + 4 * LANES * v, NUMBER), dither[v])
                     for v, x in enumerate(w)
                 ]
                 halves = [_look_up(b, x, y, order) for x, y in (words[:2], words[2:])]
@@ -137,10 +135,10 @@ def round_row(typingctx: Any, weights: Any, scales: Any, unit: Any, target: Any,
                 numbers = kinds.shuffle(b, low, high, list(range(4 * LANES)))
                 place = b.add(target, b.mul(k, const(I64, 64)))
                 store_value(b, numbers, pointer(b, b.add(place, const(I64, TILE * i)), numbers.type))
-                result.append(kinds._dot(b, "vpdpbusd", total, eights, b.bitcast(numbers, _whole)))
+                result.append(kinds.dot(b, "vpdpbusd", total, eights, b.bitcast(numbers, WHOLE)))
             return result
 
-        sums = emitters.loop_values(b, blocks, [const(_whole, 0)] * 4, block)
+        sums = emitters.loop_values(b, blocks, [const(WHOLE, 0)] * 4, block)
         total = _across_lanes(b, sums, lambda b, x, y: b.add(x, y))
         total = kinds.shuffle(b, total, total, [0, 1, 2, 3])
         store_value(b, b.neg(total), pointer(b, b.add(target, const(I64, 4 * TILE)), total.type))
